@@ -1,0 +1,35 @@
+# Tiny Shakespeare on two CPU cores in ten seconds, to where nanoGPT's CPU recipe ends after 2,000 steps.
+#     python data/shakespeare_char/prepare.py
+#     python train.py config/shakespeare_char_cpu.py
+out_dir = "out/shakespeare_char_cpu"
+dataset = "shakespeare_char"
+block_size = 64
+batch_size = 16
+max_iters = 250
+
+n_layer = 3
+n_head = 2
+n_embd = 128
+pos = "rope"
+norm = "rmsnorm_nogain"
+norm_embed = True
+qk_norm = "rms"
+activation = "relu2"
+tie_weights = False
+zero_init = True
+
+optimizer = "muon"
+muon_learning_rate = 0.04
+muon_momentum = 0.85
+learning_rate = 8e-3
+min_lr = 0.0
+weight_decay = 0.0
+grad_clip = 0.0
+warmup_iters = 20
+lr_schedule = "wsd"
+wsd_decay_frac = 0.6
+
+eval_interval = 250
+eval_iters = 0
+log_interval = 10
+device = "cpu"

@@ -1,0 +1,264 @@
+"""
+Settings of a script: defaults <- config files <- --key=value, in the order of the command line; later wins.
+
+    out_dir = "out"              # where checkpoints and metrics go
+    compile: bool | None = None  # torch.compile; none: where it pays
+
+    if __name__ == "__main__":
+        config = configure(globals())
+
+    python train.py config/small.py --out_dir=runs/1 --compile
+
+A key is a line like these: at module level, above the first `def`, `class` or call of `configure`, binding a lowercase
+name that does not begin with _ to a literal (`5 * 8` is one): bool, int, float, str, None, or a tuple of such. Its
+default is the value it has at the call, its type the annotation's, else the default's. The comment behind it, with
+those below in the same column, is its help; comment lines above it are a heading.
+
+A config file is Python, run in a namespace of its own. Every name it binds must be a key, but for modules, functions,
+classes and names that begin with _. Whatever a user gets wrong is one line on stderr and exit code 2.
+"""
+
+import ast
+import difflib
+import os
+import re
+import sys
+import tokenize
+import traceback
+import types
+from dataclasses import dataclass
+from itertools import dropwhile, takewhile
+from typing import Any, NoReturn
+
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+SCALARS = {"bool": bool, "int": int, "float": float, "str": str}
+TAKES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a string"}
+KIND = re.compile(r"S|tuple\[(S, \.\.\.|S(, S)*)\]".replace("S", "(bool|int|float|str)"))
+LITERAL = (ast.Constant, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.expr_context)
+
+
+def fail(message) -> NoReturn:
+    """End the run for a reason that the user can mend: one line on stderr, exit code 2."""
+    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+@dataclass
+class Key:
+    name: str
+    kind: str  # bool, int, float, str, tuple[float, float] (just two) or tuple[float, ...] (any number)
+    optional: bool  # the annotation allows None
+    default: Any
+    comment: str = ""
+    heading: tuple[str, ...] = ()  # the comment lines above
+
+    def check(self, value, where, parse=False):
+        """`value` (with `parse`: what this text from the command line spells) in this key's type, or the end."""
+        try:
+            if self.optional and (value is None or parse and value.lower() == "none"):
+                return None
+            return typed(self.kind, spelled(self.kind, value) if parse else value)
+        except (ValueError, OverflowError):
+            takes = TAKES.get(self.kind) or f"{self.kind}, such as {show(self.default)}"
+            fail(f"{where}: {self.name} takes {takes}{' or none' * self.optional}, not {value!r}")
+
+
+def typed(kind, value):
+    """`value` as `kind`, or ValueError. Changed only where nothing is lost, so that 1 and 1.0 leave the same record."""
+    if kind.startswith("tuple") and isinstance(value, (tuple, list)):
+        kinds = element_kinds(kind, len(value))
+        return tuple(typed(k, v) for k, v in zip(kinds, value, strict=True))
+    if isinstance(value, bool):  # which Python counts among the ints
+        fits = kind == "bool"
+    elif kind == "int":
+        fits = isinstance(value, int) or isinstance(value, float) and value.is_integer()
+    else:
+        fits = kind == "float" and isinstance(value, (int, float)) or kind == "str" and isinstance(value, str)
+    if not fits:
+        raise ValueError
+    return SCALARS[kind](value)
+
+
+def spelled(kind, text):
+    """The Python value that `text` spells, or ValueError. A string is the text as it stands."""
+    if kind.startswith("tuple"):
+        if not text.strip():
+            raise ValueError  # an empty tuple is (), nothing at all is a slip
+        inner = re.sub(r"^\((.*)\)$|^\[(.*)\]$", r"\1\2", text.strip()).strip()
+        parts = inner.removesuffix(",").split(",") if inner else []
+        parts = [re.sub(r"""^(["'])(.*)\1$""", r"\2", part.strip()) for part in parts]
+        return tuple(spelled(k, part) for k, part in zip(element_kinds(kind, len(parts)), parts, strict=True))
+    if kind == "int" and re.search(r"[.e]", text.lower()):  # 1e6, which `typed` makes an int, or not
+        return float(text)
+    return BOOLS.get(text.lower(), text) if kind == "bool" else SCALARS[kind](text)
+
+
+def element_kinds(kind, count):
+    kinds = kind.removeprefix("tuple[").removesuffix("]").split(", ")
+    return kinds[:1] * count if kinds[-1] == "..." else kinds
+
+
+def kind_of(value):
+    if not isinstance(value, (tuple, list)):
+        return type(value).__name__
+    kinds = {kind_of(v) for v in value} or {"str"}  # () holds strings unless an annotation says otherwise
+    return f"tuple[{'float' if kinds == {'int', 'float'} else '|'.join(kinds)}, ...]"
+
+
+def show(value):
+    """`value` as one would type it after --key=."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "()"
+    text = "none" if value is None else str(value)
+    return text if text.isprintable() and " " not in text else repr(text)
+
+
+def nearest(word, names, prefix=""):
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def settings(tree):
+    """(name, statement) of each line that is a key."""
+    for node in tree.body:
+        called = [getattr(n.func, "id", getattr(n.func, "attr", "")) for n in ast.walk(node) if isinstance(n, ast.Call)]
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or "configure" in called:
+            return
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+            names = [ast.unparse(target) for target in getattr(node, "targets", None) or [node.target]]
+            plain = re.fullmatch(r"[^\W_A-Z][^\WA-Z]*", names[0]) and len(names) == 1
+            if plain and all(isinstance(n, LITERAL) for n in ast.walk(node.value)):
+                yield names[0], node
+
+
+def comment_of(node, lines):
+    """The comment behind a statement, with those below it in the same column."""
+    line, *below = lines[node.end_lineno - 1 :]
+    column = line.find("#", len(line.encode()[: node.end_col_offset].decode()))  # ast counts bytes
+    below = takewhile(lambda line: line.lstrip()[:1] == "#" and line.find("#") == column, below)
+    return " ".join(line[column:].lstrip("# ").rstrip() for line in (line, *below)) if column >= 0 else ""
+
+
+def heading_of(node, lines):
+    """The comment lines above a statement, less the rules (`# ----`)."""
+    above = dropwhile(lambda line: not line.strip(), reversed(lines[: node.lineno - 1]))
+    block = takewhile(lambda line: line.startswith("#"), above)
+    return tuple(line.strip("#-= ") for line in block if re.match(r"#(?! fmt:).*\w", line))[::-1]
+
+
+def read_keys(script, namespace=None):
+    """name -> Key in source order. Defaults are those in `namespace`, or without one the source's."""
+    with tokenize.open(script) as file:
+        source = file.read()
+    keys, lines = {}, source.split("\n")
+    for name, node in settings(ast.parse(source)):
+        literal = eval(compile(ast.Expression(node.value), script, "eval"))  # names and calls nothing
+        default = literal if namespace is None else namespace.get(name, literal)
+        allowed = ast.unparse(node.annotation).split(" | ") if isinstance(node, ast.AnnAssign) else [kind_of(default)]
+        kinds = [kind for kind in allowed if kind != "None"]
+        where = f"{os.path.basename(script)}:{node.lineno}"
+        if len(kinds) != 1 or not KIND.fullmatch(kinds[0]):
+            fail(f"{where}: {name} needs a type, such as `{name}: int | None = ...` or `tuple[str, ...]`")
+        keys[name] = Key(name, kinds[0], "None" in allowed, default, comment_of(node, lines), heading_of(node, lines))
+        keys[name].default = keys[name].check(default, where)
+    return keys
+
+
+def read_file(path, keys):
+    """The keys that a config file sets, checked."""
+    folder, file = os.path.split(path)
+    if not os.path.isfile(path):
+        others = [f for f in os.listdir(folder or ".") if f.endswith(".py")] if os.path.isdir(folder or ".") else []
+        fail(f"no config file {path}{nearest(file, others, os.path.join(folder, ''))}")
+    scope, lines = {"__name__": "config", "__file__": path}, {}
+    try:
+        with tokenize.open(path) as source:
+            tree = ast.parse(source.read(), path)
+        stores = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        lines = {n.id: f":{n.lineno}" for n in sorted(stores, key=lambda n: n.lineno)}
+        exec(compile(tree, path, "exec", dont_inherit=True), scope)
+    except (Exception, SystemExit) as e:
+        here = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == path]
+        line = here[-1] if here else getattr(e, "lineno", None)
+        fail(f"{path}{f':{line}' if line else ''}: {type(e).__name__}: {e.msg if isinstance(e, SyntaxError) else e}")
+    values = {}
+    for name, value in scope.items():
+        where = path + lines.get(name, "")
+        if name in keys:
+            values[name] = keys[name].check(value, where)
+        elif name[0] != "_" and not callable(value) and not isinstance(value, types.ModuleType):
+            fail(f"{where}: unknown key {name}{nearest(name, keys) or '; a name of its own begins with _'}")
+    return values
+
+
+def print_help(namespace, keys, verb, verbs, paths):
+    print((namespace.get("__doc__") or "").strip().split("\n\n")[0])
+    words = ["|".join(verbs)] * bool(verb) + ["config/FILE.py ..."] + [f"{paths.upper()} ..."] * bool(paths)
+    usage = " ".join(f"[{word}]" for word in [*words, "--key=value ..."])
+    print(f"\nusage: python {os.path.basename(namespace['__file__'])} {usage}")
+    width = min(40, max((len(f"--{key.name}={show(key.default)}") for key in keys.values()), default=0))
+    for i, key in enumerate(keys.values()):
+        if key.heading or i == 0:
+            print("", *key.heading, sep="\n")
+        print(f"  {f'--{key.name}={show(key.default)}':{width}}   {key.comment}".rstrip())
+
+
+def refuse(word, keys, verbs=()) -> NoReturn:
+    """A word of the command line that means nothing here, and what may have been meant."""
+    name, equals, text = word.lstrip("-").partition("=")
+    name = name.replace("-", "_")
+    positive = name.removeprefix("no_")
+    if name in keys:
+        mend = f"; did you mean --{name}{equals}{text}?"
+    elif positive in keys and keys[positive].kind == "bool":
+        mend = f"; did you mean --{positive}=false?"
+    elif word.startswith("-"):
+        mend = nearest(name, keys, "--") or "; --help lists the keys"
+    elif os.path.isfile(word + ".py"):
+        mend = f"; did you mean {word}.py?"
+    elif word.lower() in BOOLS:
+        mend = f"; a boolean takes its value as --key={word}"
+    else:
+        mend = nearest(word, verbs) or f"; expected {', '.join([*verbs, 'config/FILE.py or --key=value'])}"
+    fail(f"unknown key {word.partition('=')[0]}{mend}" if word.startswith("-") else f"unexpected word {word!r}{mend}")
+
+
+def configure(namespace, argv=None, *, verb="", verbs=(), paths=""):
+    """
+    Resolve the keys of the script whose globals are `namespace`, write them back there and return them as a plain dict,
+    in source order. `verb` names the key that the first bare word fills, with one of `verbs`; `paths` the tuple of
+    strings that takes the other bare words. A word that ends in .py is a config file.
+    """
+    keys = read_keys(namespace["__file__"], namespace)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in words or "-h" in words:
+        print_help(namespace, keys, verb, verbs, paths)
+        raise SystemExit(0)
+    values = {name: key.default for name, key in keys.items()}
+    bare, verb_open = [], bool(verb)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            name, equals, text = word[2:].partition("=")
+            if name not in keys:
+                refuse(word, keys)
+            if not equals and keys[name].kind == "bool":
+                text = "true"
+            elif not equals:
+                if not words or words[0].startswith("--"):
+                    fail(f"--{name} needs a value: --{name}=VALUE")
+                text = words.pop(0)
+            values[name] = keys[name].check(text, f"--{name}", parse=True)
+        elif word.endswith(".py"):
+            values |= read_file(word, keys)
+        elif verb_open and word in verbs:
+            values[verb], verb_open = word, False
+        elif paths and not verb_open and not word.startswith("-"):
+            bare.append(word)
+            values[paths] = keys[paths].check(tuple(bare), word)
+        else:
+            refuse(word, keys, verbs if verb_open else ())
+    if verb and values[verb] not in (*verbs, keys[verb].default):
+        fail(f"{verb} is one of {', '.join(verbs)}, not {values[verb]!r}")
+    namespace.update(values)
+    return values

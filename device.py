@@ -1,0 +1,96 @@
+"""
+The machine as torch sees it: which device and precision to use and why, what it can reach, how much memory is in use.
+"""
+
+import contextlib
+import shutil
+import sys
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Peak dense FLOP/s in bf16 and fp16 (NVIDIA's data sheets), by a part of what torch.cuda.get_device_name says; the longer
+# name first where one contains another.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "T4": 65e12,
+    "V100": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def pick_device(name="auto"):
+    """"auto", "cpu", "cuda", "cuda:1" or "mps" -> (torch.device, why). Raises ValueError where it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"{torch.cuda.get_device_name()} found"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "Apple GPU found"
+        return torch.device("cpu"), "no GPU found"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r} is none of auto, cpu, cuda, cuda:N, mps") from None
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.type, False):
+        raise ValueError(f"device={name!r}: torch {torch.__version__} finds no such device here; device=auto takes what there is")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0")
+    return device, "asked for"
+
+
+def pick_dtype(name, device):
+    """"auto", "float32", "bfloat16" or "float16" -> (torch.dtype, why). Raises ValueError for another name."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"dtype={name!r} is none of auto, {', '.join(DTYPES)}")
+        return DTYPES[name], "asked for"
+    if device.type != "cuda":
+        return torch.float32, f"exact, and the safe choice on {device.type}"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "this GPU has it"
+    return torch.float16, "this GPU has no bfloat16"
+
+
+def autocast(device, dtype):
+    """A function that gives the context to run a model in: mixed precision, or nothing in fp32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def can_compile(device):
+    """Why torch.compile cannot work here, or None where it should."""
+    if sys.platform == "win32":
+        return "not on Windows"
+    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "no C++ compiler found"
+    return None
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that `device` can reach at best in `dtype`, or None where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+
+
+def memory_gb(device):
+    """Peak memory so far in GB (1e9 bytes), of the GPU, else of this process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

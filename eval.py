@@ -1,0 +1,72 @@
+"""
+Evaluate a checkpoint: loss over the fixed windows of a split, perplexity, bits per token.
+
+    python eval.py --out_dir=out/shakespeare_char
+"""
+
+import contextlib
+import json
+import math
+
+import torch
+
+from configurator import configure, fail
+from device import autocast, pick_device, pick_dtype
+from infer import load
+from loader import Tokens, find_dataset, fixed_batches, read_manifest
+
+# -----------------------------------------------------------------------------
+out_dir = "out"     # run folder, or one checkpoint's folder
+ckpt = "latest"     # which checkpoint: latest | best | a step
+dataset = ""        # name under data/ or a folder; empty: the one it was trained on
+split = "val"       # train | val
+block_size = 0      # tokens per window; 0: the model's
+batch_size = 64     # windows at once
+eval_iters = 0      # batches of windows; 0: the whole split
+device = "auto"     # auto | cpu | cuda | cuda:N | mps
+dtype = "float32"   # float32 | bfloat16 | float16 | auto; fp32 compares between machines
+# -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contextlib.nullcontext):
+    """Mean cross-entropy of `model` over the fixed windows of `tokens`, in nats per token.
+
+    Each window is read from its start, so the first tokens have little context: losses compare at equal block_size only.
+    -> {"loss", "perplexity", "bits" (per token; per character where a token is one), "tokens"}.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for x, y in fixed_batches(tokens, block_size, batch_size, eval_iters):
+        n = int((y != -1).sum())
+        with context():
+            _, loss = model(x.to(device), y.to(device), loss_only=True)
+        total += loss.double().cpu() * n  # a sum over tokens: a mean of means would weigh the tail's tokens more
+        count += n
+    model.train(was_training)
+    loss = (total / count).item()
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits": loss / math.log(2), "tokens": count}
+
+
+def main():
+    try:
+        where = pick_device(device)[0]
+        model, _, state, folder = load(out_dir, ckpt, where)
+        source = find_dataset(dataset or state["config"]["dataset"])
+        tokens = Tokens(source, split, model.config.vocab_size)
+        context = autocast(where, pick_dtype(dtype, where)[0])
+    except ValueError as e:  # CheckpointError and DataError are
+        fail(e)
+    if not 0 <= block_size <= model.config.block_size:
+        fail(f"--block_size={block_size}: the model sees at most {model.config.block_size} tokens")
+    result = evaluate(model, tokens, block_size or model.config.block_size, batch_size, eval_iters, context)
+    print(f"{folder} on {result['tokens']:,} tokens of {source}, split {split}:")
+    print(f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.3f}  bits per token {result['bits']:.4f}")
+    print(json.dumps({**result, "step": state["step"], "split": split, "dataset_sha256": read_manifest(source)[1]}))
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()

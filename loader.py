@@ -1,0 +1,270 @@
+"""
+Shards -> batches, in an order that is a function of the position.
+
+A split is one stream over its shards. Epoch e cuts it, from an offset drawn from (seed, e), into windows of
+block_size that do not overlap, and visits each window once, in a permutation that is computed and never stored.
+So any position of a run of any length is found at once, resuming needs no state, and the order belongs to the run,
+not to the number of processes that share it.
+"""
+
+import hashlib
+import json
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's and modded-nanogpt's uint16 shards
+
+
+class DataError(ValueError):
+    """A dataset that cannot be used; the message names the file and the mend."""
+
+
+# -----------------------------------------------------------------------------
+# Datasets: a folder of shards
+
+
+def find_dataset(dataset):
+    """The folder of `dataset`: a path, or a name under data/. Raises DataError when there is none to use."""
+    root = Path(__file__).resolve().parent / "data"
+    folder = next((f for f in (Path(dataset), root / dataset) if f.is_dir() and any(f.glob("*.bin"))), None)
+    if folder is None:
+        script = root / dataset / "prepare.py"
+        if script.exists():
+            raise DataError(f"dataset {dataset!r} is not prepared yet: run python data/{dataset}/prepare.py")
+        known = sorted(f.parent.name for f in root.glob("*/prepare.py"))
+        raise DataError(f"no dataset {dataset!r}: dataset= takes a folder of .bin shards or one of {', '.join(known)}")
+    if (folder / "INCOMPLETE").exists():
+        raise DataError(f"{folder} was left half-written: run its prepare.py again")
+    return folder
+
+
+def read_manifest(folder):
+    """manifest.json as a dict, {} where a folder from elsewhere has none, and its sha256, which names the dataset."""
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        return {}, None
+    raw = path.read_bytes()
+    try:
+        return json.loads(raw), hashlib.sha256(raw).hexdigest()
+    except ValueError as e:
+        raise DataError(f"{path} is not JSON ({e}): prepare the dataset again") from None
+
+
+class Tokens:
+    """One split as one read-only stream of token ids over its shards. len() is the number of tokens.
+
+    Reads `SPLIT_000000.bin`, ... with a header, or nanoGPT's headerless `SPLIT.bin`. Sizes are checked on opening;
+    raises DataError naming the shard.
+    """
+
+    def __init__(self, folder, split, vocab_size=65536):
+        self.folder, self.split, self.vocab_size = Path(folder), split, vocab_size
+        self.paths = sorted(self.folder.glob(f"{split}_[0-9]*.bin"))
+        if self.paths:
+            self.skip = HEADER_BYTES
+            counts = [self._count(path) for path in self.paths]
+        else:
+            self.paths, self.skip = [self.folder / f"{split}.bin"], 0
+            if not self.paths[0].exists():
+                raise DataError(f"{self.folder} has no {split} split: neither {split}_000000.bin nor {split}.bin")
+            counts = [self.paths[0].stat().st_size // 2]
+        self._check_manifest(counts)
+        self.starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # first token of each shard
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def _count(self, path):
+        with open(path, "rb") as f:
+            header = np.frombuffer(f.read(HEADER_BYTES), dtype="<i4")
+        if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
+            raise DataError(f"{path} is not a token shard (magic {MAGIC}, version {VERSION} expected)")
+        count, size = int(header[2]), path.stat().st_size
+        if size != HEADER_BYTES + 2 * count:
+            raise DataError(
+                f"{path} is damaged: {size:,} bytes where its header says {HEADER_BYTES + 2 * count:,}; "
+                "prepare the dataset again"
+            )
+        return count
+
+    def _check_manifest(self, counts):
+        shards = read_manifest(self.folder)[0].get("splits", {}).get(self.split, {}).get("shards")
+        if shards is None:
+            return
+        promised = {s["file"]: s["tokens"] for s in shards}
+        found = {path.name: count for path, count in zip(self.paths, counts, strict=True)}
+        for name in sorted(promised.keys() | found.keys()):
+            if promised.get(name) != found.get(name):
+                raise DataError(
+                    f"{self.folder / name} has {found.get(name, 'no')} tokens, manifest.json says "
+                    f"{promised.get(name, 'none')}: prepare the dataset again"
+                )
+
+    def read(self, starts, length):
+        """Rows of `length` consecutive tokens from each of `starts`. -> uint16 (len(starts), length).
+
+        Shards are mapped anew at each call, so that pages once read do not pile up in this process's memory.
+        """
+        rows = np.empty((len(starts), length), dtype=np.uint16)
+        maps = {}
+        for row, start in zip(rows, starts, strict=True):
+            filled, shard = 0, int(np.searchsorted(self.starts, start, side="right")) - 1
+            while filled < length:
+                if shard not in maps:
+                    maps[shard] = np.memmap(self.paths[shard], dtype="<u2", mode="r", offset=self.skip)
+                at = int(start) + filled - int(self.starts[shard])
+                part = maps[shard][at : at + length - filled]
+                row[filled : filled + len(part)] = part
+                filled, shard = filled + len(part), shard + 1
+        if rows.size and int(rows.max()) >= self.vocab_size:
+            raise DataError(
+                f"{self.folder}: the {self.split} split holds token {int(rows.max())}, vocab_size is {self.vocab_size}"
+            )
+        return rows
+
+
+# -----------------------------------------------------------------------------
+# The order
+
+
+def keyed(*parts):
+    """A 64-bit integer that depends on all parts, the same on every machine and version."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
+
+
+def permute(index, n, key, rounds=6):
+    """Where `index` (any array of ints in [0, n)) goes in the permutation of range(n) named by `key`. -> int64 array.
+
+    A Feistel network permutes a power of four that is at least n; what falls outside range(n) walks on until it is
+    inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). Constant time and memory at any n.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    keys = [np.uint64(keyed(key, r)) for r in range(rounds)]
+    x = np.array(index, dtype=np.uint64, ndmin=1)
+    todo = np.ones(x.shape, dtype=bool)
+    while todo.any():
+        left, right = x[todo] >> bits, x[todo] & mask
+        for k in keys:
+            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        x[todo] = (left << bits) | right
+        todo = x >= np.uint64(n)
+    return x.astype(np.int64)
+
+
+class Order:
+    """Position in the run -> first token of its window."""
+
+    def __init__(self, n_tokens, block_size, seed):
+        if n_tokens <= block_size:
+            raise DataError(f"{n_tokens:,} tokens are too few for block_size={block_size}: at least block_size + 1")
+        self.block_size, self.seed = block_size, seed
+        # as many windows as fit after any offset, so that every epoch has the same number
+        self.windows = max(1, (n_tokens - block_size) // block_size)
+        self.offsets = min(block_size, n_tokens - self.windows * block_size)
+
+    def starts(self, positions):
+        """First tokens of the windows at `positions`, an array of ints >= 0. -> int64 array of that length."""
+        epochs, index = np.divmod(np.asarray(positions, dtype=np.int64), self.windows)
+        starts = np.empty_like(index)
+        for epoch in np.unique(epochs):
+            offset = keyed(self.seed, int(epoch), "offset") % self.offsets
+            here = epochs == epoch
+            starts[here] = offset + self.block_size * permute(
+                index[here], self.windows, f"{self.seed}/{int(epoch)}/order"
+            )
+        return starts
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+
+def to_batch(rows):
+    """uint16 (B, T + 1) -> inputs and targets, int64 tensors (B, T) each."""
+    rows = torch.from_numpy(rows.astype(np.int64))
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+class Loader:
+    """Training batches in order, read ahead by a background thread.
+
+    Step s takes positions [s G, (s + 1) G) of the order, G = batch_size * accumulation * world; micro-step m of
+    rank r takes the rows of micro-batch m * world + r. Iterating gives (x, y), int64 (batch_size, block_size), micro-step
+    after micro-step from first_step on, for ever. An error in the thread is raised where the batch is asked for.
+    """
+
+    def __init__(self, tokens, block_size, batch_size, *, accumulation=1, seed=0, rank=0, world=1, first_step=0, prefetch=4):
+        self.tokens, self.order = tokens, Order(len(tokens), block_size, seed)
+        self.block_size, self.batch_size, self.accumulation = block_size, batch_size, accumulation
+        self.rank, self.world = rank, world
+        self.ready, self.stopped = queue.Queue(maxsize=max(1, prefetch)), threading.Event()
+        self.thread = threading.Thread(target=self._read_ahead, args=(first_step,), daemon=True)
+        self.thread.start()
+
+    def positions(self, step, micro):
+        first = ((step * self.accumulation + micro) * self.world + self.rank) * self.batch_size
+        return np.arange(first, first + self.batch_size)
+
+    def batch(self, step, micro=0):
+        """The batch of any micro-step, from nothing but its number."""
+        return to_batch(self.tokens.read(self.order.starts(self.positions(step, micro)), self.block_size + 1))
+
+    def _read_ahead(self, step):
+        while not self.stopped.is_set():
+            for micro in range(self.accumulation):
+                try:
+                    item = self.batch(step, micro)
+                except Exception as e:  # handed over, and raised in the thread that asks
+                    item = e
+                while not self.stopped.is_set():
+                    try:
+                        self.ready.put(item, timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+                if isinstance(item, Exception):
+                    return
+            step += 1
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        item = self.ready.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self):
+        self.stopped.set()
+        self.thread.join()
+
+
+def fixed_batches(tokens, block_size, batch_size, limit=0):
+    """The windows of a split in order from its first token, the tail included, for evaluation.
+
+    Yields (x, y), int64 (B, block_size), at most `limit` of them (0: the whole split), each target of the split once;
+    targets past the end of the split are -1.
+    """
+    targets = len(tokens) - 1
+    starts = np.arange(0, targets, block_size)
+    for i in range(0, len(starts), batch_size):
+        if limit and i >= limit * batch_size:
+            return
+        rows = starts[i : i + batch_size]
+        whole = rows[rows + block_size <= targets]
+        x, y = to_batch(tokens.read(whole, block_size + 1))
+        if len(whole) < len(rows):  # the last window of the split
+            tail_x, tail_y = to_batch(tokens.read(rows[-1:], len(tokens) - int(rows[-1])))
+            pad = (0, block_size - tail_x.size(1))
+            x = torch.cat((x, torch.nn.functional.pad(tail_x, pad)))
+            y = torch.cat((y, torch.nn.functional.pad(tail_y, pad, value=-1)))
+        yield x, y
+

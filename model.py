@@ -1,0 +1,379 @@
+"""
+The GPT: one decoder-only transformer in one file, every architecture choice a field of GPTConfig.
+
+What it can be, and where each idea comes from:
+- GPT-2 as it is with the defaults (Radford et al. 2019): learned positions, LayerNorm before each
+  sub-layer, biases, GELU (tanh form), tied head
+- rotary positions, `pos="rope"` (Su et al. 2021, arXiv:2104.09864), rotating the halves of a head as Llama does
+- grouped and multi-query attention, `n_kv_head` (Ainslie et al. 2023, arXiv:2305.13245; Shazeer 2019, arXiv:1911.02150)
+- RMSNorm with or without gain (Zhang & Sennrich 2019, arXiv:1910.07467), and a norm right after the embedding
+- QK-norm (Henry et al. 2020, arXiv:2010.04245; per channel gain as in Qwen3)
+- ReLU squared (So et al. 2021, arXiv:2109.08668) and SwiGLU (Shazeer 2020, arXiv:2002.05202)
+- soft-capped logits (Gemma 2, arXiv:2408.00118), residual projections and head that start at zero (modded-nanogpt)
+- attention by PyTorch's SDPA, by flash-attn where it is installed, or spelled out
+
+The model is pure: it knows no device, rank, file or dataset. It imports torch alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+try:  # optional kernels: pip install flash-attn (CUDA only)
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024        # tokens of context the model sees
+    vocab_size: int = 50257       # token ids the model knows; the tables are padded to a multiple of 64 rows
+    n_layer: int = 12             # transformer blocks
+    n_head: int = 12              # query heads
+    n_kv_head: int = 0            # key and value heads; 0: as many as n_head, 1: multi-query attention
+    n_embd: int = 768             # width of the residual stream
+    dropout: float = 0.0          # probability to drop, after embedding, attention and MLP
+    bias: bool = True             # biases in linear layers and LayerNorms
+    pos: str = "learned"          # positions: learned | rope
+    rope_theta: float = 10000.0   # base of the rotary frequencies
+    norm: str = "layernorm"       # layernorm | rmsnorm | rmsnorm_nogain
+    norm_eps: float = 1e-5        # added to the variance in every norm
+    norm_embed: bool = False      # a norm right after the embedding
+    qk_norm: str = "none"         # normalise queries and keys per head: none | rms | rms_gain
+    activation: str = "gelu_tanh"  # gelu (erf, nanoGPT) | gelu_tanh (GPT-2) | relu2 | swiglu
+    tie_weights: bool = True      # the head is the embedding table
+    logit_softcap: float = 0.0    # logits = cap * tanh(logits / cap); 0: off
+    zero_init: bool = False       # residual projections (and an untied head) start at zero
+    attn: str = "auto"            # auto | sdpa | flash | math
+
+    def __post_init__(self):
+        """Raises ValueError, naming the fields, for a combination that has no meaning."""
+        choices = {
+            "pos": ("learned", "rope"),
+            "norm": ("layernorm", "rmsnorm", "rmsnorm_nogain"),
+            "qk_norm": ("none", "rms", "rms_gain"),
+            "activation": ("gelu", "gelu_tanh", "relu2", "swiglu"),
+            "attn": ("auto", "sdpa", "flash", "math"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "rope_theta", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+        if self.logit_softcap < 0.0:
+            raise ValueError(f"logit_softcap={self.logit_softcap} must not be negative; 0 turns it off")
+        if self.n_embd % self.n_head != 0:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if self.n_kv_head < 0 or self.n_head % self.kv_heads != 0:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.pos == "rope" and self.head_dim % 2 != 0:
+            raise ValueError(
+                f"pos='rope' rotates pairs, but n_embd={self.n_embd} / n_head={self.n_head} "
+                f"gives an odd head of {self.head_dim}"
+            )
+        if self.attn == "flash" and flash_attn_func is None:
+            raise ValueError("attn='flash' needs the flash-attn package; attn='auto' uses it where it is installed")
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self):
+        return -(-self.vocab_size // 64) * 64
+
+    @property
+    def mlp_dim(self):
+        """Hidden width: 4 n_embd, or two thirds of it for SwiGLU, whose three matrices then cost what two do."""
+        if self.activation == "swiglu":
+            return -(-(8 * self.n_embd) // (3 * 16)) * 16
+        return 4 * self.n_embd
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, as config.norm says. (..., dim) -> (..., dim)."""
+
+    def __init__(self, config, dim):
+        super().__init__()
+        self.kind, self.eps, self.shape = config.norm, config.norm_eps, (dim,)
+        self.weight = nn.Parameter(torch.ones(dim)) if self.kind != "rmsnorm_nogain" else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if self.kind == "layernorm" and config.bias else None
+
+    def forward(self, x):
+        if self.kind == "layernorm":
+            return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+def rope_tables(config):
+    """Cosines and sines of every rotary angle. -> two tensors (block_size, head_dim / 2), fp32."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), config.rope_theta**-half)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + D/2]) of each head. x (B, T, H, D), cos and sin (T, 1, D/2) -> (B, T, H, D)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention. (B, T, n_embd) -> (B, T, n_embd).
+
+    How many heads there are is read off the width that c_attn returns, so a tensor-parallel shard, which holds
+    some of the heads, is this same module.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.group = config.n_head // config.kv_heads  # query heads that share one key/value head
+        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.kv_heads) * config.head_dim, config.bias)
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, config.bias)
+        self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
+        if config.qk_norm == "rms_gain":
+            self.q_gain = nn.Parameter(torch.ones(config.head_dim))
+            self.k_gain = nn.Parameter(torch.ones(config.head_dim))
+        self.dropout = config.dropout
+        self.attn = config.attn
+
+    def forward(self, x, rope=None):
+        B, T, _ = x.shape
+        qkv = self.c_attn(x)  # (B, T, (n_q + 2 n_kv) * head_dim)
+        heads = qkv.size(-1) // self.head_dim
+        n_kv = max(1, heads // (self.group + 2))
+        n_q = heads - 2 * n_kv
+
+        # queries and keys are normalised and rotated together: half as many kernels
+        qk, v = qkv.view(B, T, heads, self.head_dim).split((n_q + n_kv, n_kv), dim=2)
+        if self.qk_norm != "none":
+            qk = F.rms_norm(qk, (self.head_dim,), eps=self.norm_eps)
+        if self.qk_norm == "rms_gain":
+            gain = torch.cat((self.q_gain.expand(n_q, -1), self.k_gain.expand(n_kv, -1)))
+            qk = qk * gain.to(qk.dtype)
+        if rope is not None:
+            qk = apply_rope(qk, *rope)
+        q, k = qk.split((n_q, n_kv), dim=2)  # (B, T, n_q, head_dim), (B, T, n_kv, head_dim)
+
+        y = attend(q, k, v, self.attn, self.dropout if self.training else 0.0)
+        y = self.c_proj(y.reshape(B, T, n_q * self.head_dim))  # (B, T, n_embd)
+        return F.dropout(y, self.dropout, self.training)
+
+
+def attend(q, k, v, attn, dropout=0.0):
+    """Causal softmax(q k^T / sqrt(D)) v. q (B, T, n_q, D), k and v (B, T, n_kv, D) -> (B, T, n_q, D)."""
+    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    if attn == "flash" or (attn == "auto" and flash_attn_func is not None and half):
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+    if attn == "math":
+        T, group = q.size(2), q.size(1) // k.size(1)
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, n_q, T, T)
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype)
+        y = F.dropout(weights, dropout) @ v
+    else:
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.size(1) != k.size(1)
+        )
+    return y.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward. (B, T, n_embd) -> (B, T, n_embd)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation = config.activation
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_dim, config.bias)
+        if self.activation == "swiglu":
+            self.c_gate = nn.Linear(config.n_embd, config.mlp_dim, config.bias)
+        self.c_proj = nn.Linear(config.mlp_dim, config.n_embd, config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        h = self.c_fc(x)  # (B, T, mlp_dim)
+        if self.activation == "relu2":
+            h = F.relu(h).square()
+        elif self.activation == "swiglu":
+            h = F.silu(self.c_gate(x)) * h
+        elif self.activation == "gelu_tanh":
+            h = F.gelu(h, approximate="tanh")
+        else:
+            h = F.gelu(h)
+        return F.dropout(self.c_proj(h), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. (B, T, n_embd) -> (B, T, n_embd)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = Norm(config, config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = Norm(config, config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope=None):
+        x = x + self.attn(self.ln_1(x), rope)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """forward = embed, blocks, head; a pipeline stage holds some of these under the same names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": Norm(config, config.n_embd),
+            }
+        )
+        if config.pos == "learned":
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            cos, sin = rope_tables(config)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        if config.norm_embed:
+            self.transformer["ln_e"] = Norm(config, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's initialisation: N(0, 0.02), and residual projections scaled by 1/sqrt(2 n_layer), as there are two
+        a layer (Radford et al. 2019, section 2.3). Biases are 0, gains 1. With zero_init the residual projections and
+        an untied head start at 0, so that every block begins as the identity (modded-nanogpt)."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear) and not (name == "lm_head" and self.config.tie_weights):
+                residual = name.endswith("c_proj")
+                if self.config.zero_init and (residual or name == "lm_head"):
+                    nn.init.zeros_(module.weight)
+                else:
+                    nn.init.normal_(module.weight, std=residual_std if residual else 0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def embed(self, idx):
+        """Token ids (B, T), int32 or int64 -> residual stream (B, T, n_embd)."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
+        x = self.transformer.wte(idx)
+        if self.config.pos == "learned":
+            x = x + self.transformer.wpe.weight[:T]
+        if self.config.norm_embed:
+            x = self.transformer.ln_e(x)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def rope(self, T):
+        """Cosines and sines for the positions 0..T-1, or None with learned positions."""
+        if self.config.pos != "rope":
+            return None
+        return self.rope_cos[:T, None], self.rope_sin[:T, None]
+
+    def head(self, x):
+        """Residual stream (..., n_embd) -> logits (..., vocab_size), the padding cut off."""
+        logits = self.lm_head(self.transformer.ln_f(x))[..., : self.config.vocab_size]
+        if self.config.logit_softcap:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        return logits
+
+    def forward(self, idx, targets=None, *, loss_only=False, last_only=False):
+        """Token ids to logits and loss.
+
+        idx (B, T) ids; targets (B, T) ids, -1 where there is nothing to predict.
+        Returns (logits, loss): logits (B, T, vocab_size), or (B, 1, vocab_size) with last_only; loss is the mean in
+        nats per target, or None without targets. With loss_only the logits are None and never held whole in fp32.
+        """
+        x = self.embed(idx)
+        rope = self.rope(idx.size(1))
+        for block in self.transformer.h:
+            x = block(x, rope)
+        if loss_only:
+            return None, self.loss(x, targets)
+        logits = self.head(x[:, -1:] if last_only else x)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def loss(self, x, targets, chunk=2**25):
+        """Mean cross-entropy of (B, T, n_embd) against (B, T), in nats, holding at most `chunk` logits in fp32.
+
+        A large vocabulary makes the logits the largest tensor of all (GPT-2: 201 kB a token in fp32), so they are made, used
+        and thrown away by rows, and made again in the backward pass (the idea of Cut Cross-Entropy, arXiv:2411.09009).
+        """
+        x, targets = x.flatten(0, 1), targets.flatten()
+        rows = max(1, chunk // self.config.vocab_size)
+
+        def summed(x, targets):
+            return F.cross_entropy(self.head(x).float(), targets, ignore_index=-1, reduction="sum")
+
+        if len(x) <= rows:
+            total = summed(x, targets)
+        else:
+            pieces = zip(x.split(rows), targets.split(rows), strict=True)
+            total = sum(checkpoint(summed, xs, ts, use_reentrant=False, preserve_rng_state=False) for xs, ts in pieces)
+        return total / (targets != -1).sum()
+
+    # -------------------------------------------------------------------------
+    # What it costs, counted from the layers it has
+
+    def num_params(self, padding=False):
+        """Parameters, a tied head once, without the rows that only pad the vocabulary."""
+        n = sum(p.numel() for p in self.parameters())
+        tables = 1 if self.config.tie_weights else 2
+        pad = tables * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return n if padding else n - pad
+
+    def forward_flops(self, context, head=True):
+        """FLOPs of one token that attends to `context` tokens (itself included): 2 for each weight of a matrix that
+        it passes, and 2 for each of q.k and weight.v (Kaplan et al. 2020, arXiv:2001.08361, table 1)."""
+        layers = [m for m in self.modules() if isinstance(m, nn.Linear) and (head or m is not self.lm_head)]
+        attention = 4 * context * self.config.n_layer * self.config.n_head * self.config.head_dim
+        return 2 * sum(m.in_features * m.out_features for m in layers) + attention
+
+    def train_flops(self, T):
+        """FLOPs per token of a training step on sequences of T: forward, and twice that backward. Causal attention
+        sees (T + 1) / 2 tokens on average; recomputation does not count, so this is what MFU divides by."""
+        return 3 * self.forward_flops((T + 1) / 2)
+
+    def prefill_flops(self, T):
+        """FLOPs to read a prompt of T tokens and give the logits after its last one."""
+        body = T * self.forward_flops((T + 1) / 2, head=False)
+        return body + 2 * self.lm_head.in_features * self.lm_head.out_features
+
+    def decode_flops(self, context):
+        """FLOPs to give the logits of one more token, `context` tokens (itself included) being in the cache."""
+        return self.forward_flops(context)
+
+    def param_bytes(self):
+        """Bytes of all parameters in the dtypes they have, padding included."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    def kv_cache_bytes(self, tokens, dtype=torch.float32):
+        """Bytes of the keys and values of `tokens` tokens."""
+        return 2 * self.config.n_layer * self.config.kv_heads * self.config.head_dim * tokens * dtype.itemsize

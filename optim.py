@@ -1,0 +1,166 @@
+"""
+Optimizers and learning-rate schedules: which parameter is trained by what, AdamW, Muon.
+
+AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) trains everything, or with optimizer="muon" the embeddings, the
+head, gains and biases, while Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) trains the
+matrices of the blocks.
+"""
+
+import math
+
+import torch
+
+
+def split_params(model, muon=False):
+    """Names of the parameters by the group that trains them: {"muon": [...], "decay": [...], "no_decay": [...]}.
+
+    Weight decay is for matrices and embedding tables; gains and biases have none (GPT-2 and minGPT do the same).
+    Muon takes the matrices of the blocks, never an embedding or the head.
+    """
+    groups = {"muon": [], "decay": [], "no_decay": []}
+    for name, p in model.named_parameters():  # a tied head appears once
+        if p.ndim < 2:
+            groups["no_decay"].append(name)
+        elif muon and name.startswith("transformer.h."):
+            groups["muon"].append(name)
+        else:
+            groups["decay"].append(name)
+    named = sorted(name for names in groups.values() for name in names)
+    assert named == sorted(name for name, _ in model.named_parameters()), "each parameter is in exactly one group"
+    return groups
+
+
+class Optimizers:
+    """AdamW, or AdamW and Muon, behind the face of one optimizer, so that a GradScaler steps both or neither.
+
+    The state is saved and loaded by parameter name: {"adamw": {name: {...tensors}}, "muon": {...}}. Learning rates are not
+    in it, they follow from the step.
+    """
+
+    def __init__(self, model, *, optimizer="adamw", learning_rate, muon_learning_rate=0.02, weight_decay=0.0,
+                 betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32):
+        params = dict(model.named_parameters())
+        self.names = {p: name for name, p in params.items()}
+        groups = split_params(model, muon=optimizer == "muon")
+        decays = {"decay": weight_decay, "no_decay": 0.0}
+        adamw = [{"params": [params[n] for n in groups[g]], "weight_decay": wd} for g, wd in decays.items() if groups[g]]
+        fused = next(model.parameters()).device.type in ("cpu", "cuda")
+        self.each = {"adamw": torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)}
+        if optimizer == "muon":
+            self.each["muon"] = Muon(
+                [params[n] for n in groups["muon"]], lr=muon_learning_rate, momentum=muon_momentum,
+                weight_decay=weight_decay, dtype=muon_dtype,
+            )
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    @property
+    def param_groups(self):
+        return [group for opt in self.each.values() for group in opt.param_groups]
+
+    def set_lr(self, factor):
+        """Scale every group's own learning rate by `factor`, so that all follow one schedule."""
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def step(self):
+        for opt in self.each.values():
+            opt.step()
+
+    def zero_grad(self):
+        for opt in self.each.values():
+            opt.zero_grad(set_to_none=True)
+
+    def state_dict(self):
+        return {
+            kind: {self.names[p]: dict(state) for p, state in opt.state.items()} for kind, opt in self.each.items()
+        }
+
+    def load_state_dict(self, saved):
+        """Raises ValueError naming what is missing or of another shape."""
+        if saved.keys() != self.each.keys():
+            raise ValueError(f"optimizer state of {', '.join(saved)} does not fit {', '.join(self.each)}")
+        for kind, opt in self.each.items():
+            for p in (p for group in opt.param_groups for p in group["params"]):
+                state = saved[kind].get(self.names[p], {})
+                for key, value in state.items():
+                    if value.ndim and value.shape != p.shape:
+                        raise ValueError(f"{self.names[p]}: {key} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+                if state:
+                    opt.state[p] = {
+                        key: value.to(p.device) if value.ndim else value.clone() for key, value in state.items()
+                    }
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+
+def orthogonalize(G, steps=5, dtype=torch.float32):
+    """Nearly the orthogonal factor U V^T of each matrix of G (n, rows, cols), by Newton-Schulz in `dtype`.
+
+    The quintic's coefficients (Jordan 2024) trade exactness for speed: singular values end in about [0.7, 1.2].
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.to(dtype)
+    tall = X.size(-2) > X.size(-1)
+    if tall:
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now no singular value is above 1
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal: p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) UV^T.
+
+    Nesterov momentum as in the original. Matrices of one shape are orthogonalised in one batch. `dtype` is that of
+    the Newton-Schulz iteration: fp32 is reproducible to 1e-7 between layouts, bf16 faster on GPUs.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5, dtype=torch.float32):
+        self.dtype = dtype  # no default of the groups: those are saved, as plain values
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, cols), params in shapes.items():
+                for p in params:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (n, rows, cols)
+                update = orthogonalize(update, group["ns_steps"], self.dtype).unbind()
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))
+
+
+# -----------------------------------------------------------------------------
+# Learning rate
+
+
+def lr_at(step, *, learning_rate, min_lr, schedule, warmup_iters, lr_decay_iters, decay_frac=0.2):
+    """Learning rate of the update after `step` updates are done; above 0 at step 0.
+
+    Linear warm-up, then cosine or linear from learning_rate down to min_lr at lr_decay_iters; or wsd, which stays
+    flat and goes down linearly over the last decay_frac of lr_decay_iters (Hu et al. 2024, arXiv:2404.06395); or constant.
+    """
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if schedule == "constant":
+        return learning_rate
+    start = max(warmup_iters, lr_decay_iters * (1 - decay_frac)) if schedule == "wsd" else warmup_iters
+    progress = min(1.0, max(0.0, (step - start) / max(1, lr_decay_iters - start)))
+    weight = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    return min_lr + weight * (learning_rate - min_lr)
+

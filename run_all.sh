@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# minichat from a fresh machine: needs bash and Python 3.10 to 3.13 with venv, everything else goes into .venv.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'END'
+usage: ./run_all.sh [setup | demo | test [PYTEST ARGUMENTS]]
+  setup   create .venv with the pinned versions of everything that training, sampling and the tests need
+  demo    learn Tiny Shakespeare and write some; the same command again picks up where it was stopped
+  test    setup, then the whole test suite; for example: ./run_all.sh test -m "not slow"
+With no argument: setup, test and demo in turn. PYTHON=python3.12 ./run_all.sh picks the interpreter for .venv.
+END
+}
+
+stop() {
+    echo "run_all.sh: $*" >&2
+    exit 2
+}
+
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+check_python() {  # find the interpreter for .venv: there, of a supported version, and able to make one
+    local version held
+    held=$(version_of .venv/bin/python) || held=""
+    python=${PYTHON:-${held:+.venv/bin/python}}  # a .venv stays with the Python it was made of
+    python=${python:-python3}
+    command -v "$python" >/dev/null ||
+        stop "$python is missing: install Python 3.10 to 3.13 (Debian, Ubuntu: apt install python3 python3-venv)"
+    version=$(version_of "$python") || stop "$python does not run: name a Python 3.10 to 3.13 with PYTHON=python3.12 $0"
+    case $version in
+        3.10 | 3.11 | 3.12 | 3.13) ;;
+        *) stop "$python is Python $version, minichat needs 3.10 to 3.13: name one with PYTHON=python3.12 $0" ;;
+    esac
+    # Debian ships venv without ensurepip; `python3 -m venv` would then stop half-way with a long message.
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+        stop "$python has no venv module with pip, which Debian packages apart: apt install python3-venv"
+    if [ -L .venv/bin/python ] && [ "$held" != "$version" ]; then
+        stop ".venv is of Python ${held:-that is gone}, $python is $version: start over with rm -r .venv"
+    fi
+}
+
+no_nvidia_driver() {  # a container has the device files, WSL has only nvidia-smi
+    [ "$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && ! nvidia-smi >/dev/null 2>&1
+}
+
+cpu_index=https://download.pytorch.org/whl/cpu
+cpu_index_answers() {
+    # The timer bounds the name look-up too, which urlopen's timeout does not.
+    .venv/bin/python - "$cpu_index/torch/" 2>/dev/null <<'END'
+import os, sys, threading, urllib.request
+threading.Timer(5, os._exit, [1]).start()
+try:
+    urllib.request.urlopen(sys.argv[1], timeout=5).close()
+    os._exit(0)
+finally:
+    os._exit(1)
+END
+}
+
+# What .venv must hold: pyproject.toml and constraints.txt decide it, together with the Python that .venv runs.
+fingerprint() { { cat pyproject.toml constraints.txt; version_of .venv/bin/python || true; } | cksum | tr ' ' '-'; }
+
+install() {  # install base|dev; quick when .venv holds it already
+    local want=$1 what made="" package=. pip started=$SECONDS
+    if [ -n "${PYTHON:-}" ]; then check_python; fi
+    what=$(fingerprint)
+    if [ -f .venv/minichat-stamp ]; then made=$(cat .venv/minichat-stamp); fi
+    if [ "$made" = "$what $want" ] || [ "$made" = "$what dev" ]; then return; fi  # dev holds base too
+    if [ "${made##* }" = dev ]; then want=dev; fi  # renewing a dev environment renews all of it
+
+    check_python
+    rm -f .venv/minichat-stamp
+    echo "Preparing .venv with $("$python" -V) ..."
+    "$python" -m venv .venv || stop "could not create .venv in $PWD (the reason is above)"  # also mends a partial one
+    pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off -c constraints.txt)
+
+    if no_nvidia_driver; then
+        echo "No NVIDIA driver here: looking for the CPU build of torch at $cpu_index ..."
+        if ! cpu_index_answers; then
+            echo "It does not answer: torch comes from the package index that pip is set up with."
+        elif ! "${pip[@]}" --no-deps --index-url "$cpu_index" torch; then
+            echo "That failed: torch comes from the package index that pip is set up with."
+        fi
+    fi
+
+    if [ "$want" = dev ]; then package=".[dev]"; fi
+    echo "Installing the $want dependencies (a minute or two, most of it torch) ..."
+    "${pip[@]}" -e "$package" || stop "pip failed (the reason is above); the same command goes on from here"
+    echo "$(fingerprint) $want" >.venv/minichat-stamp  # last, so that an interrupted set-up has no stamp
+    echo "Installed in $((SECONDS - started)) s."
+}
+
+demo() {
+    install base
+    .venv/bin/python data/shakespeare_char/prepare.py
+    .venv/bin/python train.py config/shakespeare_char_demo.py --init_from=auto
+    .venv/bin/python sample.py --out_dir=out/shakespeare_char_demo --num_samples=1 --max_new_tokens=500
+}
+
+run_tests() {
+    install dev
+    .venv/bin/python -m pytest "$@"
+}
+
+no_more() { [ $# -eq 0 ] || stop "only test takes further arguments, got: $*"; }
+
+verb=${1:-all}
+if [ $# -gt 0 ]; then shift; fi
+case $verb in
+    setup) no_more "$@"; install dev ;;
+    demo) no_more "$@"; demo ;;
+    test) run_tests "$@" ;;
+    all) run_tests; demo ;;  # the tests begin with setup
+    -h | --help) usage ;;
+    *) stop "unknown verb '$verb': it is one of setup, demo, test; --help explains them" ;;
+esac

@@ -1,0 +1,461 @@
+"""
+Train a GPT, or go on with one: the whole procedure, top to bottom.
+
+    python train.py config/shakespeare_char_cpu.py
+    python train.py config/owt_124m.py --out_dir=out/mine --learning_rate=3e-4
+
+What happens at step s follows from (config, seed, s), so a run that was killed and continued with
+--init_from=resume ends with the same bits as one that was not.
+"""
+
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, fields
+
+import torch
+
+import checkpoint
+from configurator import configure, fail
+from device import autocast, can_compile, memory_gb, peak_flops, pick_device, pick_dtype
+from eval import evaluate
+from infer import stream
+from loader import DataError, Loader, Tokens, find_dataset, keyed, read_manifest
+from model import GPT, GPTConfig
+from monitor import Run, StepTimer, environment
+from optim import Optimizers, lr_at
+from plan import training_memory
+from tokenizer import load_tokenizer
+
+# -----------------------------------------------------------------------------
+# the run
+out_dir = "out"               # where config, metrics and checkpoints go
+init_from = "scratch"         # scratch | resume | auto (resume if there is something to) | a run's folder to start from
+seed = 1337                   # of initialisation, data order and dropout
+max_iters = 600000            # updates in all
+eval_only = False             # evaluate once and stop
+
+# data
+dataset = "openwebtext"       # a name under data/, or a folder of shards
+batch_size = 12               # sequences per micro-step
+gradient_accumulation_steps: int | None = None  # micro-steps per update over all ranks; none: 1, or by tokens_per_step
+tokens_per_step = 0           # tokens per update; when set, decides gradient_accumulation_steps
+prefetch = 4                  # batches read ahead
+
+# the model: GPTConfig's fields, described in model.py
+block_size = 1024             # tokens of context
+vocab_size = 0                # token ids; 0: as the dataset says
+n_layer = 12                  # transformer blocks
+n_head = 12                   # query heads
+n_kv_head = 0                 # key and value heads; 0: as many as n_head, 1: multi-query
+n_embd = 768                  # width of the residual stream
+dropout = 0.0                 # 0 for pretraining; 0.1 and more where the data is seen many times
+bias = False                  # biases in linear layers and LayerNorms
+pos = "learned"               # learned | rope
+rope_theta = 10000.0          # base of the rotary frequencies
+norm = "layernorm"            # layernorm | rmsnorm | rmsnorm_nogain
+norm_eps = 1e-5               # added to the variance in every norm
+norm_embed = False            # a norm right after the embedding
+qk_norm = "none"              # none | rms | rms_gain
+activation = "gelu_tanh"      # gelu | gelu_tanh | relu2 | swiglu
+tie_weights = True            # the head is the embedding table
+logit_softcap = 0.0           # 0: off
+zero_init = False             # residual projections (and an untied head) start at zero
+attn = "auto"                 # auto | sdpa | flash | math
+
+# the optimizer
+optimizer = "adamw"           # adamw | muon (for the blocks' matrices, AdamW for the rest)
+learning_rate = 6e-4          # AdamW's peak
+muon_learning_rate = 0.02     # Muon's peak; follows the same schedule
+muon_momentum = 0.95          # Nesterov momentum
+muon_dtype = "float32"        # of the Newton-Schulz iteration: float32 | bfloat16
+weight_decay = 1e-1           # on matrices and embeddings
+beta1 = 0.9                   # AdamW's
+beta2 = 0.95                  # AdamW's
+grad_clip = 1.0               # largest global gradient norm; 0: no clipping
+
+# the learning rate
+decay_lr = True               # false: constant after the warm-up
+lr_schedule = "cosine"        # cosine | linear | wsd (flat, then linear)
+warmup_iters = 2000           # updates of linear warm-up
+lr_decay_iters = 0            # update at which min_lr is reached; 0: max_iters
+min_lr = 6e-5                 # AdamW's at the end; Muon's falls in proportion
+wsd_decay_frac = 0.2          # wsd: share of lr_decay_iters that decays
+
+# looking at it
+eval_interval = 2000          # updates between evaluations, each with a checkpoint
+eval_iters = 200              # fixed batches of validation windows; 0: the whole split
+log_interval = 1              # updates between records in metrics.jsonl and lines on the screen
+sample_tokens = 0             # tokens of a sample shown at each evaluation; 0: none
+sample_start = "\n"           # what the sample starts from
+wandb_log = False             # nanoGPT's key; metrics.jsonl is written in any case
+wandb_project = "owt"         # nanoGPT's key
+wandb_run_name = "gpt2"       # nanoGPT's key
+
+# checkpoints: the latest is always kept, and the best
+always_save_checkpoint = True  # false: keep only these two
+keep_checkpoints = 3          # how many of the last are kept otherwise
+save_interval = 0             # updates between checkpoints; 0: only at evaluations
+save_minutes = 10.0           # minutes between checkpoints at most; 0: no limit
+
+# the machine
+device = "auto"               # auto | cpu | cuda | cuda:N | mps
+dtype = "auto"                # auto | float32 | bfloat16 | float16 (with loss scaling)
+compile: bool | None = None   # torch.compile; none: on CUDA
+threads = 0                   # CPU threads; 0: torch's choice
+deterministic = False         # bit-identical on CUDA too, at some cost in speed
+# -----------------------------------------------------------------------------
+
+# what must be the same on resume, besides the model's shape: else it would be another run
+MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "batch_size", "accumulation", "optimizer")
+
+
+def main(config):
+    # ---- the machine -----------------------------------------------------------------
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("train.py runs as one process: start it with python, not with torchrun")
+    check_settings()
+    if threads:
+        torch.set_num_threads(threads)
+    where, device_why = pick_device(device)
+    precision, dtype_why = pick_dtype(dtype, where)
+    context = autocast(where, precision)
+    if where.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+    # ---- the data, the model, and where they stand ---------------------------------------
+    accumulation = micro_steps()
+    resumed = what_to_resume()
+    source = find_dataset(dataset)
+    manifest, dataset_sha256 = read_manifest(source)
+    tokenizer, vocab = vocabulary(source, manifest)
+    sizes = {f.name: config[f.name] for f in fields(GPTConfig)}
+    model_config = GPTConfig(**{**sizes, "vocab_size": vocab_size or vocab})
+    train_tokens, val_tokens = (Tokens(source, split, model_config.vocab_size) for split in ("train", "val"))
+    state = {
+        "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None,
+        "model": asdict(model_config), "config": config, "seed": seed, "dataset_sha256": dataset_sha256,
+        "train_tokens": len(train_tokens), "batch_size": batch_size, "accumulation": accumulation,
+        "optimizer": optimizer, "threads": torch.get_num_threads(), "ranks": 1,
+    }
+
+    torch.manual_seed(seed)
+    model = GPT(model_config).to(where)
+    opt = Optimizers(
+        model, optimizer=optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
+        weight_decay=weight_decay, betas=(beta1, beta2), muon_momentum=muon_momentum,
+        muon_dtype=pick_dtype(muon_dtype, where)[0],
+    )
+    scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
+
+    changed = {}
+    if resumed:
+        folder, saved = resumed
+        changed = check_resume(saved, state)
+        if saved["step"] >= max_iters and not eval_only:
+            print(f"nothing to do: {folder} has all {max_iters:,} steps")
+            return 0
+        checkpoint.load_model(model, folder)
+        opt.load_state_dict(checkpoint.load_optimizer_state(folder))
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        state |= {key: saved[key] for key in ("step", "wall_s", "metrics_bytes")}
+    elif init_from not in ("scratch", "auto"):
+        checkpoint.load_model(model, checkpoint.find(init_from)[0])
+
+    # ---- the run folder and the summary ------------------------------------------------
+    run = Run(out_dir)
+    run.open(config, environment(where, dataset_sha256), state["metrics_bytes"])
+    tokenizer and tokenizer.save(run.dir)
+    run.event("resume" if resumed else "start", step=state["step"], changed=changed)
+
+    def warn(message):
+        print(f"warning: {message}", file=sys.stderr)
+        run.event("warning", step=state["step"], message=message)
+
+    per_step = batch_size * accumulation * block_size
+    flops = model.train_flops(block_size)
+    peak = peak_flops(where, precision)
+    print(f"device      {where} ({device_why}), {str(precision).removeprefix('torch.')} ({dtype_why}), "
+          f"{torch.get_num_threads()} CPU threads")
+    print(f"data        {source}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens")
+    print(f"model       {model.num_params():,} parameters, {n_layer} layers of {n_embd}, context {block_size}")
+    print(f"step        {per_step:,} tokens = {batch_size} x {block_size} x {accumulation}, "
+          f"{per_step * flops / 1e12:.3g} TFLOP; {max_iters:,} steps see the data "
+          f"{max_iters * per_step / len(train_tokens):.2g} times")
+    print(f"memory      about {training_memory(model, batch_size, precision)['total'] / 1e9:.2g} GB")
+    if changed:
+        warn(f"resumed with other settings than it was saved with: {changed}")
+    if wandb_log:
+        warn("wandb_log: no tracker is built in yet; everything is in metrics.jsonl")
+
+    # ---- everything that runs more than once ---------------------------------------------
+    def micro_step(x, y, step, micro, timer=None):
+        """One forward and backward pass; -> the micro-batch's mean loss, detached."""
+        if dropout:  # what is dropped follows from (seed, step, micro-step)
+            torch.manual_seed(keyed(seed, step, micro, "dropout") >> 1)
+        with context():
+            _, loss = compiled(x, y, loss_only=True)
+        timer and timer.mark("forward_ms")
+        scaler.scale(loss / accumulation).backward()
+        timer and timer.mark("backward_ms")
+        return loss.detach()
+
+    def validate():
+        result = evaluate(model, val_tokens, block_size, max(1, 16384 // block_size), eval_iters, context)
+        if sample_tokens and tokenizer:
+            text = sample(model, tokenizer)
+            run.event("sample", step=state["step"], text=text)
+            print(f"---- sample at step {state['step']}\n{text}\n----")
+        return result["loss"]
+
+    def save(val_loss=None):
+        """A checkpoint of now. A full disk is said and the run goes on: what is there already stays good."""
+        try:
+            state["metrics_bytes"] = run.flush()
+            state["scaler"] = scaler.state_dict() if scaler.is_enabled() else None
+            checkpoint.save(out_dir, model, opt, {**state, "val_loss": val_loss})
+            checkpoint.prune(out_dir, keep_checkpoints if always_save_checkpoint else 1)
+        except OSError as e:
+            warn(f"no checkpoint at step {state['step']}: {e}; earlier ones stay, make room in {out_dir}")
+            return False
+        return True
+
+    if eval_only:
+        loss = validate()
+        print(f"val loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.3f}  bits per token {loss / math.log(2):.4f}")
+        return 0
+
+    # ---- compile, and fall back once if that fails ---------------------------------------
+    loader = Loader(train_tokens, block_size, batch_size, accumulation=accumulation, seed=seed,
+                    first_step=state["step"], prefetch=prefetch)
+    compiled = model
+    clock = time.perf_counter()
+    if compile or (compile is None and where.type == "cuda"):
+        trouble = can_compile(where)
+        if not trouble:
+            try:
+                compiled = torch.compile(model)
+                micro_step(*(t.to(where) for t in loader.batch(state["step"])), state["step"], 0)
+            except Exception as e:
+                trouble = str(e).splitlines()[0]
+            opt.zero_grad()
+        if trouble:
+            compiled = model
+            warn(f"torch.compile does not work here ({trouble}); running uncompiled")
+    state["wall_s"] += time.perf_counter() - clock
+
+    # ---- the loop ---------------------------------------------------------------------
+    stop = StopSignal()
+    timer = StepTimer(where)
+    unread = []  # losses since the last record, still on the device
+    last_save = time.monotonic()
+    steps = state["step"]
+    while state["step"] < max_iters:
+        step = state["step"]
+        clock = time.perf_counter()
+        timer.start()
+        lr = learning_rate_at(step)
+        opt.set_lr(lr / learning_rate)
+        losses = []
+        for micro in range(accumulation):
+            x, y = next(loader)
+            x, y = x.to(where, non_blocking=True), y.to(where, non_blocking=True)
+            timer.mark("data_ms")
+            losses.append(micro_step(x, y, step, micro, timer))
+        scaler.unscale_(opt) if scaler.is_enabled() else None
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        timer.mark("optim_ms")
+        unread.append((step + 1, torch.stack(losses).mean()))
+        state["step"] = step = step + 1
+
+        last = step == max_iters
+        log_due = step % log_interval == 0 or last
+        eval_due = step % eval_interval == 0 or last
+        save_due = save_interval and step % save_interval == 0 or \
+            save_minutes and time.monotonic() - last_save > 60 * save_minutes
+        if not (log_due or eval_due or save_due or stop.signum):
+            state["wall_s"] += time.perf_counter() - clock
+            continue
+
+        # read the losses: from here on the device has finished the step
+        read = torch.stack([loss for _, loss in unread]).tolist()
+        parts = timer.read()
+        state["wall_s"] += time.perf_counter() - clock
+        bad = [s for (s, _), loss in zip(unread, read, strict=True) if not math.isfinite(loss)]
+        unread = []
+        if bad:
+            run.metrics({"step": bad[0], "tokens": bad[0] * per_step, "wall_s": state["wall_s"], "loss": None})
+            run.event("stop", step=bad[0], reason="the loss is not finite")
+            loader.close()
+            print(f"error: the loss is not finite at step {bad[0]}; the last checkpoint is before it. "
+                  "Lower learning_rate, or check the data", file=sys.stderr)
+            return 1
+        val_loss = validate() if eval_due else None
+        if log_due or eval_due:
+            tok_per_s = per_step / (sum(parts.values()) / 1000)
+            record = {
+                "step": step, "tokens": step * per_step, "wall_s": round(state["wall_s"], 3), "loss": read[-1],
+                **({"val_loss": val_loss} if eval_due else {}), "lr": lr, "grad_norm": norm.item(),
+                "tok_per_s": round(tok_per_s), "mfu": tok_per_s * flops / peak if peak else None,
+                "mem_gb": memory_gb(where), **{part: round(ms, 3) for part, ms in parts.items()},
+            }
+            run.metrics(record)
+            show(record, state["wall_s"])
+        saved = False
+        if eval_due or save_due or stop.signum:
+            saved = save(val_loss)
+            last_save = time.monotonic()
+        if stop.signum:
+            run.event("stop", step=step, reason=signal.Signals(stop.signum).name)
+            print(f"\nstopped by {signal.Signals(stop.signum).name} after step {step}; "
+                  f"go on with --init_from=resume --out_dir={out_dir}")
+            loader.close()
+            return 128 + stop.signum
+
+    loader.close()
+    run.event("end", step=state["step"], wall_s=state["wall_s"])
+    print(f"trained {state['step'] - steps:,} steps in {state['wall_s']:.1f} s; "
+          f"val loss {val_loss:.4f}; next: python sample.py --out_dir={out_dir}")
+    return 0 if saved else 1
+
+
+# -----------------------------------------------------------------------------
+# The steps of main that have a name
+
+
+def check_settings():
+    """Ends the run for a setting that has no meaning."""
+    at_least = {"max_iters": 1, "batch_size": 1, "tokens_per_step": 0, "warmup_iters": 0, "lr_decay_iters": 0,
+                "eval_interval": 1, "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
+                "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "threads": 0, "prefetch": 1}
+    for key, least in at_least.items():
+        if globals()[key] < least:
+            fail(f"{key}={globals()[key]} must be at least {least}")
+    if learning_rate <= 0 or muon_learning_rate <= 0:
+        fail("learning_rate and muon_learning_rate must be above 0")
+    for key, known in {"optimizer": ("adamw", "muon"), "lr_schedule": ("cosine", "linear", "wsd")}.items():
+        if globals()[key] not in known:
+            fail(f"{key}={globals()[key]!r} is not one of {', '.join(known)}")
+
+
+def micro_steps():
+    """Micro-steps per update, from gradient_accumulation_steps or tokens_per_step. Ends the run where they disagree."""
+    if not tokens_per_step:
+        return gradient_accumulation_steps or 1
+    micro = batch_size * block_size
+    steps, rest = divmod(tokens_per_step, micro)
+    if rest or not steps:
+        fail(f"tokens_per_step={tokens_per_step} is not a multiple of batch_size x block_size = {batch_size} x {block_size}"
+             f" = {micro}; {max(1, steps) * micro} and {(steps + 1) * micro} are")
+    if gradient_accumulation_steps not in (None, steps):
+        fail(f"tokens_per_step={tokens_per_step} takes {steps} micro-steps, but gradient_accumulation_steps="
+             f"{gradient_accumulation_steps}; leave one of them out")
+    return steps
+
+
+def what_to_resume():
+    """(folder, state) of the checkpoint to go on from, or None to begin. Ends the run where init_from forbids either."""
+    found = checkpoint.steps(out_dir)
+    if init_from in ("resume", "auto"):
+        good = checkpoint.latest_good(out_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+        if good is None and init_from == "resume":
+            fail(f"nothing to resume: {out_dir} holds no checkpoint; --init_from=scratch begins, auto does either")
+        return good
+    if found:
+        fail(f"{out_dir} already holds a run (step {max(found)}): continue it with --init_from=resume, "
+             "or begin in another --out_dir")
+    return None
+
+
+def check_resume(saved, state):
+    """Ends the run where the saved one was another; -> {key: [then, now]} of what changed and may."""
+    then, now = ({**s, **s["model"], **{"model": None}} for s in (saved, state))
+    for key in (*MUST_MATCH, *state["model"]):
+        if then.get(key) != now[key] and key not in ("dropout", "attn"):
+            fail(f"cannot resume {out_dir}: it was trained with {key}={then.get(key)}, now it is {now[key]}; "
+                 "set it back, or begin in another --out_dir")
+    changed = {key: [saved["config"].get(key), value] for key, value in state["config"].items()
+               if saved["config"].get(key) != value and key not in ("init_from", "out_dir", "max_iters")}
+    if saved["threads"] != state["threads"]:
+        changed["threads"] = [saved["threads"], state["threads"]]  # sums in another order: equal to rounding only
+    return changed
+
+
+def vocabulary(source, manifest):
+    """(tokenizer or None, vocab_size) of a dataset; one that says nothing is GPT-2's, as nanoGPT's are."""
+    try:
+        tokenizer = load_tokenizer(source)
+    except FileNotFoundError:
+        return None, manifest.get("tokenizer", {}).get("vocab_size", 50257)
+    return tokenizer, tokenizer.vocab_size
+
+
+def learning_rate_at(step):
+    return lr_at(
+        step, learning_rate=learning_rate, min_lr=min_lr, schedule=lr_schedule if decay_lr else "constant",
+        warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters or max_iters, decay_frac=wsd_decay_frac,
+    )
+
+
+def sample(model, tokenizer):
+    """sample_tokens tokens that follow sample_start, as text; the same at every call for the same weights."""
+    model.eval()
+    prompt = tokenizer.encode(sample_start)
+    text = tokenizer.decode(prompt + list(stream(model, prompt, sample_tokens, temperature=0.8, top_k=200, seed=seed)))
+    model.train()
+    return text
+
+
+def show(record, wall_s):
+    """One line of progress; on a terminal with a bar, and over the line before it unless that has an evaluation."""
+    done = record["step"] / max_iters
+    eta = wall_s * (1 - done) / done
+    parts = [
+        f"step {record['step']:>{len(str(max_iters))}}/{max_iters}",
+        f"loss {record['loss']:.4f}",
+        f"val {record['val_loss']:.4f}" if "val_loss" in record else "",
+        f"lr {record['lr']:.2e}",
+        f"norm {record['grad_norm']:.2f}",
+        f"{record['tok_per_s'] / 1000:.1f}k tok/s",
+        f"mfu {record['mfu']:.1%}" if record["mfu"] else "",
+        f"{int(wall_s) // 60}:{int(wall_s) % 60:02d} + {int(eta) // 60}:{int(eta) % 60:02d}",
+    ]
+    line = "  ".join(part for part in parts if part)
+    if not sys.stdout.isatty():
+        print(line, flush=True)
+        return
+    width = shutil.get_terminal_size().columns - 1
+    bar = max(0, min(30, width - len(line) - 4))
+    line = f"[{('#' * round(bar * done)).ljust(bar, '.')}]  {line}" if bar > 5 else line
+    print("\r" + line[:width].ljust(width), end="\n" if "val_loss" in record else "", flush=True)
+
+
+class StopSignal:
+    """SIGINT or SIGTERM: remembered, so that the step is finished and saved; the second one ends at once."""
+
+    def __init__(self):
+        self.signum = 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.caught)
+
+    def caught(self, signum, frame):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    settings = configure(globals())
+    try:
+        sys.exit(main(settings))
+    except (checkpoint.CheckpointError, DataError) as e:
+        fail(e)
