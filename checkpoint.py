@@ -10,7 +10,6 @@ A checkpoint is written beside its place, synced and then renamed, so a folder o
 any instant leaves the one before it whole. Nothing read from a checkpoint is ever executed.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 NAME = re.compile(r"step_(\d{8,})")
+FILES = ("model.safetensors", "optimizer.pt")
 
 
 class CheckpointError(ValueError):
@@ -73,31 +73,38 @@ def save(out_dir, model, optimizers, state):
     if final.exists():
         return final  # this step was saved already, and a step has one outcome
     ckpt.mkdir(parents=True, exist_ok=True)
+    sync(ckpt.parent)  # which has new entries the first time
     for left in ckpt.glob(".writing_*"):  # by a run that was killed
         shutil.rmtree(left)
     beside = ckpt / f".writing_{final.name}"
     try:
         beside.mkdir()
         save_file(model_tensors(model), beside / "model.safetensors", metadata={"format": "pt"})
-        torch.save(optimizers.state_dict(), beside / "optimizer.pt")
-        files = {name: file_sha256(beside / name) for name in ("model.safetensors", "optimizer.pt")}
-        state = {**state, "files": files}
+        with open(beside / "optimizer.pt", "wb") as f:  # a file of Python's, whose errors say what happened
+            torch.save(optimizers.state_dict(), f)
+        state = {**state, "files": {name: file_sha256(beside / name) for name in FILES}}
         state = json.loads(json.dumps(state))  # as it will be read: tuples are lists
         state["sha256"] = own_sha256(state)
         (beside / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
-        for name in (*files, "state.json"):
+        for name in (*FILES, "state.json"):
             sync(beside / name)
         sync(beside)
         os.replace(beside, final)
         sync(ckpt)
     except (OSError, SafetensorError, RuntimeError) as e:
         shutil.rmtree(beside, ignore_errors=True)
-        # safetensors and torch.save put a full disk into words of their own
-        if isinstance(e, OSError) or "No space left" in str(e) or "unexpected pos" in str(e) or "os error" in str(e):
-            raise OSError(errno.ENOSPC if "unexpected pos" in str(e) else getattr(e, "errno", None) or errno.EIO,
-                          f"checkpoint {final} could not be written: {e}") from None
-        raise
+        if (cause := system_error(e)) is None:
+            raise
+        raise OSError(cause.errno, f"{final} could not be written: {cause.strerror or cause}") from e
     return final
+
+
+def system_error(e):
+    """The OSError in what a full disk makes torch.save and safetensors raise; None where it is something else."""
+    if match := re.search(r"\(os error (\d+)\)", str(e)):  # safetensors: "No space left on device (os error 28)"
+        return OSError(int(match[1]), os.strerror(int(match[1])))
+    causes = (e, e.__context__)  # torch.save: "unexpected pos", a RuntimeError met while handling the file's OSError
+    return next((cause for cause in causes if isinstance(cause, OSError)), None)
 
 
 def read_state(folder):
@@ -105,8 +112,8 @@ def read_state(folder):
     path = Path(folder) / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        intact = state["sha256"] == own_sha256(state)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        intact = state["sha256"] == own_sha256(state) and set(FILES) <= state["files"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path} cannot be read ({type(e).__name__}: {e})") from None
     if not intact:
         raise CheckpointError(f"{path} was changed after it was written (sha256 differs)")
@@ -116,13 +123,11 @@ def read_state(folder):
 def verify(folder, only=None):
     """The state of a checkpoint, every file (or `only` one) checked. Raises CheckpointError naming the file."""
     state = read_state(folder)
-    for name, digest in state["files"].items():
-        if only not in (None, name):
-            continue
+    for name in [only] if only else FILES:
         path = Path(folder) / name
         if not path.exists():
             raise CheckpointError(f"{path} is missing")
-        if file_sha256(path) != digest:
+        if file_sha256(path) != state["files"][name]:
             raise CheckpointError(f"{path} is damaged (sha256 differs from state.json)")
     if only is None:
         load_optimizer_state(folder)  # a file with the right digest can still hold what weights_only refuses
@@ -139,7 +144,7 @@ def load_model_tensors(folder):
 
 
 def load_optimizer_state(folder):
-    """As Optimizers.state_dict gave it. Raises CheckpointError, also for a pickle that asks for anything but tensors."""
+    """As Optimizers.state_dict gave it. Raises CheckpointError, also for a pickle that asks for more than tensors."""
     path = Path(folder) / "optimizer.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -172,8 +177,8 @@ def steps(out_dir):
 def latest_good(out_dir, warn=print):
     """(folder, state) of the highest step that verifies, or None where a run has no checkpoint.
 
-    One that does not verify is renamed to *.corrupt, and said. Raises CheckpointError when there are checkpoints and none
-    is good.
+    One that does not verify is renamed to *.corrupt, and said. Raises CheckpointError when there are checkpoints, or
+    were before they were set aside, and none is good.
     """
     found = steps(out_dir)
     for _, folder in sorted(found.items(), reverse=True):
@@ -185,16 +190,20 @@ def latest_good(out_dir, warn=print):
                 shutil.rmtree(aside)
             folder.rename(aside)
             warn(f"{e}; set aside as {aside.name}")
-    if found:
-        raise CheckpointError(f"{out_dir} has no checkpoint that verifies: all {len(found)} are set aside as *.corrupt")
+    corrupt = list((Path(out_dir) / "ckpt").glob("step_*.corrupt"))
+    if corrupt:  # also at the second try: a command that is repeated must not begin again unasked
+        raise CheckpointError(
+            f"{out_dir} has no checkpoint that verifies: all {len(corrupt)} are set aside as *.corrupt; "
+            "--init_from=scratch begins again"
+        )
     return None
 
 
 def find(out_dir, which="latest", warn=print):
     """(folder, state) of the checkpoint to read weights from: latest, best (lowest val_loss) or a step number.
 
-    `out_dir` is a run's folder or one checkpoint's. Latest passes over one that does not verify, and says so; nothing is
-    renamed, as the run may be going on. Raises CheckpointError.
+    `out_dir` is a run's folder or one checkpoint's. Latest passes over one that does not verify, and says so; nothing
+    is renamed, as the run may be going on. Raises CheckpointError.
     """
     if (Path(out_dir) / "state.json").exists():
         return Path(out_dir), verify(out_dir, "model.safetensors")

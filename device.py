@@ -3,6 +3,7 @@ The machine as torch sees it: which device and precision to use and why, what it
 """
 
 import contextlib
+import re
 import shutil
 import sys
 
@@ -10,8 +11,8 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Peak dense FLOP/s in bf16 and fp16 (NVIDIA's data sheets), by a part of what torch.cuda.get_device_name says; the longer
-# name first where one contains another.
+# Peak dense FLOP/s in bf16 and fp16 (NVIDIA's data sheets), by a part of what torch.cuda.get_device_name says; the
+# longer name first where one contains another.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -25,6 +26,8 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+
+OTHER_CHIP = re.compile(r"\b(Laptop|Max-Q|Ti|D|SUPER|MIG)\b")  # another chip, or a part of one, behind the same name
 
 
 def pick_device(name="auto"):
@@ -41,9 +44,11 @@ def pick_device(name="auto"):
         raise ValueError(f"device={name!r} is none of auto, cpu, cuda, cuda:N, mps") from None
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type, False):
-        raise ValueError(f"device={name!r}: torch {torch.__version__} finds no such device here; device=auto takes what there is")
+        raise ValueError(
+            f"device={name!r}: torch {torch.__version__} finds no such device here; device=auto takes what there is"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0")
+        raise ValueError(f"device={name!r}: there are {torch.cuda.device_count()} CUDA device(s) here, counted from 0")
     return device, "asked for"
 
 
@@ -53,11 +58,19 @@ def pick_dtype(name, device):
         if name not in DTYPES:
             raise ValueError(f"dtype={name!r} is none of auto, {', '.join(DTYPES)}")
         return DTYPES[name], "asked for"
+    if device.type == "cpu" and native_bfloat16():
+        return torch.bfloat16, "this CPU multiplies it at twice the speed"
     if device.type != "cuda":
-        return torch.float32, f"exact, and the safe choice on {device.type}"
+        return torch.float32, f"the safe choice on {device.type}"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU has it"
     return torch.float16, "this GPU has no bfloat16"
+
+
+def native_bfloat16():
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); emulated, it is slower than float32."""
+    supported = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask() for ask in supported if ask)
 
 
 def autocast(device, dtype):
@@ -81,7 +94,9 @@ def peak_flops(device, dtype):
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+    if OTHER_CHIP.search(name):
+        return None
+    return next((flops for known, flops in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def memory_gb(device):

@@ -32,39 +32,45 @@ dtype = "float32"   # float32 | bfloat16 | float16 | auto; fp32 compares between
 def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contextlib.nullcontext):
     """Mean cross-entropy of `model` over the fixed windows of `tokens`, in nats per token.
 
-    Each window is read from its start, so the first tokens have little context: losses compare at equal block_size only.
+    Each window is read from its start, so its first tokens have little context: losses compare at equal block_size.
     -> {"loss", "perplexity", "bits" (per token; per character where a token is one), "tokens"}.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, count = 0.0, 0
     for x, y in fixed_batches(tokens, block_size, batch_size, eval_iters):
         n = int((y != -1).sum())
         with context():
             _, loss = model(x.to(device), y.to(device), loss_only=True)
-        total += loss.double().cpu() * n  # a sum over tokens: a mean of means would weigh the tail's tokens more
+        total += loss.item() * n  # a sum over tokens: a mean of means would weigh the tail's tokens more
         count += n
     model.train(was_training)
-    loss = (total / count).item()
+    loss = total / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits": loss / math.log(2), "tokens": count}
 
 
 def main():
+    if split not in ("train", "val") or batch_size < 1 or eval_iters < 0:
+        fail("split is train or val, batch_size at least 1, eval_iters at least 0")
     try:
         where = pick_device(device)[0]
-        model, _, state, folder = load(out_dir, ckpt, where)
+        context = autocast(where, pick_dtype(dtype, where)[0])
+        model, tokenizer, state, folder = load(out_dir, ckpt, where)
         source = find_dataset(dataset or state["config"]["dataset"])
         tokens = Tokens(source, split, model.config.vocab_size)
-        context = autocast(where, pick_dtype(dtype, where)[0])
+        manifest, dataset_sha256 = read_manifest(source)
+        if manifest.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:
+            fail(f"{source} was prepared with another tokenizer than {folder} was trained with: their ids differ")
+        if not 0 <= block_size <= model.config.block_size:
+            fail(f"--block_size={block_size}: the model sees at most {model.config.block_size} tokens")
+        result = evaluate(model, tokens, block_size or model.config.block_size, batch_size, eval_iters, context)
     except ValueError as e:  # CheckpointError and DataError are
         fail(e)
-    if not 0 <= block_size <= model.config.block_size:
-        fail(f"--block_size={block_size}: the model sees at most {model.config.block_size} tokens")
-    result = evaluate(model, tokens, block_size or model.config.block_size, batch_size, eval_iters, context)
     print(f"{folder} on {result['tokens']:,} tokens of {source}, split {split}:")
     print(f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.3f}  bits per token {result['bits']:.4f}")
-    print(json.dumps({**result, "step": state["step"], "split": split, "dataset_sha256": read_manifest(source)[1]}))
+    numbers = {k: v if math.isfinite(v) else None for k, v in result.items()}
+    print(json.dumps({**numbers, "step": state["step"], "split": split, "dataset_sha256": dataset_sha256}))
 
 
 if __name__ == "__main__":

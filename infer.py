@@ -6,6 +6,8 @@ From a checkpoint to text: load it, choose the next token, stream.
         print(tokenizer.decode([token]), end="")
 """
 
+import math
+import sys
 from pathlib import Path
 
 import torch
@@ -18,10 +20,11 @@ from tokenizer import load_tokenizer
 def load(out_dir, which="latest", device="cpu"):
     """A run's model in eval mode and fp32 on `device`, its tokenizer, the checkpoint's state and folder.
 
-    `which` is latest, best or a step. Raises CheckpointError naming what is missing or damaged.
+    `which` is latest, best or a step; a damaged latest is passed over, which is said on stderr. Raises CheckpointError
+    naming what is missing or damaged.
     """
-    folder, state = find(out_dir, which)
-    run = folder.parent.parent if folder.parent.name == "ckpt" else folder
+    folder, state = find(out_dir, which, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    run = folder.resolve().parent.parent if folder.resolve().parent.name == "ckpt" else folder
     try:
         tokenizer = load_tokenizer(next((f for f in (folder, run) if (Path(f) / "tokenizer.json").exists()), run))
     except (OSError, ValueError) as e:
@@ -34,12 +37,13 @@ def load(out_dir, which="latest", device="cpu"):
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Logits (..., vocab_size) -> the distribution to draw from, fp32, same shape.
 
-    temperature 0 puts everything on the most likely token (the lowest id on a tie). top_k keeps exactly k tokens, also on
-    ties; top_p the fewest that together have at least that probability (Holtzman et al. 2020, arXiv:1904.09751).
+    temperature 0 puts everything on the most likely token (the lowest id on a tie). top_k keeps exactly k tokens, on
+    ties too; top_p, of those, the fewest that have at least that share of the probability (Holtzman et al. 2020,
+    arXiv:1904.09751).
     Raises ValueError naming a parameter that has no meaning.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or above")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or above, and finite")
     if not (isinstance(top_k, int) and top_k >= 0):
         raise ValueError(f"top_k={top_k} must be a whole number; 0: all tokens")
     if not 0 < top_p <= 1:
@@ -47,9 +51,10 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits - logits.max(-1, keepdim=True).values  # a low temperature must not make it infinite
     probs = torch.softmax(logits / temperature, -1)
     if (top_k and top_k < logits.size(-1)) or top_p < 1:
-        ranked, ids = probs.sort(-1, descending=True, stable=True)
+        ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
         if top_k:
             ranked[..., top_k:] = 0.0
         before = ranked.cumsum(-1) - ranked  # probability of all that are more likely
@@ -66,6 +71,8 @@ def stream(model, prompt, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0
     """
     if not prompt:
         raise ValueError("the prompt is empty: it needs at least one token, such as the tokenizer's bos")
+    if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+        raise ValueError(f"the prompt has a token outside the model's vocabulary of {model.config.vocab_size}")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
     ids = torch.tensor([prompt], dtype=torch.long, device=device)

@@ -30,16 +30,17 @@ class DataError(ValueError):
 def find_dataset(dataset):
     """The folder of `dataset`: a path, or a name under data/. Raises DataError when there is none to use."""
     root = Path(__file__).resolve().parent / "data"
-    folder = next((f for f in (Path(dataset), root / dataset) if f.is_dir() and any(f.glob("*.bin"))), None)
-    if folder is None:
-        script = root / dataset / "prepare.py"
-        if script.exists():
-            raise DataError(f"dataset {dataset!r} is not prepared yet: run python data/{dataset}/prepare.py")
-        known = sorted(f.parent.name for f in root.glob("*/prepare.py"))
-        raise DataError(f"no dataset {dataset!r}: dataset= takes a folder of .bin shards or one of {', '.join(known)}")
-    if (folder / "INCOMPLETE").exists():
-        raise DataError(f"{folder} was left half-written: run its prepare.py again")
-    return folder
+    folders = [f for f in (Path(dataset), root / dataset) if f.is_dir()]
+    for folder in folders:
+        if (folder / "INCOMPLETE").exists():
+            raise DataError(f"{folder} was left half-written: run its prepare.py again")
+        if any(folder.glob("*.bin")):
+            return folder
+    for folder in folders:
+        if (folder / "prepare.py").exists():
+            raise DataError(f"dataset {dataset!r} is not prepared yet: run python {folder / 'prepare.py'}")
+    known = sorted(f.parent.name for f in root.glob("*/prepare.py"))
+    raise DataError(f"no dataset {dataset!r}: dataset= takes a folder of .bin shards or one of {', '.join(known)}")
 
 
 def read_manifest(folder):
@@ -49,9 +50,12 @@ def read_manifest(folder):
         return {}, None
     raw = path.read_bytes()
     try:
-        return json.loads(raw), hashlib.sha256(raw).hexdigest()
+        manifest = json.loads(raw)
     except ValueError as e:
         raise DataError(f"{path} is not JSON ({e}): prepare the dataset again") from None
+    if not isinstance(manifest, dict):
+        raise DataError(f"{path} is not a manifest: prepare the dataset again")
+    return manifest, hashlib.sha256(raw).hexdigest()
 
 
 class Tokens:
@@ -70,8 +74,14 @@ class Tokens:
         else:
             self.paths, self.skip = [self.folder / f"{split}.bin"], 0
             if not self.paths[0].exists():
-                raise DataError(f"{self.folder} has no {split} split: neither {split}_000000.bin nor {split}.bin")
-            counts = [self.paths[0].stat().st_size // 2]
+                raise DataError(
+                    f"{self.folder} has no {split} split: neither {split}_000000.bin nor {split}.bin; "
+                    "prepare the dataset first"
+                )
+            size = self.paths[0].stat().st_size
+            if size % 2:
+                raise DataError(f"{self.paths[0]} is damaged: {size:,} bytes are no whole uint16; prepare it again")
+            counts = [size // 2]
         self._check_manifest(counts)
         self.starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # first token of each shard
 
@@ -80,9 +90,12 @@ class Tokens:
 
     def _count(self, path):
         with open(path, "rb") as f:
-            header = np.frombuffer(f.read(HEADER_BYTES), dtype="<i4")
-        if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-            raise DataError(f"{path} is not a token shard (magic {MAGIC}, version {VERSION} expected)")
+            header = np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
+        if header[0] != MAGIC or header[1] != VERSION:
+            raise DataError(
+                f"{path} is not a token shard (magic {header[0]}, version {header[1]}, not {MAGIC} and {VERSION}); "
+                "prepare the dataset again, or remove the file"
+            )
         count, size = int(header[2]), path.stat().st_size
         if size != HEADER_BYTES + 2 * count:
             raise DataError(
@@ -92,10 +105,10 @@ class Tokens:
         return count
 
     def _check_manifest(self, counts):
-        shards = read_manifest(self.folder)[0].get("splits", {}).get(self.split, {}).get("shards")
-        if shards is None:
+        splits = read_manifest(self.folder)[0].get("splits")
+        if splits is None:
             return
-        promised = {s["file"]: s["tokens"] for s in shards}
+        promised = {s["file"]: s["tokens"] for s in splits.get(self.split, {}).get("shards", [])}
         found = {path.name: count for path, count in zip(self.paths, counts, strict=True)}
         for name in sorted(promised.keys() | found.keys()):
             if promised.get(name) != found.get(name):
@@ -122,7 +135,8 @@ class Tokens:
                 filled, shard = filled + len(part), shard + 1
         if rows.size and int(rows.max()) >= self.vocab_size:
             raise DataError(
-                f"{self.folder}: the {self.split} split holds token {int(rows.max())}, vocab_size is {self.vocab_size}"
+                f"{self.folder}: the {self.split} split holds token {int(rows.max())}, but vocab_size is "
+                f"{self.vocab_size}: set vocab_size above it, or prepare the dataset with this model's tokenizer"
             )
         return rows
 
@@ -196,11 +210,13 @@ class Loader:
     """Training batches in order, read ahead by a background thread.
 
     Step s takes positions [s G, (s + 1) G) of the order, G = batch_size * accumulation * world; micro-step m of
-    rank r takes the rows of micro-batch m * world + r. Iterating gives (x, y), int64 (batch_size, block_size), micro-step
-    after micro-step from first_step on, for ever. An error in the thread is raised where the batch is asked for.
+    rank r takes the rows of micro-batch m * world + r. Iterating gives (x, y), int64 (batch_size, block_size),
+    micro-step after micro-step from first_step on, for ever. An error in the thread is raised where the batch is
+    asked for.
     """
 
-    def __init__(self, tokens, block_size, batch_size, *, accumulation=1, seed=0, rank=0, world=1, first_step=0, prefetch=4):
+    def __init__(self, tokens, block_size, batch_size, *, accumulation=1, seed=0, rank=0, world=1, first_step=0,
+                 prefetch=4):
         self.tokens, self.order = tokens, Order(len(tokens), block_size, seed)
         self.block_size, self.batch_size, self.accumulation = block_size, batch_size, accumulation
         self.rank, self.world = rank, world
@@ -239,6 +255,7 @@ class Loader:
     def __next__(self):
         item = self.ready.get()
         if isinstance(item, Exception):
+            self.ready.put(item)  # the thread has ended: whoever asks again is told again
             raise item
         return item
 
@@ -251,9 +268,11 @@ def fixed_batches(tokens, block_size, batch_size, limit=0):
     """The windows of a split in order from its first token, the tail included, for evaluation.
 
     Yields (x, y), int64 (B, block_size), at most `limit` of them (0: the whole split), each target of the split once;
-    targets past the end of the split are -1.
+    targets past the end of the split are -1. Raises DataError where there is no target at all.
     """
     targets = len(tokens) - 1
+    if targets < 1:
+        raise DataError(f"{tokens.folder}: the {tokens.split} split has {len(tokens)} tokens, at least 2 are needed")
     starts = np.arange(0, targets, block_size)
     for i in range(0, len(starts), batch_size):
         if limit and i >= limit * batch_size:

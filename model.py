@@ -118,17 +118,16 @@ class Norm(nn.Module):
 
 
 def rope_tables(config):
-    """Cosines and sines of every rotary angle. -> two tensors (block_size, head_dim / 2), fp32."""
+    """Cosine and signed sine of every rotary angle, for apply_rope. -> two tensors (block_size, head_dim), fp32."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), config.rope_theta**-half)
-    return angle.cos().float(), angle.sin().float()
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + D/2]) of each head. x (B, T, H, D), cos and sin (T, 1, D/2) -> (B, T, H, D)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotate the pairs (x[i], x[i + D/2]) of each head. x (B, T, H, D), cos and sin (T, 1, D) -> (B, T, H, D)."""
+    return x * cos.to(x.dtype) + x.roll(x.size(-1) // 2, -1) * sin.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -174,19 +173,20 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
-def attend(q, k, v, attn, dropout=0.0):
+def attend(q, k, v, attn="auto", dropout=0.0):
     """Causal softmax(q k^T / sqrt(D)) v. q (B, T, n_q, D), k and v (B, T, n_kv, D) -> (B, T, n_q, D)."""
-    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-    if attn == "flash" or (attn == "auto" and flash_attn_func is not None and half):
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if attn == "flash" or (attn == "auto" and flash_attn_func is not None and q.is_cuda and half):
         return flash_attn_func(q, k, v, dropout_p=dropout, causal=True)
+    # SDPA's CPU kernel takes twice as long in half precision as plain matrix products do
+    spelled_out = attn == "math" or (attn == "auto" and q.device.type == "cpu" and half)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-    if attn == "math":
+    if spelled_out:
         T, group = q.size(2), q.size(1) // k.size(1)
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, n_q, T, T)
-        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype)
-        y = F.dropout(weights, dropout) @ v
+        future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+        scores = (q * q.size(-1) ** -0.5) @ k.mT + future  # (B, n_q, T, T)
+        y = F.dropout(scores.softmax(-1), dropout) @ v
     else:
         y = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.size(1) != k.size(1)
@@ -209,7 +209,8 @@ class MLP(nn.Module):
     def forward(self, x):
         h = self.c_fc(x)  # (B, T, mlp_dim)
         if self.activation == "relu2":
-            h = F.relu(h).square()
+            h = F.relu(h)
+            h = h * h  # the backward pass of square() takes eight times as long on a CPU
         elif self.activation == "swiglu":
             h = F.silu(self.c_gate(x)) * h
         elif self.activation == "gelu_tanh":
@@ -323,8 +324,8 @@ class GPT(nn.Module):
     def loss(self, x, targets, chunk=2**25):
         """Mean cross-entropy of (B, T, n_embd) against (B, T), in nats, holding at most `chunk` logits in fp32.
 
-        A large vocabulary makes the logits the largest tensor of all (GPT-2: 201 kB a token in fp32), so they are made, used
-        and thrown away by rows, and made again in the backward pass (the idea of Cut Cross-Entropy, arXiv:2411.09009).
+        A large vocabulary makes the logits the largest tensor of all (GPT-2: 201 kB a token in fp32), so they are made,
+        used and thrown away by rows, and made again in the backward pass (cf. Cut Cross-Entropy, arXiv:2411.09009).
         """
         x, targets = x.flatten(0, 1), targets.flatten()
         rows = max(1, chunk // self.config.vocab_size)

@@ -8,6 +8,7 @@ The run folder and what is written there while a run goes on: config, environmen
     out_dir/ckpt/           checkpoint.py's
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -20,18 +21,16 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import sync
-
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "flash-attn", "datasets", "wandb", "transformers")
 
 
 def git(*args):
     """What git says in this folder, or None where there is no git or no repository."""
     try:
-        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.decode("utf-8", "replace").removesuffix("\n") if done.returncode == 0 else None
 
 
 def cpu_name():
@@ -50,6 +49,7 @@ def environment(device, dataset_sha256):
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    diff = git("diff", "HEAD")
     machine = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -63,13 +63,22 @@ def environment(device, dataset_sha256):
         **machine,
         "environment_sha256": hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest(),
         "commit": git("rev-parse", "HEAD"),
-        "dirty_diff": git("diff", "HEAD"),
+        "dirty_diff": diff and diff + "\n",  # whole, as git apply wants it
         "dataset_sha256": dataset_sha256,
     }
 
 
+def plain(value):
+    """`value` as JSON can hold it: a number that is not finite becomes None."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Run:
-    """The run folder, open for writing. Lines are kept until they are on the disk, so a full disk loses none."""
+    """The run folder, open for writing. Lines are kept until they are in their file, so a full disk loses none."""
 
     def __init__(self, out_dir):
         self.dir = Path(out_dir)
@@ -86,26 +95,23 @@ class Run:
             os.replace(beside, self.dir / name)
         for path in self.pending:
             path.touch()
-            self.length[path] = path.stat().st_size
+            self.length[path] = path.read_bytes().rfind(b"\n") + 1
         if self.length[self.metrics_path] < metrics_bytes:
-            self.event("warning", message=f"metrics.jsonl is shorter than the {metrics_bytes} bytes the checkpoint knows")
+            self.event("warning", message=f"metrics.jsonl lacks some of the {metrics_bytes} bytes the checkpoint knows")
         self.length[self.metrics_path] = min(metrics_bytes, self.length[self.metrics_path])
         os.truncate(self.metrics_path, self.length[self.metrics_path])
 
     def metrics(self, record):
         """One line of metrics.jsonl; a number that is not finite becomes null."""
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._write(self.metrics_path, plain)
+        self._write(self.metrics_path, record)
 
     def event(self, kind, **fields):
         self._write(self.events_path, {"event": kind, "time": round(time.time(), 3), **fields})
 
     def _write(self, path, record):
-        self.pending[path] += (json.dumps(record, allow_nan=False) + "\n").encode()
-        try:
+        self.pending[path] += (json.dumps(plain(record), allow_nan=False) + "\n").encode()
+        with contextlib.suppress(OSError):  # a full disk: the lines wait, and flush() says so at the next checkpoint
             self._flush(path)
-        except OSError as e:  # said by whoever saves next; the lines wait
-            self.trouble = e
 
     def _flush(self, path, to_disk=False):
         with open(path, "r+b") as f:
@@ -119,9 +125,9 @@ class Run:
         self.pending[path] = b""
 
     def flush(self):
-        """Have the disk hold every metrics line; -> bytes of metrics.jsonl. Raises OSError (disk full)."""
-        self._flush(self.metrics_path, to_disk=True)
-        sync(self.dir)
+        """Have the disk hold every line; -> bytes of metrics.jsonl. Raises OSError (disk full)."""
+        for path in self.pending:
+            self._flush(path, to_disk=True)
         return self.length[self.metrics_path]
 
 

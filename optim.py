@@ -33,8 +33,8 @@ def split_params(model, muon=False):
 class Optimizers:
     """AdamW, or AdamW and Muon, behind the face of one optimizer, so that a GradScaler steps both or neither.
 
-    The state is saved and loaded by parameter name: {"adamw": {name: {...tensors}}, "muon": {...}}. Learning rates are not
-    in it, they follow from the step.
+    The state is saved and loaded by parameter name: {"adamw": {name: {...tensors}}, "muon": {...}}. Learning rates are
+    not in it, they follow from the step.
     """
 
     def __init__(self, model, *, optimizer="adamw", learning_rate, muon_learning_rate=0.02, weight_decay=0.0,
@@ -43,7 +43,9 @@ class Optimizers:
         self.names = {p: name for name, p in params.items()}
         groups = split_params(model, muon=optimizer == "muon")
         decays = {"decay": weight_decay, "no_decay": 0.0}
-        adamw = [{"params": [params[n] for n in groups[g]], "weight_decay": wd} for g, wd in decays.items() if groups[g]]
+        adamw = [
+            {"params": [params[n] for n in groups[g]], "weight_decay": wd} for g, wd in decays.items() if groups[g]
+        ]
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         self.each = {"adamw": torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)}
         if optimizer == "muon":
@@ -77,19 +79,21 @@ class Optimizers:
         }
 
     def load_state_dict(self, saved):
-        """Raises ValueError naming what is missing or of another shape."""
+        """Raises ValueError naming what is missing, not there, or of another shape."""
         if saved.keys() != self.each.keys():
             raise ValueError(f"optimizer state of {', '.join(saved)} does not fit {', '.join(self.each)}")
         for kind, opt in self.each.items():
-            for p in (p for group in opt.param_groups for p in group["params"]):
-                state = saved[kind].get(self.names[p], {})
+            params = {self.names[p]: p for group in opt.param_groups for p in group["params"]}
+            odd = sorted(saved[kind].keys() ^ params.keys())
+            if odd and saved[kind]:  # before the first step there is none
+                raise ValueError(f"the {kind} state does not fit the model: only one of them has {', '.join(odd)}")
+            for name, state in saved[kind].items():
+                p = params[name]
                 for key, value in state.items():
                     if value.ndim and value.shape != p.shape:
-                        raise ValueError(f"{self.names[p]}: {key} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
-                if state:
-                    opt.state[p] = {
-                        key: value.to(p.device) if value.ndim else value.clone() for key, value in state.items()
-                    }
+                        raise ValueError(f"{name}: {key} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+                # the step count, too: fused AdamW reads it on the device
+                opt.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -153,7 +157,8 @@ def lr_at(step, *, learning_rate, min_lr, schedule, warmup_iters, lr_decay_iters
     """Learning rate of the update after `step` updates are done; above 0 at step 0.
 
     Linear warm-up, then cosine or linear from learning_rate down to min_lr at lr_decay_iters; or wsd, which stays
-    flat and goes down linearly over the last decay_frac of lr_decay_iters (Hu et al. 2024, arXiv:2404.06395); or constant.
+    flat and goes down linearly over the last decay_frac of lr_decay_iters (Hu et al. 2024, arXiv:2404.06395); or
+    constant.
     """
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 
 import torch
@@ -44,6 +45,9 @@ batch_size = 12               # sequences per micro-step
 gradient_accumulation_steps: int | None = None  # micro-steps per update over all ranks; none: 1, or by tokens_per_step
 tokens_per_step = 0           # tokens per update; when set, decides gradient_accumulation_steps
 prefetch = 4                  # batches read ahead
+context_start = 0             # context at first, doubling up to block_size, the tokens of a step staying the same;
+                              # 0: block_size throughout
+context_iters = 0             # updates after which the context is block_size; 0: half of max_iters
 
 # the model: GPTConfig's fields, described in model.py
 block_size = 1024             # tokens of context
@@ -107,72 +111,98 @@ dtype = "auto"                # auto | float32 | bfloat16 | float16 (with loss s
 compile: bool | None = None   # torch.compile; none: on CUDA
 threads = 0                   # CPU threads; 0: torch's choice
 deterministic = False         # bit-identical on CUDA too, at some cost in speed
+backend = "nccl"              # nanoGPT's key, of its processes' communication; unused, as this is one process
 # -----------------------------------------------------------------------------
 
 # what must be the same on resume, besides the model's shape: else it would be another run
-MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "batch_size", "accumulation", "optimizer")
+MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "batch_size", "gradient_accumulation_steps", "optimizer")
+
+
+@contextmanager
+def one_line_errors():
+    """Around setting up: what cannot be had as asked is the user's to mend. Later errors keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        fail(e)
 
 
 def main(config):
-    # ---- the machine -----------------------------------------------------------------
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("train.py runs as one process: start it with python, not with torchrun")
-    check_settings()
-    if threads:
-        torch.set_num_threads(threads)
-    where, device_why = pick_device(device)
-    precision, dtype_why = pick_dtype(dtype, where)
-    context = autocast(where, precision)
-    if where.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    with one_line_errors():
+        # ---- the machine -------------------------------------------------------------
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            fail("train.py runs as one process: start it with python, not with torchrun")
+        check_settings()
+        if threads:
+            torch.set_num_threads(threads)
+        where, device_why = pick_device(device)
+        precision, dtype_why = pick_dtype(dtype, where)
+        context = autocast(where, precision)
+        if where.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
 
-    # ---- the data, the model, and where they stand ---------------------------------------
-    accumulation = micro_steps()
-    resumed = what_to_resume()
-    source = find_dataset(dataset)
-    manifest, dataset_sha256 = read_manifest(source)
-    tokenizer, vocab = vocabulary(source, manifest)
-    sizes = {f.name: config[f.name] for f in fields(GPTConfig)}
-    model_config = GPTConfig(**{**sizes, "vocab_size": vocab_size or vocab})
-    train_tokens, val_tokens = (Tokens(source, split, model_config.vocab_size) for split in ("train", "val"))
-    state = {
-        "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None,
-        "model": asdict(model_config), "config": config, "seed": seed, "dataset_sha256": dataset_sha256,
-        "train_tokens": len(train_tokens), "batch_size": batch_size, "accumulation": accumulation,
-        "optimizer": optimizer, "threads": torch.get_num_threads(), "ranks": 1,
-    }
+        # ---- the data, the model, and where they stand ---------------------------------------
+        accumulation = micro_steps()
+        resumed = what_to_resume()
+        source = find_dataset(dataset)
+        manifest, dataset_sha256 = read_manifest(source)
+        tokenizer, vocab = vocabulary(source, manifest)
+        sizes = {f.name: config[f.name] for f in fields(GPTConfig)}
+        model_config = GPTConfig(**{**sizes, "vocab_size": vocab_size or vocab})
+        if tokenizer and model_config.vocab_size < vocab:
+            fail(f"vocab_size={vocab_size} is too small for {source}, which has {vocab} token ids; 0 takes that")
+        if tokenizer and sample_tokens and not tokenizer.encode(sample_start):
+            fail("sample_start is empty: a sample needs at least one character to start from")
+        train_tokens, val_tokens = (Tokens(source, split, model_config.vocab_size) for split in ("train", "val"))
+        if len(val_tokens) < 2:
+            fail(f"{source}: {len(val_tokens)} validation tokens are too few: at least 2")
+        state = {
+            "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None,
+            "model": asdict(model_config), "config": config, "seed": seed, "dataset_sha256": dataset_sha256,
+            "train_tokens": len(train_tokens), "batch_size": batch_size, "gradient_accumulation_steps": accumulation,
+            "optimizer": optimizer, "threads": torch.get_num_threads(), "ranks": 1,
+        }
 
-    torch.manual_seed(seed)
-    model = GPT(model_config).to(where)
-    opt = Optimizers(
-        model, optimizer=optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
-        weight_decay=weight_decay, betas=(beta1, beta2), muon_momentum=muon_momentum,
-        muon_dtype=pick_dtype(muon_dtype, where)[0],
-    )
-    scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
+        torch.manual_seed(seed)
+        model = GPT(model_config).to(where)
+        opt = Optimizers(
+            model, optimizer=optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
+            weight_decay=weight_decay, betas=(beta1, beta2), muon_momentum=muon_momentum,
+            muon_dtype=pick_dtype(muon_dtype, where)[0],
+        )
+        scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
-    changed = {}
-    if resumed:
-        folder, saved = resumed
-        changed = check_resume(saved, state)
-        if saved["step"] >= max_iters and not eval_only:
-            print(f"nothing to do: {folder} has all {max_iters:,} steps")
-            return 0
-        checkpoint.load_model(model, folder)
-        opt.load_state_dict(checkpoint.load_optimizer_state(folder))
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-        state |= {key: saved[key] for key in ("step", "wall_s", "metrics_bytes")}
-    elif init_from not in ("scratch", "auto"):
-        checkpoint.load_model(model, checkpoint.find(init_from)[0])
+        changed = {}
+        if resumed:
+            folder, saved = resumed
+            changed = check_resume(saved, state)
+            if saved["step"] >= max_iters and not eval_only:
+                print(f"nothing to do: {folder} has all {max_iters:,} steps")
+                return 0
+            checkpoint.load_model(model, folder)
+            opt.load_state_dict(checkpoint.load_optimizer_state(folder))
+            if saved["scaler"]:
+                scaler.load_state_dict(saved["scaler"])
+            state |= {key: saved[key] for key in ("step", "wall_s", "metrics_bytes")}
+        elif init_from not in ("scratch", "auto"):
+            checkpoint.load_model(model, checkpoint.find(init_from)[0])
+
+    if eval_only:  # writes nothing
+        loss = evaluate_now(model, val_tokens, context)
+        perplexity = math.exp(min(loss, 700))
+        print(f"val loss {loss:.4f}  perplexity {perplexity:.3f}  bits per token {loss / math.log(2):.4f}")
+        return 0
 
     # ---- the run folder and the summary ------------------------------------------------
-    run = Run(out_dir)
-    run.open(config, environment(where, dataset_sha256), state["metrics_bytes"])
-    tokenizer and tokenizer.save(run.dir)
+    with one_line_errors():
+        loader = Loader(train_tokens, block_size, batch_size, accumulation=accumulation, seed=seed,
+                        first_step=state["step"], prefetch=prefetch)
+        run = Run(out_dir)
+        run.open(config, environment(where, dataset_sha256), state["metrics_bytes"])
+        tokenizer and tokenizer.save(run.dir)
     run.event("resume" if resumed else "start", step=state["step"], changed=changed)
 
     def warn(message):
@@ -208,12 +238,20 @@ def main(config):
         return loss.detach()
 
     def validate():
-        result = evaluate(model, val_tokens, block_size, max(1, 16384 // block_size), eval_iters, context)
-        if sample_tokens and tokenizer:
+        loss = evaluate_now(model, val_tokens, context)
+        if sample_tokens and tokenizer and math.isfinite(loss):
             text = sample(model, tokenizer)
             run.event("sample", step=state["step"], text=text)
             print(f"---- sample at step {state['step']}\n{text}\n----")
-        return result["loss"]
+        return loss
+
+    def diverged(step, what):
+        """Says that the run is lost from `step` on, and saves nothing. -> the exit code"""
+        loader.close()
+        run.event("stop", step=step, reason=f"{what} is not finite")
+        print(f"error: {what} is not finite at step {step}; checkpoints are from before it. "
+              "Lower learning_rate, or check the data", file=sys.stderr)
+        return 1
 
     def save(val_loss=None):
         """A checkpoint of now. A full disk is said and the run goes on: what is there already stays good."""
@@ -227,14 +265,7 @@ def main(config):
             return False
         return True
 
-    if eval_only:
-        loss = validate()
-        print(f"val loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.3f}  bits per token {loss / math.log(2):.4f}")
-        return 0
-
     # ---- compile, and fall back once if that fails ---------------------------------------
-    loader = Loader(train_tokens, block_size, batch_size, accumulation=accumulation, seed=seed,
-                    first_step=state["step"], prefetch=prefetch)
     compiled = model
     clock = time.perf_counter()
     if compile or (compile is None and where.type == "cuda"):
@@ -242,9 +273,10 @@ def main(config):
         if not trouble:
             try:
                 compiled = torch.compile(model)
-                micro_step(*(t.to(where) for t in loader.batch(state["step"])), state["step"], 0)
+                batch = (t.to(where).view(-1, context_at(state["step"])) for t in loader.batch(state["step"]))
+                micro_step(*batch, state["step"], 0)
             except Exception as e:
-                trouble = str(e).splitlines()[0]
+                trouble = str(e).strip().partition("\n")[0] or type(e).__name__
             opt.zero_grad()
         if trouble:
             compiled = model
@@ -254,7 +286,7 @@ def main(config):
     # ---- the loop ---------------------------------------------------------------------
     stop = StopSignal()
     timer = StepTimer(where)
-    unread = []  # losses since the last record, still on the device
+    unread = []  # loss and gradient norm of each step since the last record, still on the device
     last_save = time.monotonic()
     steps = state["step"]
     while state["step"] < max_iters:
@@ -266,7 +298,7 @@ def main(config):
         losses = []
         for micro in range(accumulation):
             x, y = next(loader)
-            x, y = x.to(where, non_blocking=True), y.to(where, non_blocking=True)
+            x, y = (t.to(where, non_blocking=True).view(-1, context_at(step)) for t in (x, y))
             timer.mark("data_ms")
             losses.append(micro_step(x, y, step, micro, timer))
         scaler.unscale_(opt) if scaler.is_enabled() else None
@@ -275,7 +307,7 @@ def main(config):
         scaler.update()
         opt.zero_grad()
         timer.mark("optim_ms")
-        unread.append((step + 1, torch.stack(losses).mean()))
+        unread.append(torch.stack((torch.stack(losses).mean(), norm)))
         state["step"] = step = step + 1
 
         last = step == max_iters
@@ -283,44 +315,47 @@ def main(config):
         eval_due = step % eval_interval == 0 or last
         save_due = save_interval and step % save_interval == 0 or \
             save_minutes and time.monotonic() - last_save > 60 * save_minutes
-        if not (log_due or eval_due or save_due or stop.signum):
+        stopped_by = stop.signum  # once, as it can change at any moment
+        if not (log_due or eval_due or save_due or stopped_by):
             state["wall_s"] += time.perf_counter() - clock
             continue
 
         # read the losses: from here on the device has finished the step
-        read = torch.stack([loss for _, loss in unread]).tolist()
+        read = torch.stack(unread).tolist()
         parts = timer.read()
         state["wall_s"] += time.perf_counter() - clock
-        bad = [s for (s, _), loss in zip(unread, read, strict=True) if not math.isfinite(loss)]
         unread = []
-        if bad:
-            run.metrics({"step": bad[0], "tokens": bad[0] * per_step, "wall_s": state["wall_s"], "loss": None})
-            run.event("stop", step=bad[0], reason="the loss is not finite")
-            loader.close()
-            print(f"error: the loss is not finite at step {bad[0]}; the last checkpoint is before it. "
-                  "Lower learning_rate, or check the data", file=sys.stderr)
-            return 1
+        for at, (loss, grad_norm) in enumerate(read, step + 1 - len(read)):
+            # a gradient that is not finite will have spoilt the weights, but a GradScaler skips such a step
+            if not math.isfinite(loss) or not math.isfinite(grad_norm) and not scaler.is_enabled():
+                run.metrics({"step": at, "tokens": at * per_step, "wall_s": round(state["wall_s"], 3), "loss": loss,
+                             "grad_norm": grad_norm})
+                return diverged(at, "the gradient" if math.isfinite(loss) else "the loss")
         val_loss = validate() if eval_due else None
         if log_due or eval_due:
             tok_per_s = per_step / (sum(parts.values()) / 1000)
             record = {
-                "step": step, "tokens": step * per_step, "wall_s": round(state["wall_s"], 3), "loss": read[-1],
-                **({"val_loss": val_loss} if eval_due else {}), "lr": lr, "grad_norm": norm.item(),
+                "step": step, "tokens": step * per_step, "wall_s": round(state["wall_s"], 3), "loss": loss,
+                **({"val_loss": val_loss} if eval_due else {}), "lr": lr, "grad_norm": grad_norm,
                 "tok_per_s": round(tok_per_s), "mfu": tok_per_s * flops / peak if peak else None,
                 "mem_gb": memory_gb(where), **{part: round(ms, 3) for part, ms in parts.items()},
             }
             run.metrics(record)
             show(record, state["wall_s"])
         saved = False
-        if eval_due or save_due or stop.signum:
+        if eval_due or save_due or stopped_by:
+            if not all(p.isfinite().all() for p in model.parameters()):
+                return diverged(step, "a weight")
+            if eval_due and not math.isfinite(val_loss):
+                return diverged(step, "the validation loss")
             saved = save(val_loss)
             last_save = time.monotonic()
-        if stop.signum:
-            run.event("stop", step=step, reason=signal.Signals(stop.signum).name)
-            print(f"\nstopped by {signal.Signals(stop.signum).name} after step {step}; "
+        if stopped_by:
+            run.event("stop", step=step, reason=signal.Signals(stopped_by).name)
+            print(f"\nstopped by {signal.Signals(stopped_by).name} after step {step}; "
                   f"go on with --init_from=resume --out_dir={out_dir}")
             loader.close()
-            return 128 + stop.signum
+            return 128 + stopped_by
 
     loader.close()
     run.event("end", step=state["step"], wall_s=state["wall_s"])
@@ -335,14 +370,18 @@ def main(config):
 
 def check_settings():
     """Ends the run for a setting that has no meaning."""
-    at_least = {"max_iters": 1, "batch_size": 1, "tokens_per_step": 0, "warmup_iters": 0, "lr_decay_iters": 0,
-                "eval_interval": 1, "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
-                "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "threads": 0, "prefetch": 1}
+    at_least = {"max_iters": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "tokens_per_step": 0,
+                "warmup_iters": 0, "lr_decay_iters": 0, "context_start": 0, "context_iters": 0, "eval_interval": 1,
+                "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
+                "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "sample_tokens": 0, "threads": 0, "prefetch": 1}
     for key, least in at_least.items():
-        if globals()[key] < least:
+        if globals()[key] is not None and globals()[key] < least:
             fail(f"{key}={globals()[key]} must be at least {least}")
     if learning_rate <= 0 or muon_learning_rate <= 0:
         fail("learning_rate and muon_learning_rate must be above 0")
+    if context_start and (context_start > block_size or context_start << int(math.log2(block_size // context_start))
+                          != block_size):
+        fail(f"context_start={context_start} does not double to block_size={block_size}")
     for key, known in {"optimizer": ("adamw", "muon"), "lr_schedule": ("cosine", "linear", "wsd")}.items():
         if globals()[key] not in known:
             fail(f"{key}={globals()[key]!r} is not one of {', '.join(known)}")
@@ -355,8 +394,9 @@ def micro_steps():
     micro = batch_size * block_size
     steps, rest = divmod(tokens_per_step, micro)
     if rest or not steps:
-        fail(f"tokens_per_step={tokens_per_step} is not a multiple of batch_size x block_size = {batch_size} x {block_size}"
-             f" = {micro}; {max(1, steps) * micro} and {(steps + 1) * micro} are")
+        below = max(1, steps)
+        fail(f"tokens_per_step={tokens_per_step} is not a multiple of batch_size x block_size = {batch_size} x "
+             f"{block_size} = {micro}; {below * micro} and {(below + 1) * micro} are")
     if gradient_accumulation_steps not in (None, steps):
         fail(f"tokens_per_step={tokens_per_step} takes {steps} micro-steps, but gradient_accumulation_steps="
              f"{gradient_accumulation_steps}; leave one of them out")
@@ -364,13 +404,15 @@ def micro_steps():
 
 
 def what_to_resume():
-    """(folder, state) of the checkpoint to go on from, or None to begin. Ends the run where init_from forbids either."""
+    """(folder, state) of the checkpoint to go on from, or None to begin. Ends the run where init_from forbids it."""
     found = checkpoint.steps(out_dir)
     if init_from in ("resume", "auto"):
         good = checkpoint.latest_good(out_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
         if good is None and init_from == "resume":
             fail(f"nothing to resume: {out_dir} holds no checkpoint; --init_from=scratch begins, auto does either")
         return good
+    if init_from != "scratch" and not os.path.isdir(init_from):
+        fail(f"init_from={init_from!r} is none of scratch, resume, auto, nor the folder of a run")
     if found:
         fail(f"{out_dir} already holds a run (step {max(found)}): continue it with --init_from=resume, "
              "or begin in another --out_dir")
@@ -385,7 +427,7 @@ def check_resume(saved, state):
             fail(f"cannot resume {out_dir}: it was trained with {key}={then.get(key)}, now it is {now[key]}; "
                  "set it back, or begin in another --out_dir")
     changed = {key: [saved["config"].get(key), value] for key, value in state["config"].items()
-               if saved["config"].get(key) != value and key not in ("init_from", "out_dir", "max_iters")}
+               if saved["config"].get(key) != value and key not in ("init_from", "out_dir")}
     if saved["threads"] != state["threads"]:
         changed["threads"] = [saved["threads"], state["threads"]]  # sums in another order: equal to rounding only
     return changed
@@ -405,6 +447,21 @@ def learning_rate_at(step):
         step, learning_rate=learning_rate, min_lr=min_lr, schedule=lr_schedule if decay_lr else "constant",
         warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters or max_iters, decay_frac=wsd_decay_frac,
     )
+
+
+def evaluate_now(model, val_tokens, context):
+    """Loss over the fixed validation windows, in batches of about 16,384 tokens."""
+    return evaluate(model, val_tokens, block_size, max(1, 16384 // block_size), eval_iters, context)["loss"]
+
+
+def context_at(step):
+    """Tokens of context at `step`: short at first, where short is quicker and teaches as much (Li et al. 2021,
+    arXiv:2108.06084). The rows of a batch are cut, so the order of the data stays what it is."""
+    until = context_iters or max_iters // 2
+    if not context_start or step >= until:
+        return block_size
+    doublings = int(math.log2(block_size // context_start))
+    return context_start << int(doublings * step / until)
 
 
 def sample(model, tokenizer):

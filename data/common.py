@@ -162,17 +162,17 @@ def download_package(name, version, digest):
     """
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        backend = BACKEND.format(name=name.replace("-", "_"), version=version)  # as a dist-info folder spells a name
         (folder / "setuptools").mkdir()
         (folder / "setuptools" / "__init__.py").touch()
-        (folder / "setuptools" / "build_meta.py").write_text(BACKEND.format(name=name, version=version))
+        (folder / "setuptools" / "build_meta.py").write_text(backend)
         (folder / "requirements.txt").write_text(f"{name}=={version} --hash=sha256:{digest}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
         command += ["--no-deps", f"--no-binary={name}", "--no-build-isolation", "--use-pep517", "--retries=1"]
         command += ["--require-hashes", f"--requirement={folder / 'requirements.txt'}", f"--dest={folder / 'got'}"]
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.DEVNULL, capture_output=True
-        )
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
         archives = sorted((folder / "got").glob("*"))
         if done.returncode != 0 or not archives:
             lines = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines() or ["no reason given"]

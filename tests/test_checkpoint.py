@@ -1,0 +1,443 @@
+"""Checkpoints: killed at any instant, damaged, on a full disk; writing, finding and pruning them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import HARD, checkpoints, differences, leftovers, losses, one_error, outcome, records
+from safetensors.torch import load_file
+
+import checkpoint
+from checkpoint import CheckpointError
+from model import GPT, GPTConfig
+from optim import Optimizers
+
+pytest_plugins = ["runs"]
+
+# -----------------------------------------------------------------------------
+# Killed at any instant
+
+# `die_at(owner, name, n, where, half)`: this process is gone at the n-th call of owner.name that has `where` in its
+# arguments: before the call, or after `half` of it.
+KILL = """
+import os, shutil, signal, torch
+from pathlib import Path
+import checkpoint, monitor
+
+def die_at(owner, name, n, where="", half=lambda *args, **kwargs: None):
+    real, calls = getattr(owner, name), []
+    def call(*args, **kwargs):
+        calls.extend([1] if where in " ".join(map(str, args)) else [])
+        if len(calls) == n and where in " ".join(map(str, args)):
+            half(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(owner, name, call)
+    return real
+
+def half_model(tensors, path, metadata=None):
+    save_file(tensors, path, metadata=metadata)
+    os.truncate(path, os.path.getsize(path) // 2)
+
+def half_optimizer(state, f):
+    save(state, f)
+    f.truncate(f.tell() // 2)
+
+def half_text(path, text, encoding=None):
+    write_text(path, text[:len(text) // 2])
+
+def half_removed(folder, *args, **kwargs):
+    os.remove(sorted(Path(folder).iterdir())[0])
+
+def half_line(run, path, *args, **kwargs):
+    line = run.pending[path][:-20]
+    with open(path, "ab") as f:
+        f.write(line)
+"""
+
+# while its second checkpoint is written, from the first byte to the last and after
+INSTANTS = {
+    "before the metrics are on the disk": "die_at(monitor.Run, 'flush', 2)",
+    "half of model.safetensors": "save_file = die_at(checkpoint, 'save_file', 2, half=half_model)",
+    "before optimizer.pt": "die_at(torch, 'save', 2)",
+    "half of optimizer.pt": "save = die_at(torch, 'save', 2, half=half_optimizer)",
+    "half of state.json": "write_text = die_at(Path, 'write_text', 2, 'state.json', half_text)",
+    "files not yet synced": "die_at(checkpoint, 'sync', 2, 'model.safetensors')",
+    "folder not yet synced": "die_at(checkpoint, 'sync', 11)",  # six a time, this is the fifth
+    "before the rename": "die_at(os, 'replace', 2, '.writing_step')",
+    "after the rename": "replace = die_at(os, 'replace', 2, '.writing_step', lambda *args: replace(*args))",
+    "before the first is pruned": "die_at(checkpoint, 'prune', 2)",
+    "half of the first is pruned": "die_at(shutil, 'rmtree', 1, '.writing_step', half_removed)",
+    "half a line of metrics": "die_at(monitor.Run, '_flush', 6, 'metrics.jsonl', half_line)",
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_again_and_again_while_saving(optimizer, tiny, unbroken, tmp_path):
+    """One run, killed at one instant after the other, each time continued by the same command."""
+    settings = dict(HARD, optimizer=optimizer, max_iters=32, init_from="auto")
+    for instant, fault in INSTANTS.items():
+        done = tiny(tmp_path / "run", before=KILL + fault, **settings)
+        assert done.code == -signal.SIGKILL, (instant, done.err)
+        for folder in checkpoint.steps(tmp_path / "run").values():  # those of before, or the whole new one
+            checkpoint.verify(folder)
+    assert 0 < checkpoints(tmp_path / "run")[-1] < 32
+    done = tiny(tmp_path / "run", **settings)
+    assert done.code == 0 and done.err == ""
+    assert differences(outcome(tmp_path / "run"), unbroken(**settings)) == []
+    assert leftovers(tmp_path / "run") == []
+    assert [e["event"] for e in records(tmp_path / "run", "events.jsonl")].count("resume") > 5
+
+
+def test_killed_from_outside_at_any_moment(train, words, unbroken, tmp_path):
+    """Once so many lines are logged; where in the step or a save that is, chance decides."""
+    settings = dict(HARD, optimizer="muon", max_iters=60, init_from="auto", log_interval=3)
+    out, kills, through = tmp_path / "run", 0, 0
+    metrics = out / "metrics.jsonl"
+    while kills < 6:
+        pid = train.start(dataset=words, out_dir=out, **settings)
+        while train.alive(pid) and (not metrics.exists() or metrics.read_bytes().count(b"\n") <= 2 * kills):
+            time.sleep(0.002)
+        if train.alive(pid):
+            os.kill(pid, signal.SIGKILL)
+        done = train.wait()
+        kills += done.code == -signal.SIGKILL
+        if done.code != -signal.SIGKILL:  # it was faster: once more
+            assert done.code == 0 and (through := through + 1) < 20, done.err
+            shutil.rmtree(out)
+    done = train(dataset=words, out_dir=out, **settings)
+    assert done.code == 0, done.err
+    assert differences(outcome(out), unbroken(**settings)) == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_resumes_exactly(dtype, tiny, unbroken, tmp_path):
+    """And the loss scale, which here changes every other step, is saved and restored."""
+    moving = """
+        import functools, torch
+        torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=1024.0, growth_interval=2)
+    """
+    settings = dict(HARD, optimizer="muon", dtype=dtype, max_iters=8, before=moving)
+    expected = unbroken(**settings)
+    kill = "\ndie_at(os, 'replace', 3, '.writing_step')"
+    done = tiny(tmp_path, **settings | dict(before=textwrap.dedent(moving) + KILL + kill))
+    assert done.code == -signal.SIGKILL and checkpoints(tmp_path)[-1] == 4
+    done = tiny(tmp_path, init_from="resume", **settings)
+    assert done.code == 0, done.err
+    assert differences(outcome(tmp_path), expected) == []
+    if dtype == "float16":
+        assert expected["scaler"]["scale"] == 1024.0 * 2**4
+    else:
+        assert expected["scaler"] is None
+
+
+@pytest.mark.parametrize(
+    "fault, differs",
+    [
+        ("optim.Optimizers.load_state_dict = lambda self, saved: None", ["metrics", "model"]),
+        ("start = loader.Loader.__init__\nloader.Loader.__init__ = lambda *a, first_step, **k: "
+         "start(*a, first_step=first_step + 1, **k)", ["metrics", "model"]),
+        ("checkpoint.load_model = lambda model, folder: None", ["metrics", "model"]),
+        ("keyed = loader.keyed\nloader.keyed = lambda *parts: keyed(*parts, *['other'] * (parts[-1] == 'dropout'))",
+         ["metrics", "model"]),
+    ],
+    ids=["optimizer state dropped", "data position shifted", "weights dropped", "other dropout"],
+)
+def test_a_resume_that_is_not_exact_is_seen(fault, differs, tiny, unbroken, tmp_path):
+    """The negative control of all tests above: the same comparison, after a resume with a fault in it."""
+    settings = dict(HARD, optimizer="muon", max_iters=8)
+    kill = "die_at(os, 'replace', 3, '.writing_step')"
+    assert tiny(tmp_path, before=KILL + kill, **settings).code == -signal.SIGKILL
+    before = "import checkpoint, loader, optim\n" + fault
+    assert tiny(tmp_path, before=before, init_from="resume", **settings).code == 0
+    found = differences(outcome(tmp_path), unbroken(**settings))
+    assert [part for part in found if part != "val_loss"] == differs
+
+
+# -----------------------------------------------------------------------------
+# Damaged checkpoints
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("echo executed >$MINICHAT_TEST_TRACE",)
+
+
+def resign(folder):
+    """Have state.json vouch for the files as they are now, so that its hashes do not give a change away."""
+    path = folder / "state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["files"] = {name: checkpoint.file_sha256(folder / name) for name in state["files"]}
+    state["sha256"] = checkpoint.own_sha256(state)
+    path.write_text(json.dumps(state), encoding="utf-8")
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def malicious(path):
+    torch.save({"adamw": {}, "muon": Malicious()}, path)
+    resign(path.parent)
+
+
+def keyless(path):
+    state = {"step": 12}
+    path.write_text(json.dumps({**state, "sha256": checkpoint.own_sha256(state)}), encoding="utf-8")
+
+
+DAMAGES = {
+    "truncated": ("model.safetensors", truncate),
+    "bit-flipped": ("optimizer.pt", flip),
+    "malicious": ("optimizer.pt", malicious),
+    "missing": ("optimizer.pt", Path.unlink),
+    "garbage": ("state.json", lambda path: path.write_bytes(b"\xff\x00{")),
+    "edited": ("state.json", lambda path: path.write_text(path.read_text().replace('"step": 12', '"step": 11'))),
+    "keyless": ("state.json", keyless),
+    "no state": ("state.json", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(damage, tiny, finished, tmp_path):
+    name, spoil = DAMAGES[damage]
+    out, trace = tmp_path / "run", tmp_path / "executed"
+    shutil.copytree(finished, out)
+    spoil(out / "ckpt" / "step_00000012" / name)
+    done = tiny(out, init_from="auto", env={"MINICHAT_TEST_TRACE": str(trace)})
+    assert done.code == 0
+    assert done.err.startswith("warning: ") and done.err.count("\n") == 1
+    assert f"step_00000012/{name}" in done.err and "step_00000012.corrupt" in done.err
+    assert leftovers(out) == ["step_00000012.corrupt"]
+    assert differences(outcome(out), outcome(finished)) == []
+    assert not trace.exists()
+
+
+def test_the_malicious_file_would_have_run(tiny, tmp_path):
+    """The negative control: without weights_only it is executed."""
+    torch.save(Malicious(), tmp_path / "optimizer.pt")
+    load = f"import torch\ntorch.load({str(tmp_path / 'optimizer.pt')!r}, weights_only=False)"
+    done = tiny(tmp_path, before=load, max_iters=0, env={"MINICHAT_TEST_TRACE": str(tmp_path / "executed")})
+    assert done.code == 2 and (tmp_path / "executed").exists()
+
+
+def test_no_good_checkpoint_left_stops_the_run_each_time(tiny, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for folder in checkpoint.steps(out).values():
+        flip(folder / "model.safetensors")
+    first, second = tiny(out, init_from="auto"), tiny(out, init_from="auto")
+    assert first.code == second.code == 2
+    assert [line.split(":")[0] for line in first.err.splitlines()] == ["warning"] * 3 + ["error"]
+    assert one_error(second) == first.err.splitlines(keepends=True)[-1]
+    assert "no checkpoint that verifies" in second.err and "scratch" in second.err
+    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert tiny(out, init_from="scratch").code == 0
+
+
+# -----------------------------------------------------------------------------
+# Disk full
+
+FULL = """
+import resource, signal
+import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows past the limit is an OSError, as on a full disk
+save, count = checkpoint.save, []
+def save_on_a_full_disk(*args):
+    count.append(1)
+    full = len(count) in {saves}
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit} if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    try:
+        return save(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+checkpoint.save = save_on_a_full_disk
+"""
+
+
+@pytest.mark.parametrize("file, limit", [("model.safetensors", 10_000), ("optimizer.pt", 70_000)])
+def test_disk_full_in_the_middle(file, limit, tiny, finished, tmp_path):
+    """It is said, the run goes on, what was saved stays good, and when there is room again saving works again."""
+    done = tiny(tmp_path, before=FULL.format(saves={2}, limit=limit))
+    assert done.code == 0
+    assert done.err.startswith("warning: no checkpoint at step 8: ") and done.err.count("\n") == 1
+    assert os.strerror(27) in done.err and "make room" in done.err  # EFBIG, here; see below for ENOSPC
+    assert checkpoints(tmp_path) == [4, 12] and leftovers(tmp_path) == []
+    checkpoint.verify(tmp_path / "ckpt" / "step_00000004")
+    assert [e["event"] for e in records(tmp_path, "events.jsonl")] == ["start", "warning", "end"]
+    assert differences(outcome(tmp_path), outcome(finished)) == []
+
+
+def test_disk_full_at_the_end(tiny, finished, tmp_path):
+    done = tiny(tmp_path, before=FULL.format(saves={3}, limit=10_000))
+    assert done.code == 1 and "no checkpoint at step 12" in done.err
+    assert checkpoints(tmp_path) == [4, 8] and leftovers(tmp_path) == []
+    assert tiny(tmp_path, init_from="auto").code == 0
+    assert differences(outcome(tmp_path), outcome(finished)) == []
+
+
+def test_disk_really_full(tiny, finished, tmp_path):
+    """The same on a small file system, which only root can make: what does not fit is refused, the rest stays good."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(small)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        done = tiny(small / "run", keep_checkpoints=100, eval_interval=1)
+        assert done.code == 1
+        lines = done.err.splitlines()
+        assert lines and all(line.startswith("warning: no checkpoint at step") for line in lines)
+        assert os.strerror(28) in lines[0]
+        saved = checkpoints(small / "run")
+        assert saved == list(range(1, len(saved) + 1)) and 1 <= len(saved) < 12 and leftovers(small / "run") == []
+        for folder in checkpoint.steps(small / "run").values():
+            checkpoint.verify(folder)
+        for step in saved[1:]:
+            shutil.rmtree(small / "run" / "ckpt" / f"step_{step:08d}")
+        assert tiny(small / "run", keep_checkpoints=1, init_from="auto", eval_interval=4).code == 0
+        assert outcome(small / "run")["tensors"].keys() == outcome(finished)["tensors"].keys()
+        assert losses(small / "run") == losses(finished)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+# -----------------------------------------------------------------------------
+# Writing and reading
+
+
+@pytest.fixture
+def trained():
+    """A tiny model with a tied head and its optimizers after one step."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
+    opt = Optimizers(model, optimizer="muon", learning_rate=1e-3)
+    x = torch.arange(8)[None]
+    model(x, x + 1, loss_only=True)[1].backward()
+    opt.step()
+    return model, opt
+
+
+def put(out, trained, step, val_loss=None):
+    return checkpoint.save(out, *trained, {"step": step, "val_loss": val_loss})
+
+
+def test_what_is_written_is_what_is_read(trained, tmp_path):
+    model, opt = trained
+    folder = put(tmp_path, trained, 7, 1.5)
+    assert folder == tmp_path / "ckpt" / "step_00000007"
+    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "optimizer.pt", "state.json"]
+    state = checkpoint.verify(folder)
+    assert state["step"] == 7 and state["val_loss"] == 1.5
+    assert state["files"] == {name: checkpoint.file_sha256(folder / name) for name in checkpoint.FILES}
+
+    other = GPT(model.config)
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    checkpoint.load_model(other, folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    saved, held = checkpoint.load_optimizer_state(folder), opt.state_dict()
+    assert saved.keys() == held.keys() == {"adamw", "muon"}
+    for kind in saved:
+        assert saved[kind].keys() == held[kind].keys() and saved[kind]
+        for name, values in saved[kind].items():
+            assert values.keys() == held[kind][name].keys()
+            assert all(torch.equal(value, held[kind][name][key]) for key, value in values.items())
+
+
+def test_names_are_plain_and_a_tied_head_is_there_once(trained, tmp_path):
+    tensors = load_file(put(tmp_path, trained, 1) / "model.safetensors")
+    assert "transformer.wte.weight" in tensors and "lm_head.weight" not in tensors
+    wrapped = torch.nn.Module()
+    wrapped._orig_mod = trained[0]  # as torch.compile wraps it
+    assert checkpoint.model_tensors(wrapped).keys() == tensors.keys() == dict(trained[0].named_parameters()).keys()
+
+
+def test_the_same_state_is_the_same_bytes(trained, tmp_path):
+    a, b = put(tmp_path / "a", trained, 1), put(tmp_path / "b", trained, 1)
+    for name in (*checkpoint.FILES, "state.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def test_what_a_kill_left_is_removed_by_the_next_save(trained, tmp_path):
+    (tmp_path / "ckpt" / ".writing_step_00000003").mkdir(parents=True)
+    (tmp_path / "ckpt" / ".writing_step_00000003" / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.steps(tmp_path) == {} and checkpoint.latest_good(tmp_path) is None
+    put(tmp_path, trained, 4)
+    assert [p.name for p in (tmp_path / "ckpt").iterdir()] == ["step_00000004"]
+
+
+def test_another_shape_is_named(trained, tmp_path):
+    folder = put(tmp_path, trained, 1)
+    wider = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=32))
+    with pytest.raises(CheckpointError, match=r"transformer\.h\.0\.attn\.c_attn\.bias is \(48,\) there and \(96,\) in"):
+        checkpoint.load_model(wider, folder)
+    deeper = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
+    with pytest.raises(CheckpointError, match=r"transformer\.h\.1\..* is None there"):
+        checkpoint.load_model(deeper, folder)
+
+
+def test_an_error_that_is_not_the_disks_is_not_taken_for_it(trained, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        put(tmp_path, trained, 1)
+    assert leftovers(tmp_path) == []
+
+
+def test_finding(trained, tmp_path):
+    for step, val_loss in ((1, 3.0), (2, 1.0), (3, None), (4, 1.0), (5, 2.0)):
+        put(tmp_path, trained, step, val_loss)
+    found = checkpoint.steps(tmp_path)
+    assert list(found) == [1, 2, 3, 4, 5]
+    for which, step in (("latest", 5), ("best", 2), ("3", 3), (4, 4)):
+        folder, state = checkpoint.find(tmp_path, which)
+        assert folder == found[step] and state["step"] == step
+    assert checkpoint.find(found[1])[1]["step"] == 1  # one checkpoint's own folder
+    with pytest.raises(CheckpointError, match="no checkpoint 'newest'.*latest, best, 1, 2, 3, 4, 5"):
+        checkpoint.find(tmp_path, "newest")
+    with pytest.raises(CheckpointError, match="nowhere holds no checkpoint"):
+        checkpoint.find(tmp_path / "nowhere")
+
+
+def test_no_best_without_an_evaluation(trained, tmp_path):
+    put(tmp_path, trained, 1)
+    with pytest.raises(CheckpointError, match="no evaluated checkpoint"):
+        checkpoint.find(tmp_path, "best")
+
+
+def test_finding_passes_over_a_damaged_one_and_leaves_it(trained, tmp_path):
+    for step in (1, 2):
+        put(tmp_path, trained, step)
+    flip(tmp_path / "ckpt" / "step_00000002" / "model.safetensors")
+    said = []
+    assert checkpoint.find(tmp_path, warn=said.append)[1]["step"] == 1
+    assert len(said) == 1 and "step_00000002" in said[0] and leftovers(tmp_path) == []
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.find(tmp_path, "2")
+    truncate(tmp_path / "ckpt" / "step_00000001" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints verifies"):
+        checkpoint.find(tmp_path, warn=said.append)
+
+
+def test_pruning_keeps_the_last_few_and_the_best(trained, tmp_path):
+    for step, val_loss in ((1, 2.0), (2, 1.0), (3, None), (4, 1.5), (5, None), (6, None)):
+        put(tmp_path, trained, step, val_loss)
+    checkpoint.prune(tmp_path, 3)
+    assert checkpoints(tmp_path) == [2, 4, 5, 6] and leftovers(tmp_path) == []
+    checkpoint.prune(tmp_path, 0)  # the latest is always kept
+    assert checkpoints(tmp_path) == [2, 6]

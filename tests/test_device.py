@@ -1,0 +1,172 @@
+"""Device and precision: what is chosen and why, what cannot be had, and no guess about an unknown GPU."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import device  # noqa: E402
+from device import PEAK_FLOPS, autocast, can_compile, memory_gb, peak_flops, pick_device, pick_dtype  # noqa: E402
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(cuda="NVIDIA A100-SXM4-80GB", count=2, bf16=True, mps=False): torch as it is on another machine."""
+
+    def pretend(cuda=None, count=1, bf16=True, mps=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count if cuda else 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: cuda)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True: including_emulation or bf16)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    pretend()
+    return pretend
+
+
+def test_auto_takes_the_best_that_is_there_and_says_why(machine):
+    assert pick_device("auto") == (CPU, "no GPU found")
+    machine(mps=True)
+    where, why = pick_device("auto")
+    assert where == MPS and "Apple" in why
+    machine(cuda="NVIDIA A100-SXM4-80GB", mps=True)
+    where, why = pick_device("auto")
+    assert where == CUDA and "NVIDIA A100-SXM4-80GB" in why
+    assert pick_device("cpu") == (CPU, "asked for")  # forced, though there is a GPU
+    assert pick_device("mps")[0] == MPS
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cuda:-1", "Auto"])
+def test_a_name_that_is_no_device_is_refused_with_those_that_are(machine, name):
+    with pytest.raises(ValueError) as e:
+        pick_device(name)
+    assert f"device={name!r}" in str(e.value) and all(word in str(e.value) for word in ("auto", "cpu", "cuda", "mps"))
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "meta", "xpu"])
+def test_a_device_that_is_not_here_is_refused_with_the_way_out(machine, name):
+    with pytest.raises(ValueError, match=f"device='{name}'.*auto"):
+        pick_device(name)
+
+
+def test_a_gpu_beyond_the_last_is_refused(machine):
+    machine(cuda="Tesla T4", count=2)
+    assert pick_device("cuda:1")[0] == torch.device("cuda:1")
+    for name in ("cuda:2", "cuda:7"):
+        with pytest.raises(ValueError, match=f"device='{name}'.*2 CUDA"):
+            pick_device(name)
+
+
+def test_precision_is_chosen_for_the_device_and_said_why(machine):
+    for where in (CPU, MPS):
+        dtype, why = pick_dtype("auto", where)
+        assert dtype == torch.float32 and where.type in why
+    machine(cuda="NVIDIA A100-SXM4-80GB", bf16=True)
+    assert pick_dtype("auto", CUDA)[0] == torch.bfloat16
+    assert pick_dtype("auto", CPU)[0] == torch.float32  # the device decides, not what else is in the machine
+    machine(cuda="Tesla T4", bf16=False)  # which torch would emulate, slowly
+    dtype, why = pick_dtype("auto", CUDA)
+    assert dtype == torch.float16 and "bfloat16" in why
+    for name in ("float32", "bfloat16", "float16"):
+        assert pick_dtype(name, CPU) == (getattr(torch, name), "asked for")
+
+
+@pytest.mark.parametrize("name", ["bf16", "float64", "", "Float32"])
+def test_an_unknown_precision_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError) as e:
+        pick_dtype(name, CPU)
+    assert repr(name) in str(e.value)
+    assert all(word in str(e.value) for word in ("auto", "float32", "bfloat16", "float16"))
+
+
+def test_autocast_is_nothing_in_fp32():
+    a = torch.randn(4, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        context = autocast(CPU, dtype)
+        for _ in range(2):  # entered once a micro-step
+            with context():
+                assert (a @ a).dtype == dtype and torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16)
+        assert not torch.is_autocast_enabled("cpu")
+
+
+# -----------------------------------------------------------------------------
+# What a GPU can reach. Names as torch.cuda.get_device_name gives them.
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12),
+    ("NVIDIA A100 80GB PCIe", 312e12),
+    ("A100-SXM4-80GB", 312e12),
+    ("NVIDIA L40S", 362e12),
+    ("NVIDIA L4", 121e12),
+    ("Tesla T4", 65e12),
+    ("Tesla V100-SXM2-16GB", 125e12),
+    ("NVIDIA GeForce RTX 4090", 165e12),
+    ("NVIDIA GeForce RTX 3090", 71e12),
+])
+def test_known_gpus_have_their_data_sheets_peak(machine, name, peak):
+    machine(cuda=name)
+    assert peak_flops(CUDA, torch.bfloat16) == peak_flops(CUDA, torch.float16) == peak
+    assert peak_flops(CUDA, torch.float32) is None  # another figure, that the table does not have
+
+
+@pytest.mark.parametrize("name", [
+    "NVIDIA L40",                             # 181e12, not the L4's
+    "NVIDIA T400 4GB",                        # nor is this a T4
+    "NVIDIA T4G",
+    "NVIDIA RTX A1000",                       # nor this an A100
+    "NVIDIA RTX A1000 Laptop GPU",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",     # another chip than the RTX 4090
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA A100-SXM4-40GB MIG 3g.20gb",      # a part of an A100
+    "NVIDIA GeForce GTX 1080",
+    "AMD Instinct MI300X",
+    "Some GPU 5000",
+])
+def test_an_unknown_gpu_has_no_peak(machine, name):
+    """No guesses: a model flops utilisation (MFU) over another card's peak is wrong by up to tens of times."""
+    machine(cuda=name)
+    assert peak_flops(CUDA, torch.bfloat16) is None
+
+
+def test_no_peak_for_what_is_no_cuda_gpu():
+    assert peak_flops(CPU, torch.bfloat16) is None and peak_flops(MPS, torch.float16) is None
+
+
+def test_no_entry_of_the_table_hides_a_longer_one():
+    names = list(PEAK_FLOPS)
+    for i, name in enumerate(names):
+        assert not [other for other in names[i + 1 :] if name in other], f"{name} would be found first"
+    assert all(1e12 < flops < 1e16 for flops in PEAK_FLOPS.values())
+
+
+# -----------------------------------------------------------------------------
+
+
+def test_why_compile_cannot_work(monkeypatch):
+    monkeypatch.setattr(device.sys, "platform", "win32")
+    assert "Windows" in can_compile(CUDA)
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    assert "compiler" in can_compile(CPU) and can_compile(CUDA) is None
+    monkeypatch.setattr(device.shutil, "which", lambda name: f"bin/{name}" if name == "g++" else None)
+    assert can_compile(CPU) is None
+
+
+def test_memory_is_in_gigabytes():
+    """Of this process: at least a tensor that it filled, at most what a test takes."""
+    pytest.importorskip("resource")
+    block = torch.ones(30_000_000)  # 0.12 GB
+    assert 0.12 < memory_gb(CPU) < 64 and block.sum() > 0

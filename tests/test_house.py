@@ -1,0 +1,274 @@
+"""The house stays true: imports go down its floors, keys have comments, and the README tells of what is there."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from configurator import read_file, read_keys  # noqa: E402
+
+FLOORS = [
+    {"model", "configurator", "tokenizer", "device"},
+    {"loader", "optim", "checkpoint", "monitor", "plan"},
+    {"parallel", "infer", "export"},
+    {"eval"},
+    {"train"},
+    {"sample", "serve", "bench", "ablate", "report", "doctor"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+# what floor 0 may import besides the standard library; the other floors' packages are in test_setup.py
+BARE = {"configurator": set(), "model": {"torch", "flash_attn"}, "device": {"torch"}}
+
+MOST_LINES = 450
+LONGER = {"train.py": "a hundred lines of settings above the story"}  # file: why it is one file all the same
+
+SCRIPTS = sorted(ROOT.glob("*.py"))
+DATA_SCRIPTS = sorted(ROOT.glob("data/*.py")) + sorted(ROOT.glob("data/*/*.py"))
+CONFIGS = sorted(ROOT.glob("config/*.py"))
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path):
+    """Top-level names that a file imports anywhere."""
+    nodes = list(ast.walk(ast.parse(read(path))))
+    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+    names += [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module]
+    return {name.split(".")[0] for name in names}
+
+
+def present():
+    """Names of all files that git tracks, or would if they were added."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    return sorted({name for name in listed.split("\0") if name and (ROOT / name).is_file()})
+
+
+def takes_settings(path):
+    """Whether a script calls configure(globals()), so that its keys are on the command line."""
+    calls = [n for n in ast.walk(ast.parse(read(path))) if isinstance(n, ast.Call)]
+    return any(ast.unparse(call).startswith("configure(globals()") for call in calls)
+
+
+# -----------------------------------------------------------------------------
+# The floors
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_imports_go_down_the_floors(path):
+    assert path.stem in FLOOR, f"{path.name} has no floor in the design"
+    ours = imports(path) & {p.stem for p in SCRIPTS} | imports(path) & FLOOR.keys()
+    above = {name for name in ours if FLOOR[name] >= FLOOR[path.stem]}
+    assert not above, f"{path.name} is on floor {FLOOR[path.stem]} and imports " + ", ".join(
+        f"{name} of floor {FLOOR[name]}" for name in sorted(above)
+    )
+
+
+@pytest.mark.parametrize("path", DATA_SCRIPTS, ids=name_of)
+def test_data_scripts_import_the_ground_floor_and_what_they_share(path):
+    ours = {p.stem for p in (*SCRIPTS, *DATA_SCRIPTS)} | FLOOR.keys() | {"data"}
+    allowed = FLOORS[0] | ({"common"} if path.stem != "common" else set())
+    assert imports(path) & ours <= allowed
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_the_ground_floor_stands_on_little(name):
+    assert imports(ROOT / f"{name}.py") - sys.stdlib_module_names <= BARE[name]
+
+
+# -----------------------------------------------------------------------------
+# Keys and configs
+
+
+@pytest.mark.parametrize("path", [*filter(takes_settings, (*SCRIPTS, *DATA_SCRIPTS))], ids=name_of)
+def test_every_key_has_a_comment(path):
+    keys = read_keys(path)
+    assert keys
+    assert not [name for name, key in keys.items() if not key.comment]
+
+
+def test_the_main_scripts_have_keys():
+    """Negative control of the test above: these are among its files."""
+    for name in ("train.py", "sample.py", "eval.py", "data/shakespeare_char/prepare.py"):
+        assert takes_settings(ROOT / name), name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_a_config_sets_keys_of_train_alone(path):
+    values = read_file(os.fspath(path), read_keys(ROOT / "train.py"))  # ends with a message for another key or type
+    assert values.get("out_dir") == f"out/{path.stem}", "its runs would mix with another config's"
+
+
+# -----------------------------------------------------------------------------
+# The files
+
+
+def test_no_file_grows_beyond_one_job():
+    """Tests are lists of cases and may be long; what one has to understand may not."""
+    names = [name for name in present() if name.endswith((".py", ".sh")) and not name.startswith("tests/")]
+    lines = {name: len(read(ROOT / name).splitlines()) for name in names}
+    long = {name: n for name, n in lines.items() if n > MOST_LINES and name not in LONGER}
+    assert not long, f"above {MOST_LINES} lines: split, or give a reason in LONGER: {long}"
+    assert not [name for name in LONGER if lines[name] <= MOST_LINES], "short enough to need no reason"
+
+
+def test_nothing_is_left_for_later():
+    words = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+    for name in present():
+        found = words.search((ROOT / name).read_text(encoding="utf-8", errors="replace"))
+        assert not found, f"{name} says {found.group()}: do it, or open an issue"
+
+
+def section(text, heading):
+    """The text under a heading, to the next one of its level or above; "" where there is none."""
+    found = re.search(rf"^(#+) {heading}\s*$(.*?)(?=^#{{1,2}} |\Z)", text, re.M | re.S | re.I)
+    return found.group(2) if found else ""
+
+
+def quoted(text):
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def unnamed(text, files):
+    """Top-level files and folders of `files` that the file map in `text` does not name."""
+    named = {token.removeprefix("./").split("/")[0] for token in quoted(section(text, "The files"))}
+    return sorted({name.split("/")[0] for name in files} - named)
+
+
+def missing(text, root):
+    """Files and folders that the file map names, and scripts that the rest of the text names, that are not there.
+
+    In a line of the map that begins with a folder, names may be those within it.
+    """
+    map_, wanted = section(text, "The files"), []  # (folders where it may lie, name)
+    for line in map_.splitlines():
+        names = [token for token in quoted(line) if re.fullmatch(r"[\w./-]+(\.(py|sh|md|toml|txt)|/)", token)]
+        folders = [root, *(root / name for name in names[:1] if name.endswith("/"))]
+        wanted += [(folders, name) for name in names]
+    wanted += [([root], token) for token in quoted(text.replace(map_, "")) if re.fullmatch(r"[\w./-]+\.(py|sh)", token)]
+    return sorted(name for folders, name in wanted if not any((folder / name).exists() for folder in folders))
+
+
+def commands(text):
+    """Each simple command in the ```sh blocks, and each `python ...` or `./...` within a line, as words."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    for block in (*blocks, *(token for token in quoted(text) if token.startswith(("python ", "./")))):
+        for line in block.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
+            lexer.whitespace_split = True
+            words = []
+            for word in (*lexer, ";"):
+                if set(word) <= set(";&|<>"):
+                    while words and re.fullmatch(r"\w+=.*", words[0]):
+                        words = words[1:]  # VARIABLE=value in front
+                    if words:
+                        yield words
+                    words = []
+                else:
+                    words.append(word)
+
+
+def faults(words, root):
+    """What is wrong with a command of the README: a file that is not there, a key or a value that is not taken."""
+    if words[0].startswith("./") and not os.access(root / words[0], os.X_OK):
+        return [f"{words[0]} cannot be run"]
+    if words[0] == "./run_all.sh":
+        verbs = re.findall(r"^ +([\w-]+)\)", read(root / "run_all.sh"), re.M)
+        return [f"{verb} is no verb of it" for verb in words[1:2] if verb not in verbs]
+    files = [word for word in words if re.fullmatch(r"[\w./-]+\.py", word)]
+    wrong = [f"no file {file}" for file in files if not (root / file).is_file()]
+    if wrong or not re.fullmatch(r"(.*/)?python[\d.]*", words[0]) or len(words) < 2 or words[1] not in files:
+        return wrong
+    keys = read_keys(root / words[1])
+    try:
+        for file in files[1:]:
+            read_file(os.fspath(root / file), keys)
+        for word in words[2:]:
+            name, equals, value = word.removeprefix("--").partition("=")
+            if word.startswith("--") and name != "help":
+                if name not in keys:
+                    wrong.append(f"no key {word}")
+                elif equals:
+                    keys[name].check(value, word, parse=True)
+    except SystemExit:
+        wrong.append("a config or value is refused (the reason is on stderr)")
+    return wrong
+
+
+def test_the_readme_maps_every_file():
+    assert not unnamed(read(ROOT / "README.md"), present())
+
+
+def test_every_file_that_the_readme_names_is_there():
+    assert not missing(read(ROOT / "README.md"), ROOT)
+
+
+def test_the_readmes_commands_are_right():
+    found = list(commands(read(ROOT / "README.md")))
+    assert any("train.py" in words for words in found) and any("./run_all.sh" in words for words in found)
+    wrong = {" ".join(words): faults(words, ROOT) for words in found}
+    assert not {command: why for command, why in wrong.items() if why}
+
+
+def test_the_readmes_map_goes_up_the_floors():
+    """It says: a file imports from the ones above it in this table, never from those below."""
+    rows = [quoted(line)[0] for line in section(read(ROOT / "README.md"), "The files").splitlines() if quoted(line)]
+    order = [row.removesuffix(".py") for row in rows if (ROOT / row) in SCRIPTS]
+    assert sorted(order) == [path.stem for path in SCRIPTS]
+    for i, name in enumerate(order):
+        below = imports(ROOT / f"{name}.py") & set(order[i:])
+        assert not below, f"{name}.py imports {below}, which the table has below it"
+
+
+README = """
+# x
+`missing.py` is run with `python train.py --nothing=1`.
+## The files
+| `train.py` | trains | writes `metrics.jsonl` |
+| `config/` | `shakespeare_char_cpu.py`, `none.py` |
+- `gone.py`, `tests/test_gone.py`, `data/<name>/prepare.py`
+### More
+- `LICENSE`
+## Use
+```sh
+./run_all.sh demo && python train.py config/shakespeare_char_cpu.py \\
+    --max_iters=10   # a short one
+THREADS=1 python train.py --learning_rate=fast
+python train.py --learnin_rate=1
+python train.py config/gone.py
+./run_all.sh fly; ./gone.sh
+echo "a; b" | python sample.py --start=- --num_samples 3
+```
+"""
+
+
+def test_the_readmes_tests_see_what_is_wrong():
+    files = ["train.py", "config/a.py", "LICENSE", "model.py", "tests/test_model.py", ".ci/run"]
+    assert unnamed(README, files) == [".ci", "model.py"]
+    assert missing(README, ROOT) == ["gone.py", "missing.py", "none.py", "tests/test_gone.py"]
+    found = {" ".join(words): faults(words, ROOT) for words in commands(README)}
+    assert [command for command, why in found.items() if not why] == [
+        "./run_all.sh demo",
+        "python train.py config/shakespeare_char_cpu.py --max_iters=10",
+        "echo a; b",
+        "python sample.py --start=- --num_samples 3",
+    ]
+    assert len(found) == 10 and found["python train.py --learnin_rate=1"] == ["no key --learnin_rate=1"]

@@ -1,0 +1,452 @@
+"""The order of the data, batches, and what is refused as a dataset."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import loader
+from data.common import shard_header
+from loader import DataError, Loader, Order, Tokens, find_dataset, fixed_batches, keyed, permute, read_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_shards(folder, split, ids, cuts=()):
+    """`ids` as shards, cut before each position of `cuts`."""
+    folder.mkdir(exist_ok=True)
+    for i, part in enumerate(np.split(np.asarray(ids, dtype="<u2"), cuts)):
+        (folder / f"{split}_{i:06d}.bin").write_bytes(shard_header(len(part)) + part.tobytes())
+    return folder
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """1,000 tokens, each its own position: a window is known by what it holds."""
+    return Tokens(write_shards(tmp_path / "counting", "train", np.arange(1000)), "train")
+
+
+def refused(call, *names):
+    """`call` raises DataError, in one line that has each of `names`."""
+    with pytest.raises(DataError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for name in names:
+        assert str(name) in message
+
+
+# -----------------------------------------------------------------------------
+# The permutation
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 100, 4096, 4097, 15625])
+@pytest.mark.parametrize("key", ["a", "1337/0/order"])
+def test_permute_is_a_permutation(n, key):
+    there = permute(np.arange(n), n, key)
+    assert there.dtype == np.int64
+    assert np.array_equal(np.sort(there), np.arange(n))
+
+
+@given(st.integers(1, 3000), st.text(max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_permute_is_a_permutation_of_any_length(n, key):
+    assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
+
+
+def test_permute_never_changes():
+    """A run that is resumed under another version, or on another machine, must see the rest of the same epoch."""
+    assert keyed(1337, 0, "offset") == 10162866142961747282
+    assert permute(np.arange(10), 10, "golden").tolist() == [2, 3, 0, 1, 4, 8, 6, 7, 5, 9]
+    assert permute(np.array([0, 1, 2, 999_999]), 1_000_000, "golden").tolist() == [621965, 317437, 753247, 607807]
+    assert permute(np.array([0, 1, 10**10 - 1]), 10**10, "golden").tolist() == [8442922008, 1228361739, 787746392]
+    assert Order(1000, 8, 1337).starts(np.array([0, 1, 123, 124, 10**9])).tolist() == [418, 410, 706, 771, 977]
+
+
+def test_permute_depends_on_the_key():
+    orders = {tuple(permute(np.arange(50), 50, key).tolist()) for key in range(20)}
+    assert len(orders) == 20
+
+
+def test_permute_moves_things_about():
+    """Of a random permutation: about one fixed point, and neighbours land a third of the range apart on average."""
+    n = 4097
+    there = permute(np.arange(n), n, "about")
+    assert (there == np.arange(n)).sum() <= 8
+    assert 0.30 < np.abs(np.diff(there)).mean() / n < 0.36
+    assert abs(np.corrcoef(np.arange(n), there)[0, 1]) < 0.08
+
+
+def test_permute_of_ten_billion_needs_no_table():
+    n = 10**10
+    index = np.array([0, 1, 2, n // 2, n - 2, n - 1])
+    there = permute(index, n, "large")
+    assert len(set(there.tolist())) == len(index) and there.min() >= 0 and there.max() < n
+    assert [int(permute(i, n, "large")[0]) for i in index] == there.tolist()
+
+
+# -----------------------------------------------------------------------------
+# The order
+
+
+@given(st.integers(1, 70), st.integers(1, 300), st.integers(0, 2**40))
+@settings(max_examples=150, deadline=None)
+def test_windows_of_an_epoch(block_size, extra, seed):
+    """In every epoch each window once, none overlaps another, and each has its targets inside the stream."""
+    n_tokens = block_size + extra
+    order = Order(n_tokens, block_size, seed)
+    for epoch in range(3):
+        starts = np.sort(order.starts(np.arange(epoch * order.windows, (epoch + 1) * order.windows)))
+        assert 0 <= starts[0] < block_size
+        assert np.array_equal(starts, starts[0] + block_size * np.arange(order.windows))
+        assert starts[-1] + block_size + 1 <= n_tokens
+    assert order.windows >= max(1, n_tokens // block_size - 1)  # at most a window's worth is left out
+
+
+def test_windows_leave_nothing_out_at_the_edges():
+    block_size = 8
+    for n_tokens in range(9, 60):
+        order = Order(n_tokens, block_size, 0)
+        last = (order.windows - 1) * block_size + order.offsets - 1 + block_size + 1  # of the furthest offset
+        assert last <= n_tokens
+        assert order.offsets == block_size or last == n_tokens  # every offset that fits is in use
+
+
+def test_offsets_vary_by_epoch():
+    order = Order(10_000, 32, 1)
+    offsets = {int(order.starts(np.arange(e * order.windows, (e + 1) * order.windows)).min()) for e in range(200)}
+    assert offsets <= set(range(32)) and len(offsets) > 24  # 200 draws of 32 leave out more than 7 once in 10^9
+
+
+def test_epochs_have_different_orders_and_seeds_too():
+    def epoch(e, seed):
+        order = Order(1000, 10, seed)
+        starts = order.starts(np.arange(e * order.windows, (e + 1) * order.windows))
+        return tuple(((starts - starts.min()) // 10).tolist())
+
+    assert len({epoch(e, seed) for e in range(5) for seed in range(5)}) == 25
+
+
+def test_any_position_equals_iterating():
+    order = Order(500, 7, 3)
+    all_of_them = order.starts(np.arange(400))  # several epochs in one call
+    assert order.windows < 200
+    for position in range(400):
+        assert order.starts(np.array([position]))[0] == all_of_them[position]
+    assert order.starts([]).tolist() == []
+
+
+def test_too_few_tokens():
+    refused(lambda: Order(8, 8, 0), "8 tokens", "block_size=8", "block_size + 1")
+    assert Order(9, 8, 0).starts(np.arange(20)).tolist() == [0] * 20
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+
+def rows(batch):
+    return torch.cat((batch[0][:, :1], batch[1]), dim=1).tolist()
+
+
+def test_a_batch_is_windows_and_the_tokens_after(counting):
+    loader = Loader(counting, 16, 5, seed=1)
+    x, y = loader.batch(3)
+    loader.close()
+    assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (5, 16) and x.is_contiguous()
+    assert torch.equal(x + 1, y) and torch.equal(x[:, 1:], y[:, :-1])
+    assert x[:, 0].tolist() == Order(1000, 16, 1).starts(np.arange(15, 20)).tolist()
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 5, 77, 10**7])
+@pytest.mark.parametrize("accumulation, prefetch", [(1, 1), (3, 4)])
+def test_the_iterator_is_batch_of_step_and_micro(counting, first_step, accumulation, prefetch):
+    loader = Loader(counting, 16, 3, accumulation=accumulation, seed=2, first_step=first_step, prefetch=prefetch)
+    for i, (x, y) in zip(range(8), loader, strict=False):
+        expected = loader.batch(first_step + i // accumulation, i % accumulation)
+        assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+    loader.close()
+
+
+def test_each_epoch_is_whole_after_a_resume(counting):
+    """Resumed in the middle of epoch 0, epoch 1 has all windows, not those after the place of the resume only."""
+    windows = Order(1000, 10, 5).windows
+    loader = Loader(counting, 10, 3, seed=5, first_step=17)
+    starts = [int(start) for _, (x, _) in zip(range(windows), loader, strict=False) for start in x[:, 0]]
+    loader.close()
+    rest = windows - 17 * 3
+    second = sorted(starts[rest : rest + windows])
+    assert np.array_equal(second, second[0] + 10 * np.arange(windows))
+
+
+@pytest.mark.parametrize("world, accumulation", [(2, 4), (4, 2), (8, 1), (2, 1), (1, 1)])
+def test_ranks_share_one_order(counting, world, accumulation):
+    """The tokens of a step, in order, are those of one process with the same global batch."""
+    alone = Loader(counting, 10, 2, accumulation=world * accumulation, seed=4)
+    ranks = [Loader(counting, 10, 2, accumulation=accumulation, seed=4, rank=r, world=world) for r in range(world)]
+    for step in (0, 1, 9, 1000):
+        shared = [row for m in range(accumulation) for loader in ranks for row in rows(loader.batch(step, m))]
+        assert shared == [row for m in range(world * accumulation) for row in rows(alone.batch(step, m))]
+    for each in (alone, *ranks):
+        each.close()
+
+
+def test_the_thread_ends_on_close(counting):
+    before = set(threading.enumerate())
+    loader = Loader(counting, 16, 2)
+    next(loader)
+    assert loader.thread in set(threading.enumerate()) - before
+    loader.close()
+    loader.close()
+    assert not loader.thread.is_alive() and set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize("error", [DataError("damaged"), OSError("gone")])
+def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(counting, monkeypatch, error):
+    read, calls = counting.read, itertools.count()
+
+    def fails_at_the_third(starts, length):
+        if next(calls) >= 2:
+            raise error
+        return read(starts, length)
+
+    monkeypatch.setattr(counting, "read", fails_at_the_third)
+    loader = Loader(counting, 16, 2)
+    next(loader), next(loader)
+    for _ in range(2):  # who asks again does not wait for ever
+        with pytest.raises(type(error), match=str(error)):
+            next(loader)
+    loader.close()
+
+
+# -----------------------------------------------------------------------------
+# Shards
+
+
+@given(st.lists(st.integers(0, 200), max_size=6), st.integers(1, 40), st.data())
+@settings(max_examples=60, deadline=None)
+def test_several_shards_are_one_stream(tmp_path_factory, cuts, length, data):
+    ids = np.arange(200) * 7 % 256
+    folder = write_shards(tmp_path_factory.mktemp("shards"), "train", ids, sorted(cuts))  # empty shards too
+    tokens = Tokens(folder, "train")
+    starts = data.draw(st.lists(st.integers(0, 200 - length), max_size=8))
+    assert len(tokens) == 200
+    got = tokens.read(np.array(starts, dtype=np.int64), length)
+    assert got.shape == (len(starts), length) and got.dtype == np.uint16
+    assert np.array_equal(got, np.array([ids[s : s + length] for s in starts]).reshape(len(starts), length))
+
+
+def test_batches_do_not_depend_on_the_shards(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 50, 997)
+    one = Tokens(write_shards(tmp_path / "one", "train", ids), "train")
+    many = Tokens(write_shards(tmp_path / "many", "train", ids, [1, 2, 130, 131, 500, 990]), "train")
+    loaders = [Loader(tokens, 33, 4, seed=8) for tokens in (one, many)]
+    for step in range(20):
+        assert rows(loaders[0].batch(step)) == rows(loaders[1].batch(step))
+    for ours, theirs in zip(fixed_batches(one, 33, 4), fixed_batches(many, 33, 4), strict=True):
+        assert rows(ours) == rows(theirs)
+    for each in loaders:
+        each.close()
+
+
+def test_more_than_ten_shards_are_read_in_order(tmp_path):
+    ids = np.arange(60)
+    tokens = Tokens(write_shards(tmp_path / "d", "train", ids, range(5, 60, 5)), "train")
+    assert tokens.read([0], 60)[0].tolist() == ids.tolist()
+
+
+def test_nanogpts_headerless_file(tmp_path):
+    ids = np.arange(500, dtype="<u2")
+    ids.tofile(tmp_path / "train.bin")
+    ids[:50].tofile(tmp_path / "val.bin")
+    tokens = Tokens(find_dataset(tmp_path), "train")
+    assert len(tokens) == 500 and tokens.read([13], 5)[0].tolist() == [13, 14, 15, 16, 17]
+    assert len(Tokens(tmp_path, "val")) == 50
+    (tmp_path / "train.bin").write_bytes(b"\0" * 999)
+    refused(lambda: Tokens(tmp_path, "train"), tmp_path / "train.bin", "999 bytes", "again")
+
+
+def test_a_split_that_is_missing(tmp_path):
+    write_shards(tmp_path / "d", "train", range(50))
+    refused(lambda: Tokens(tmp_path / "d", "val"), tmp_path / "d", "no val split", "prepare")
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 1023])
+def test_a_file_shorter_than_a_header(tmp_path, length):
+    path = write_shards(tmp_path / "d", "train", range(50)) / "train_000000.bin"
+    path.write_bytes(path.read_bytes()[:length])
+    refused(lambda: Tokens(tmp_path / "d", "train"), path, "again")
+
+
+@pytest.mark.parametrize("change", [-100, -2, -1, 1, 2])
+def test_size_against_header(tmp_path, change):
+    path = write_shards(tmp_path / "d", "train", range(50), [25]) / "train_000001.bin"
+    raw = path.read_bytes() + b"\0\0"
+    path.write_bytes(raw[: 1024 + 50 + change])
+    refused(lambda: Tokens(tmp_path / "d", "train"), path, "1,074", "prepare the dataset again")
+
+
+@pytest.mark.parametrize("field, value", [(0, 20240801), (0, 0), (1, 2)])
+def test_a_foreign_header(tmp_path, field, value):
+    path = write_shards(tmp_path / "d", "train", range(50)) / "train_000000.bin"
+    raw = bytearray(path.read_bytes())
+    raw[4 * field : 4 * field + 4] = np.array(value, dtype="<i4").tobytes()
+    path.write_bytes(raw)
+    refused(lambda: Tokens(tmp_path / "d", "train"), path, str(value), "20240520", "prepare the dataset again")
+
+
+@pytest.fixture
+def dataset(tiny_dataset, tmp_path):
+    """A copy of the dataset that prepare.py would write, to be damaged."""
+    return Path(shutil.copytree(tiny_dataset, tmp_path / "copy"))
+
+
+def test_manifest_agrees(dataset):
+    manifest, digest = read_manifest(dataset)
+    assert len(Tokens(dataset, "train")) == manifest["splits"]["train"]["tokens"] == 3000
+    (dataset / "manifest.json").write_bytes((dataset / "manifest.json").read_bytes() + b" ")
+    assert read_manifest(dataset)[1] != digest
+    (dataset / "manifest.json").unlink()
+    assert read_manifest(dataset) == ({}, None)
+    assert len(Tokens(dataset, "train")) == 3000
+
+
+def test_a_shard_of_another_length_than_the_manifest_says(dataset):
+    write_shards(dataset, "train", range(40))
+    refused(lambda: Tokens(dataset, "train"), dataset / "train_000000.bin", "40", "3000", "prepare the dataset again")
+
+
+def test_a_shard_the_manifest_does_not_have(dataset):
+    shutil.copy(dataset / "train_000000.bin", dataset / "train_000001.bin")
+    refused(lambda: Tokens(dataset, "train"), dataset / "train_000001.bin", "none", "prepare the dataset again")
+
+
+def test_a_shard_that_is_gone(dataset):
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"].append({"file": "train_000001.bin", "tokens": 77})
+    (dataset / "manifest.json").write_text(json.dumps(manifest))
+    refused(lambda: Tokens(dataset, "train"), dataset / "train_000001.bin", "77", "prepare the dataset again")
+
+
+def test_a_split_the_manifest_does_not_have(dataset):
+    write_shards(dataset, "test", range(40))
+    refused(lambda: Tokens(dataset, "test"), dataset / "test_000000.bin", "none")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff"])
+def test_a_manifest_that_is_none(dataset, text):
+    (dataset / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    refused(lambda: Tokens(dataset, "train"), dataset / "manifest.json", "prepare the dataset again")
+
+
+def test_a_token_above_the_vocabulary(tmp_path):
+    folder = write_shards(tmp_path / "d", "train", [0, 1, 2, 99, 3, 4, 5, 6, 7])
+    assert Tokens(folder, "train", 99).read([4], 5).max() == 7
+    refused(lambda: Tokens(folder, "train", 99).read([0], 5), folder, "token 99", "vocab_size")
+    assert Tokens(folder, "train", 100).read([0], 5).max() == 99
+    loader = Loader(Tokens(folder, "train", 99), 8, 1)
+    refused(lambda: next(loader), "token 99")
+    loader.close()
+
+
+def test_datasets_are_found_by_path_and_by_name(tiny_dataset, tmp_path, monkeypatch):
+    assert find_dataset(str(tiny_dataset)) == tiny_dataset
+    root = tmp_path / "root"
+    shutil.copytree(tiny_dataset, root / "data" / "tiny")
+    (root / "data" / "other").mkdir()
+    (root / "data" / "other" / "prepare.py").touch()
+    monkeypatch.setattr(loader, "__file__", str(root / "loader.py"))
+    monkeypatch.chdir(tmp_path)
+    assert find_dataset("tiny") == root / "data" / "tiny"
+    refused(lambda: find_dataset("other"), "'other' is not prepared", root / "data" / "other" / "prepare.py")
+    refused(lambda: find_dataset(root / "data" / "other"), "not prepared", root / "data" / "other" / "prepare.py")
+    refused(lambda: find_dataset("missing"), "'missing'", "other")
+    refused(lambda: find_dataset(tmp_path), tmp_path, "other")
+
+
+def test_a_dataset_that_was_left_half_written(dataset):
+    (dataset / "INCOMPLETE").touch()
+    refused(lambda: find_dataset(str(dataset)), dataset, "half-written", "prepare.py again")
+    for path in dataset.glob("*.bin"):
+        path.unlink()
+    refused(lambda: find_dataset(str(dataset)), dataset, "half-written", "prepare.py again")
+
+
+# -----------------------------------------------------------------------------
+# Windows for evaluation
+
+
+@pytest.mark.parametrize("n_tokens", [2, 3, 15, 16, 17, 18, 32, 33, 34, 100, 161])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+def test_every_target_once_with_the_tail(tmp_path, n_tokens, batch_size):
+    tokens = Tokens(write_shards(tmp_path / "d", "val", np.arange(n_tokens)), "val")
+    batches = list(fixed_batches(tokens, 16, batch_size))
+    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (-(-(n_tokens - 1) // 16), 16)
+    assert all(len(batch[0]) == batch_size for batch in batches[:-1]) and len(batches[-1][0]) <= batch_size
+    assert y[y != -1].tolist() == list(range(1, n_tokens))
+    assert y.flatten()[n_tokens - 1 :].tolist() == [-1] * (y.numel() - n_tokens + 1)  # the end, and only the end
+    assert torch.equal(x[y != -1] + 1, y[y != -1])
+
+
+@pytest.mark.parametrize("limit", [1, 2, 6, 7, 50])
+def test_limit_takes_the_first_batches(tmp_path, limit):
+    tokens = Tokens(write_shards(tmp_path / "d", "val", np.arange(301)), "val")
+    every, some = list(fixed_batches(tokens, 16, 3)), list(fixed_batches(tokens, 16, 3, limit))
+    assert len(every) == 7 and len(some) == min(limit, 7)
+    assert [rows(batch) for batch in some] == [rows(batch) for batch in every[:limit]]
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1])
+def test_a_split_without_a_target(tmp_path, n_tokens):
+    tokens = Tokens(write_shards(tmp_path / "d", "val", np.arange(n_tokens)), "val")
+    refused(lambda: list(fixed_batches(tokens, 16, 4)), tmp_path / "d", "val", f"{n_tokens} tokens")
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+MEMORY = """
+import os, sys
+import numpy as np
+from loader import Loader, Order, Tokens
+
+def megabytes():  # resident, as the system sees it
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+
+tokens = Tokens(sys.argv[1], "train")
+loader = Loader(tokens, 64, 4)
+for _ in range(50):
+    next(loader)
+before, most = megabytes(), 0
+for i in range(10_000):
+    next(loader)
+    if i % 100 == 0:
+        most = max(most, megabytes())
+loader.close()
+held = np.memmap(tokens.paths[0], dtype="<u2", mode="r", offset=1024)  # what nanoGPT once did, as a control
+total = sum(int(held[start : start + 65].sum()) for start in Order(len(tokens), 64, 0).starts(np.arange(20_000)))
+print(most - before, megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_flat_over_ten_thousand_batches(tmp_path):
+    count = 100_000_000
+    with open(tmp_path / "train_000000.bin", "wb") as file:
+        file.write(shard_header(count))
+        file.truncate(1024 + 2 * count)  # 200 MB of zeros that need no room
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    growth, control = map(float, done.stdout.split())
+    assert growth < 50
+    assert control > 100  # the file is large enough for the fault to show

@@ -1,0 +1,198 @@
+"""The set-up files: run_all.sh's decisions (against a stand-in for Python), the pins, the imports."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+BASE = [Requirement(r) for r in PROJECT["dependencies"]]
+EXTRAS = [Requirement(r) for extra in PROJECT["optional-dependencies"].values() for r in extra]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+
+# Answers as an interpreter does, notes what it was asked, and "makes" a .venv whose python is itself.
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    *version_info*) echo "${FAKE_VERSION:-3.12}" ;;
+    *ensurepip*) exit "${FAKE_NO_VENV:-0}" ;;
+    -V) echo "Python ${FAKE_VERSION:-3.12}" ;;
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python 2>/dev/null || true ;;
+    *"pip "*) echo "$*" >>asked; exit "${FAKE_PIP_FAILS:-0}" ;;
+    "- "*) exit "${FAKE_NO_CPU_INDEX:-0}" ;;
+    *) echo "$*" >>asked; if [[ $* = *pytest* ]]; then exit "${FAKE_TESTS_FAIL:-0}"; fi ;;
+esac
+"""
+
+
+def executable(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A copy of the set-up files in a folder with a space, and a run(*args, **env) -> (exit code, output, asked)."""
+    folder, tools = tmp_path / "mini chat", tmp_path / "tools"
+    folder.mkdir(), tools.mkdir()
+    for name in ["run_all.sh", "pyproject.toml", "constraints.txt"]:
+        shutil.copy(ROOT / name, folder)
+    for name in ["bash", "env", "cat", "cksum", "cp", "dirname", "mkdir", "rm", "tr", "uname"]:
+        (tools / name).symlink_to(shutil.which(name))
+    executable(tools / "nvidia-smi", "#!/usr/bin/env bash\nexit ${FAKE_NO_GPU:-0}\n")
+    executable(tools / "python3", FAKE_PYTHON)
+
+    def run(*args, **env):
+        asked = folder / "asked"
+        asked.unlink(missing_ok=True)
+        command = [shutil.which("bash"), str(folder / "run_all.sh"), *args]
+        done = subprocess.run(command, env={"PATH": str(tools), **env}, cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr, asked.read_text().splitlines() if asked.exists() else []
+
+    run.folder, run.tools = folder, tools
+    return run
+
+
+def one_line(output):
+    return output.endswith("\n") and output.count("\n") == 1
+
+
+# ---------------------------------------------------------------- run_all.sh
+
+
+@pytest.mark.parametrize("script", ["run_all.sh", ".ci/run"])
+def test_scripts_are_whole(script):
+    assert os.access(ROOT / script, os.X_OK)
+    assert b"\r" not in (ROOT / script).read_bytes()
+    assert subprocess.run(["bash", "-n", str(ROOT / script)], capture_output=True).returncode == 0
+
+
+def test_help_names_the_verbs(house):
+    code, out, asked = house("--help")
+    assert code == 0 and not asked and all(f"  {verb} " in out for verb in ["setup", "demo", "test"])
+
+
+@pytest.mark.parametrize("args", [["frobnicate"], ["demo", "twice"]])
+def test_wrong_arguments_are_one_line(house, args):
+    code, out, asked = house(*args)
+    assert code == 2 and one_line(out) and args[-1] in out and not asked
+
+
+def test_no_python_is_one_line(house):
+    (house.tools / "python3").unlink()
+    code, out, _ = house("setup")
+    assert code == 2 and one_line(out) and "python3 is missing" in out and "apt install python3" in out
+
+
+def test_no_venv_module_is_one_line_with_the_mend(house):
+    code, out, _ = house("setup", FAKE_NO_VENV="1")
+    assert code == 2 and one_line(out) and "apt install python3-venv" in out
+    assert not (house.folder / ".venv").exists()
+
+
+@pytest.mark.parametrize("version", ["3.9", "3.14"])
+def test_unsupported_python_is_one_line(house, version):
+    code, out, _ = house("setup", FAKE_VERSION=version)
+    assert code == 2 and one_line(out) and version in out and "3.10 to 3.13" in out
+
+
+def test_demo_takes_base_and_tests_take_dev(house):
+    code, _, asked = house("demo")
+    assert code == 0 and asked[0].endswith("-c constraints.txt -e .") and len(asked) == 4
+    assert [line.split()[0] for line in asked[1:]] == ["data/shakespeare_char/prepare.py", "train.py", "sample.py"]
+    assert len(house("demo")[2]) == 3  # nothing to install again
+
+    code, _, asked = house("test", "-m", "not slow")
+    assert code == 0 and asked[0].endswith("-e .[dev]") and asked[1:] == ["-m pytest -m not slow"]
+    assert len(house("demo")[2]) == 3  # dev serves the demo too
+    assert house("test")[2] == ["-m pytest"]
+
+    with open(house.folder / "constraints.txt", "a") as f:
+        f.write("# changed\n")
+    assert house("demo")[2][0].endswith("-e .[dev]")  # and stays dev when it is renewed
+
+
+def test_an_interrupted_setup_is_not_taken_for_a_finished_one(house):
+    code, out, asked = house("setup", FAKE_PIP_FAILS="1")
+    assert code == 2 and "pip failed" in out and len(asked) == 1
+    code, _, asked = house("setup")
+    assert code == 0 and len(asked) == 1
+    assert house("setup")[2] == []
+
+
+def test_a_failing_test_suite_fails_and_stops_the_rest(house):
+    code, _, asked = house(FAKE_TESTS_FAIL="1")
+    assert code == 1 and asked[-1] == "-m pytest"
+    code, _, asked = house()
+    assert code == 0 and asked[0] == "-m pytest" and len(asked) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux" or Path("/proc/driver/nvidia/version").exists(), reason="has a GPU driver")
+def test_torch_comes_from_the_cpu_index_only_without_a_driver(house):
+    def installs(**env):
+        shutil.rmtree(house.folder / ".venv", ignore_errors=True)
+        return ["download.pytorch.org/whl/cpu" in line for line in house("setup", **env)[2]]
+
+    assert installs() == [False]  # nvidia-smi answers
+    assert installs(FAKE_NO_GPU="1") == [True, False]
+    assert installs(FAKE_NO_GPU="1", FAKE_NO_CPU_INDEX="1") == [False]
+
+
+# ---------------------------------------------------------------- pins and imports
+
+
+def test_constraints_are_exact_and_cover_every_dependency():
+    pins = defaultdict(list)
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            assert re.fullmatch(r"==[^*,]+", str(pin.specifier)), line
+            pins[canonicalize_name(pin.name)].append(pin)
+
+    for python in PYTHONS:
+        here = {"python_version": python, "python_full_version": python + ".1"}
+        for name, found in pins.items():
+            found = [pin for pin in found if pin.marker is None or pin.marker.evaluate(here)]
+            assert len(found) <= 1, f"{name} is pinned twice for Python {python}"
+        for wanted in BASE + EXTRAS:
+            found = [p for p in pins[canonicalize_name(wanted.name)] if p.marker is None or p.marker.evaluate(here)]
+            assert found, f"{wanted.name} has no pin for Python {python}"
+            version = str(found[0].specifier).removeprefix("==")
+            assert wanted.specifier.contains(version, prereleases=True), f"{wanted} does not allow {version}"
+
+
+def test_scripts_import_only_base_dependencies_at_module_level():
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]
+    allowed = {*sys.stdlib_module_names, *(r.name for r in BASE), *(path.stem for path in scripts), "data"}
+    for path in scripts:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            extra = {name.split(".")[0] for name in names} - allowed
+            assert not extra, f"{path.relative_to(ROOT)}: import {extra} where it is used, not at the top"
+
+
+def test_no_package_index_or_machine_path_in_any_file():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    foreign = re.compile(r"py(?:pi\.org|thonhosted)|(?<![\w.\-])/(?:root|work|tmp)(?:/|\b)", re.IGNORECASE)
+    for name in listed.stdout.decode().split("\0"):
+        path = ROOT / name
+        if name and path.is_file():
+            hit = foreign.search(path.read_text(encoding="utf-8", errors="replace"))
+            assert not hit, f"{name} names {hit.group()}, which other machines do not have"

@@ -1,0 +1,602 @@
+"""train.py as a user runs it: stopped, with NaN, refused, resumed, repeated, in nanoGPT's way, and with mistakes."""
+
+import hashlib
+import json
+import math
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from runs import ROOT, checkpoints, differences, digest, leftovers, losses, one_error, outcome, records
+from safetensors.torch import load_file
+
+import checkpoint
+from loader import Loader, Tokens
+
+pytest_plugins = ["runs"]
+
+# -----------------------------------------------------------------------------
+# Stopped
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["in the step", "while logging", "while saving"])
+def test_stopped_by_a_signal(signum, moment, tiny, unbroken, tmp_path):
+    """Whenever the signal comes, the step is finished and saved, the exit code says which it was, and it resumes."""
+    where = {"in the step": "optim.Optimizers.step", "while logging": "monitor.Run.metrics",
+             "while saving": "checkpoint.model_tensors"}[moment]
+    fault = f"""
+        import os, checkpoint, monitor, optim
+        real, calls = {where}, []
+        def call(*args):
+            calls.append(1)
+            if len(calls) == {1 if "saving" in moment else 3}:
+                os.kill(os.getpid(), {int(signum)})
+            return real(*args)
+        {where} = call
+    """
+    settings = dict(optimizer="muon", dropout=0.1, log_interval=1)
+    done = tiny(tmp_path, before=fault, **settings)
+    assert done.code == 128 + signum and done.err == ""
+    stopped_at = {"in the step": 3, "while logging": 4, "while saving": 5}[moment]
+    assert signum.name in done.out and f"after step {stopped_at};" in done.out
+    assert checkpoints(tmp_path)[-1] == stopped_at
+    assert records(tmp_path, "events.jsonl")[-1]["reason"] == signum.name
+    assert tiny(tmp_path, init_from="resume", **settings).code == 0
+    assert differences(outcome(tmp_path), unbroken(**settings)) == []
+
+
+# -----------------------------------------------------------------------------
+# NaN
+
+NAN = """
+import math, model
+forward, count = model.GPT.forward, []
+def poisoned(self, *args, **kwargs):
+    logits, loss = forward(self, *args, **kwargs)
+    count.extend([1] * self.training)
+    if self.training and len(count) == {step}:
+        {fault}
+    return logits, loss
+model.GPT.forward = poisoned
+"""
+LOSS, GRADIENT = "loss = loss * {}", "loss.register_hook(lambda grad: grad * math.inf)"
+
+
+@pytest.mark.parametrize("value", ["math.nan", "math.inf"])
+@pytest.mark.parametrize("log_interval", [1, 100])
+def test_a_loss_that_is_not_finite_stops_the_run(value, log_interval, tiny, tmp_path):
+    fault = NAN.format(step=6, fault=LOSS.format(value))
+    done = tiny(tmp_path, before=fault, log_interval=log_interval, eval_interval=100, save_interval=4)
+    assert done.code == 1
+    assert done.err.startswith("error: the loss is not finite at step 6;") and done.err.count("\n") == 1
+    assert checkpoints(tmp_path) == [4] and leftovers(tmp_path) == []
+    checkpoint.verify(tmp_path / "ckpt" / "step_00000004")
+    last = records(tmp_path)[-1]
+    assert last["step"] == 6 and last["loss"] is None
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text() + (tmp_path / "events.jsonl").read_text()
+    assert records(tmp_path, "events.jsonl")[-1]["event"] == "stop"
+
+
+def test_after_a_nan_the_run_goes_on_from_before_it(tiny, finished, tmp_path):
+    assert tiny(tmp_path, before=NAN.format(step=6, fault=LOSS.format("math.nan"))).code == 1
+    assert tiny(tmp_path, init_from="auto").code == 0
+    assert differences(outcome(tmp_path), outcome(finished)) == []
+
+
+@pytest.mark.parametrize("how", ["eval_interval", "save_interval"])
+def test_a_gradient_that_is_not_finite_is_never_saved(how, tiny, tmp_path):
+    """The loss of that step is still finite, but the weights after it are not."""
+    intervals = {"eval_interval": 100, "log_interval": 100, how: 4}
+    done = tiny(tmp_path, before=NAN.format(step=8, fault=GRADIENT), **intervals)
+    assert done.code == 1 and done.err.startswith("error: the gradient is not finite at step 8;")
+    assert checkpoints(tmp_path) == [4]
+    assert records(tmp_path)[-1]["loss"] > 0 and records(tmp_path)[-1]["grad_norm"] is None
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
+    """Loss and gradient are finite, the update is not. With a sample, which NaN would break."""
+    done = tiny(tmp_path, learning_rate=1e39, warmup_iters=0, eval_interval=1, sample_tokens=5)
+    assert done.code == 1
+    assert done.err.startswith("error: a weight is not finite at step 1;") and done.err.count("\n") == 1
+    assert checkpoints(tmp_path) == []
+
+
+def test_too_high_a_learning_rate(tiny, tmp_path):
+    done = tiny(tmp_path, learning_rate=1e30, eval_interval=1, max_iters=50, warmup_iters=0)
+    assert done.code == 1 and done.err.startswith("error: ") and done.err.count("\n") == 1
+    for folder in checkpoint.steps(tmp_path).values():
+        state = checkpoint.verify(folder)
+        assert math.isfinite(state["val_loss"])
+        assert all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
+
+
+def test_fp16_skips_a_step_whose_gradient_overflows(tiny, tmp_path):
+    """Both optimizers skip it, the scale is halved, and the run goes on."""
+    before = NAN.format(step=3, fault=GRADIENT) + textwrap.dedent("""
+        import optim
+        step = optim.Muon.step
+        optim.Muon.step = lambda self: print('muon steps') or step(self)
+    """)
+    done = tiny(tmp_path, before=before, dtype="float16", optimizer="muon", max_iters=6, eval_interval=100)
+    assert done.code == 0, done.err
+    assert done.out.count("muon steps") == 5
+    state = checkpoint.verify(tmp_path / "ckpt" / "step_00000006")
+    assert state["scaler"]["scale"] == 2.0**15
+    assert records(tmp_path)[2]["grad_norm"] is None and len(records(tmp_path)) == 6
+    adamw = checkpoint.load_optimizer_state(tmp_path / "ckpt" / "step_00000006")["adamw"]
+    assert {int(state["step"]) for state in adamw.values()} == {5}
+
+
+# -----------------------------------------------------------------------------
+# Where a run begins
+
+
+def test_scratch_refuses_a_folder_with_a_run(tiny, finished):
+    before = digest(finished)
+    error = one_error(tiny(finished))
+    assert "step 12" in error and "--init_from=resume" in error and "--out_dir" in error
+    assert digest(finished) == before
+
+
+def test_resume_needs_something_to_resume(tiny, tmp_path):
+    assert "nothing to resume" in one_error(tiny(tmp_path / "run", init_from="resume"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("init_from", ["resume", "auto"])
+def test_resuming_a_finished_run_changes_nothing(init_from, tiny, finished):
+    before = digest(finished)
+    done = tiny(finished, init_from=init_from)
+    assert done.code == 0 and done.err == "" and "nothing to do" in done.out
+    assert digest(finished) == before
+
+
+def test_a_finished_run_can_be_extended(tiny, unbroken, tmp_path):
+    """With the schedule written out, 8 + 4 steps are 12 steps."""
+    assert tiny(tmp_path, max_iters=8, lr_decay_iters=12).code == 0
+    done = tiny(tmp_path, max_iters=12, lr_decay_iters=12, init_from="resume")
+    assert done.code == 0
+    assert records(tmp_path, "events.jsonl")[2]["changed"] == {"max_iters": [8, 12]}
+    assert differences(outcome(tmp_path), unbroken(max_iters=12, lr_decay_iters=12)) == []
+
+
+def test_from_the_weights_of_another_run(tiny, finished, tmp_path):
+    """Step 0, its own optimizer state and data order, but the loss is not that of a new model."""
+    done = tiny(tmp_path / "run", init_from=finished, seed=7, max_iters=2)
+    assert done.code == 0, done.err
+    assert checkpoints(tmp_path / "run") == [2]
+    assert losses(tmp_path / "run")[0] < (losses(finished)[0] + losses(finished)[-1]) / 2
+    folder = finished / "ckpt" / "step_00000004"
+    done = tiny(tmp_path / "other", init_from=folder, eval_only=True)
+    assert f"val loss {checkpoint.verify(folder)['val_loss']:.4f} " in done.out
+
+
+def test_weights_of_another_shape_are_named(tiny, finished, tmp_path):
+    error = one_error(tiny(tmp_path / "run", init_from=finished, n_embd=64), tmp_path / "run")
+    assert "transformer." in error and "32" in error and "64" in error
+
+
+@pytest.mark.parametrize("init_from", ["resum", "gpt2-huge", "{words}"])
+def test_from_nonsense(init_from, tiny, words, tmp_path):
+    init_from = init_from.format(words=words)
+    assert init_from in one_error(tiny(tmp_path / "run", init_from=init_from), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "settings, then, now",
+    [
+        (dict(seed=7), "seed=1337", "7"),
+        (dict(batch_size=2), "batch_size=4", "2"),
+        (dict(gradient_accumulation_steps=2), "gradient_accumulation_steps=1", "2"),
+        (dict(tokens_per_step=128), "gradient_accumulation_steps=1", "2"),
+        (dict(optimizer="muon"), "optimizer=adamw", "muon"),
+        (dict(n_layer=2), "n_layer=1", "2"),
+        (dict(block_size=32), "block_size=16", "32"),
+        (dict(pos="rope"), "pos=learned", "rope"),
+    ],
+)
+def test_another_run_is_not_resumed(settings, then, now, tiny, finished):
+    before = digest(finished)
+    error = one_error(tiny(finished, init_from="auto", **{"max_iters": 20, **settings}))
+    assert f"with {then}, now it is {now};" in error
+    assert digest(finished) == before
+
+
+def test_another_dataset_is_not_resumed(tiny, finished, words, tmp_path):
+    shutil.copytree(words, tmp_path / "data")
+    manifest = tmp_path / "data" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ", encoding="utf-8")
+    error = one_error(tiny(finished, init_from="resume", dataset=tmp_path / "data", max_iters=20))
+    for folder in (words, tmp_path / "data"):
+        assert hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest() in error
+
+
+def test_what_may_change_is_recorded(tiny, finished, words, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(words, tmp_path / "data")  # the same dataset in another place
+    changes = dict(max_iters=14, learning_rate=5e-3, dropout=0.1)
+    done = tiny(tmp_path / "run", init_from="resume", dataset=tmp_path / "data", **changes)
+    assert done.code == 0 and done.err.count("\n") == 1 and "learning_rate" in done.err
+    resume = [e for e in records(tmp_path / "run", "events.jsonl") if e["event"] == "resume"][-1]
+    assert resume["step"] == 12 and resume["changed"] == {
+        "max_iters": [12, 14], "dataset": [str(words), str(tmp_path / "data")], "dropout": [0.0, 0.1],
+        "learning_rate": [1e-2, 5e-3],
+    }
+    assert records(tmp_path / "run")[-1]["step"] == 14
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["learning_rate"] == 5e-3
+
+
+# -----------------------------------------------------------------------------
+# What is written, and how often
+
+
+def test_the_run_folder(finished, words):
+    assert {p.name for p in finished.iterdir()} == {
+        "config.json", "env.json", "metrics.jsonl", "events.jsonl", "ckpt", "tokenizer.json"
+    }
+    lines = records(finished)
+    assert [r["step"] for r in lines] == list(range(1, 13))
+    assert [r["tokens"] for r in lines] == [64 * step for step in range(1, 13)]
+    every = {"step", "tokens", "wall_s", "loss", "lr", "grad_norm", "tok_per_s", "mfu", "mem_gb",
+             "data_ms", "forward_ms", "backward_ms", "optim_ms"}
+    for r in lines:
+        assert r.keys() == every | ({"val_loss"} if r["step"] in (4, 8, 12) else set())
+    walls = [r["wall_s"] for r in lines]
+    assert walls == sorted(walls)
+    env = json.loads((finished / "env.json").read_text())
+    assert env["dataset_sha256"] == hashlib.sha256((words / "manifest.json").read_bytes()).hexdigest()
+    state = checkpoint.verify(finished / "ckpt" / "step_00000012")
+    assert state["config"] == json.loads((finished / "config.json").read_text())
+    assert state["metrics_bytes"] == (finished / "metrics.jsonl").stat().st_size
+    assert state["val_loss"] == lines[-1]["val_loss"] and state["threads"] == state["ranks"] == 1
+
+
+def test_the_learning_rate_is_the_schedules(finished):
+    lrs = [r["lr"] for r in records(finished)]
+    assert lrs[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])  # two steps of warm-up, none of them zero
+    assert lrs[2:] == sorted(lrs[2:], reverse=True) and lrs[-1] == pytest.approx(1e-3, rel=0.3)
+
+
+def test_accumulation_changes_nothing_but_memory(tiny, words, tmp_path):
+    """4 x 1, 2 x 2 and 1 x 4 sequences: the same tokens, the same mean loss to rounding, at each step."""
+    runs, seen = {}, {}
+    tokens = Tokens(words, "train")
+    for micro in (1, 2, 4):
+        settings = {"batch_size": 4 // micro, "gradient_accumulation_steps": micro, "optimizer": "muon"}
+        assert tiny(tmp_path / str(micro), **settings).code == 0
+        runs[micro] = records(tmp_path / str(micro))
+        loader = Loader(tokens, 16, 4 // micro, accumulation=micro, seed=1337)
+        seen[micro] = torch.cat([next(loader)[0] for _ in range(3 * micro)])
+        loader.close()
+    assert torch.equal(seen[1], seen[2]) and torch.equal(seen[1], seen[4])
+    for micro in (2, 4):
+        for a, b in zip(runs[1], runs[micro], strict=True):
+            assert a["tokens"] == b["tokens"]
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+
+
+def test_the_loss_is_the_mean_over_micro_batches(tiny, tmp_path):
+    before = """
+        import model
+        forward = model.GPT.forward
+        def told(self, *args, **kwargs):
+            logits, loss = forward(self, *args, **kwargs)
+            print("micro", loss.item()) if self.training else None
+            return logits, loss
+        model.GPT.forward = told
+    """
+    done = tiny(tmp_path, before=before, gradient_accumulation_steps=3, max_iters=4)
+    micro = [float(line.split()[1]) for line in done.out.splitlines() if line.startswith("micro ")]
+    assert len(micro) == 12
+    assert losses(tmp_path) == pytest.approx(np.reshape(micro, (4, 3)).mean(1).tolist(), rel=1e-6)
+
+
+def test_dropout_is_drawn_from_seed_step_and_micro_step(tiny, tmp_path):
+    """Another mask each time, and the same ones when the run is repeated or begins in the middle."""
+    before = """
+        import model, torch
+        forward = model.GPT.forward
+        def told(self, *args, **kwargs):
+            print("drawn", torch.get_rng_state().sum().item(), torch.initial_seed()) if self.training else None
+            return forward(self, *args, **kwargs)
+        model.GPT.forward = told
+    """
+    drawn = []
+    for seed, iters in ((1, 2), (1, 4), (2, 4)):
+        settings = dict(seed=seed, max_iters=iters, init_from="auto", dropout=0.1, gradient_accumulation_steps=3)
+        done = tiny(tmp_path / str(seed), before=before, **settings)
+        drawn += [line for line in done.out.splitlines() if line.startswith("drawn ")]
+    assert len(drawn) == 24 and len(set(drawn)) == 24
+    done = tiny(tmp_path / "again", before=before, **settings)
+    assert [line for line in done.out.splitlines() if line.startswith("drawn ")] == drawn[12:]
+
+
+def test_tokens_per_step_sets_the_accumulation(tiny, tmp_path):
+    done = tiny(tmp_path / "run", tokens_per_step=192, max_iters=1)
+    assert done.code == 0 and "192 tokens = 4 x 16 x 3" in done.out
+    assert records(tmp_path / "run")[0]["tokens"] == 192
+    error = one_error(tiny(tmp_path / "other", tokens_per_step=200), tmp_path / "other")
+    assert "192 and 256" in error
+    error = one_error(tiny(tmp_path / "other", tokens_per_step=10), tmp_path / "other")
+    assert "64 and 128" in error
+    error = one_error(tiny(tmp_path / "other", tokens_per_step=192, gradient_accumulation_steps=2), tmp_path / "other")
+    assert "takes 3 micro-steps" in error and "gradient_accumulation_steps=2" in error
+
+
+def test_intervals(tiny, tmp_path):
+    done = tiny(tmp_path, log_interval=5, eval_interval=6, save_interval=4, keep_checkpoints=100, max_iters=13)
+    assert done.code == 0
+    assert [r["step"] for r in records(tmp_path)] == [5, 6, 10, 12, 13]
+    assert [r["step"] for r in records(tmp_path) if "val_loss" in r] == [6, 12, 13]
+    assert checkpoints(tmp_path) == [4, 6, 8, 12, 13]
+
+
+def test_log_interval_changes_no_number(tiny, finished, tmp_path):
+    assert tiny(tmp_path, log_interval=5).code == 0
+    every = {r["step"]: r for r in records(finished)}
+    for r in records(tmp_path):
+        assert {k: r.get(k) for k in ("loss", "val_loss", "lr", "grad_norm")} == {
+            k: every[r["step"]].get(k) for k in ("loss", "val_loss", "lr", "grad_norm")
+        }
+
+
+def test_saving_by_the_clock(tiny, tmp_path):
+    """--save_minutes: with the clock of the test, which goes two minutes a look."""
+    clock = "import itertools, time\nminutes = itertools.count(0, 120)\ntime.monotonic = lambda: float(next(minutes))"
+    settings = dict(eval_interval=100, keep_checkpoints=100, max_iters=6)
+    assert tiny(tmp_path / "5", before=clock, save_minutes=5, **settings).code == 0
+    assert checkpoints(tmp_path / "5") == [3, 6]
+    assert tiny(tmp_path / "0", before=clock, save_minutes=0, **settings).code == 0
+    assert checkpoints(tmp_path / "0") == [6]
+
+
+SCRIPTED = """
+import eval
+real, script = eval.evaluate, iter({})
+eval.evaluate = lambda *args: {{**real(*args), "loss": next(script)}}
+"""
+
+
+@pytest.mark.parametrize("settings, kept", [
+    (dict(keep_checkpoints=2), [4, 10, 12]),  # the last two and the best
+    (dict(always_save_checkpoint=False, keep_checkpoints=5), [4, 12]),  # the last and the best
+    (dict(keep_checkpoints=3, save_interval=1), [4, 10, 11, 12]),
+])
+def test_the_last_few_and_the_best_are_kept(settings, kept, tiny, tmp_path):
+    before = SCRIPTED.format([3.0, 1.5, 2.0, 1.5, 1.75, 9.0])
+    assert tiny(tmp_path, before=before, eval_interval=2, **settings).code == 0
+    assert checkpoints(tmp_path) == kept
+    assert checkpoint.find(tmp_path, "best")[1]["val_loss"] == 1.5
+
+
+def test_evaluate_only(tiny, finished, tmp_path):
+    before = digest(finished)
+    done = tiny(finished, init_from="resume", eval_only=True)
+    assert done.code == 0, done.err
+    assert f"val loss {records(finished)[-1]['val_loss']:.4f} " in done.out and "perplexity" in done.out
+    assert digest(finished) == before
+    assert tiny(tmp_path / "run", eval_only=True).code == 0 and not (tmp_path / "run").exists()
+
+
+def test_samples_at_evaluation(tiny, finished, tmp_path):
+    """They are shown and noted, the same in each run of that seed, and change nothing in the training."""
+    done = tiny(tmp_path, sample_tokens=20, sample_start="the ")
+    samples = [e for e in records(tmp_path, "events.jsonl") if e["event"] == "sample"]
+    assert [e["step"] for e in samples] == [4, 8, 12]
+    for e in samples:
+        assert e["text"].startswith("the ") and len(e["text"]) <= 24 and e["text"] in done.out
+    assert differences(outcome(tmp_path), outcome(finished)) == []
+
+
+def test_progress_bar_on_a_terminal(train, words, tmp_path):
+    """One line that is written over, but where there was an evaluation; never wider than the terminal."""
+    master, slave = pty.openpty()
+    train.start(dataset=words, out_dir=tmp_path, tty=os.ttyname(slave), env={"COLUMNS": "120"})
+    shown = b""
+    done = train.wait()
+    while select.select([master], [], [], 0.2)[0]:
+        shown += os.read(master, 1 << 16)
+    os.close(slave)
+    os.close(master)
+    assert done.code == 0, done.err
+    bars = [line for line in shown.decode().replace("\r\n", "\n").split("\r") if "step " in line and "[" in line]
+    assert len(bars) == 12
+    assert all(len(line.split("\n")[0]) < 120 for line in bars)
+    assert [i + 1 for i, line in enumerate(bars) if "\n" in line] == [4, 8, 12]
+    assert bars[-1].startswith("[#####") and bars[0].count("#") < bars[6].count("#") < bars[-1].count("#")
+
+
+# -----------------------------------------------------------------------------
+# The same numbers each time
+
+
+def test_the_same_command_gives_the_same_bits(tiny, finished, tmp_path):
+    assert tiny(tmp_path).code == 0
+    assert differences(outcome(tmp_path), outcome(finished)) == []
+    assert tiny(tmp_path / "other", seed=2).code == 0  # and another seed other ones
+    assert "model" in differences(outcome(tmp_path / "other"), outcome(finished))
+
+
+GOLDEN = {
+    "adamw": [3.037278, 2.874266, 2.826391, 2.740773, 2.662897, 2.678509, 2.421658, 2.936374, 2.476729, 2.612411,
+              2.504364, 2.473212, 2.494906],
+    "muon": [2.993615, 2.764246, 2.579486, 2.348203, 2.087549, 1.961750, 1.904437, 1.894842, 1.800646, 1.749123,
+             1.375063, 1.480296, 1.500877],
+}
+
+
+@pytest.mark.parametrize("optimizer", GOLDEN)
+def test_golden_curve(optimizer, tiny, tmp_path):
+    """Losses of a fixed seed, and the val loss, as they were: initialisation, data, model, optimizer and schedule."""
+    stack = dict(pos="rope", qk_norm="rms", norm="rmsnorm", activation="relu2", tie_weights=False, lr_schedule="wsd")
+    settings = dict(dtype="float32", max_iters=24, log_interval=2, eval_interval=24)
+    done = tiny(tmp_path, optimizer=optimizer, **settings, **(stack if optimizer == "muon" else {}))
+    assert done.code == 0, done.err
+    curve = losses(tmp_path) + [records(tmp_path)[-1]["val_loss"]]
+    assert curve == pytest.approx(GOLDEN[optimizer], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_loss_falls_in_every_precision(dtype, tiny, tmp_path):
+    done = tiny(tmp_path, dtype=dtype, max_iters=40, eval_interval=40)
+    assert done.code == 0 and dtype in done.out
+    curve = losses(tmp_path)
+    assert sum(curve[-5:]) / 5 < curve[0] - 0.5
+    model = load_file(tmp_path / "ckpt" / "step_00000040" / "model.safetensors")
+    assert {t.dtype for t in model.values()} == {torch.float32}
+
+
+# -----------------------------------------------------------------------------
+# Compilation
+
+
+@pytest.mark.parametrize("how", ["raises", "raises without a word", "no compiler"])
+def test_compile_falls_back_with_one_warning(how, tiny, finished, tmp_path):
+    word = '"boom\\nand more"' if how == "raises" else ""
+    before = "" if how == "no compiler" else f"""
+        import shutil, torch
+        which = shutil.which
+        shutil.which = lambda name: "/bin/" + name
+        def compile(model):
+            raise RuntimeError({word})
+        torch.compile = compile
+    """
+    done = tiny(tmp_path, compile=True, before=before, env={"PATH": ""} if how == "no compiler" else {})
+    assert done.code == 0
+    assert done.err.startswith("warning: torch.compile does not work here (") and done.err.count("\n") == 1
+    assert {"raises": "boom", "no compiler": "no C++ compiler"}.get(how, "RuntimeError") in done.err
+    assert differences(outcome(tmp_path), outcome(finished)) == []
+
+
+@pytest.mark.slow
+def test_compiled(tiny, finished, tmp_path):
+    """The same losses to rounding, checkpoints without torch.compile's prefix, and it resumes uncompiled."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler here")
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = tiny(tmp_path / "run", compile=True, max_iters=8, lr_decay_iters=12, env=env)
+    assert done.code == 0 and done.err == ""
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished)[:8], rel=1e-3)
+    names = load_file(tmp_path / "run" / "ckpt" / "step_00000008" / "model.safetensors").keys()
+    assert names == load_file(finished / "ckpt" / "step_00000008" / "model.safetensors").keys()
+    assert tiny(tmp_path / "run", init_from="resume", lr_decay_iters=12).code == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# nanoGPT's habits, and a user's mistakes
+
+NANOGPT = """
+# train a miniature character-level model
+# good for debugging and playing on macbooks and such
+import time
+
+out_dir = 'out-shakespeare-char'
+eval_interval = 250 # keep frequent because we'll overfit
+eval_iters = 200
+log_interval = 10 # don't print too too often
+
+# we expect to overfit on this small dataset, so only save when val improves
+always_save_checkpoint = False
+
+wandb_log = False # override via command line if you like
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt' + str(time.time())
+
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256 # context of up to 256 previous characters
+
+# baby GPT model :)
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+
+learning_rate = 1e-3 # with baby networks can afford to go a bit higher
+max_iters = 5000
+lr_decay_iters = 5000 # make equal to max_iters usually
+min_lr = 1e-4 # learning_rate / 10 usually
+beta2 = 0.99 # make a bit bigger because number of tokens per iter is small
+
+warmup_iters = 100 # not super necessary potentially
+backend = 'nccl'
+
+# on macbook also add
+# device = 'cpu'  # run on cpu only
+# compile = False # do not torch compile the model
+"""
+
+
+def test_a_config_file_of_nanogpt_runs_as_it_is(words, tmp_path):
+    """As a user would: python train.py FILE --key=value, from another folder."""
+    (tmp_path / "train_shakespeare_char.py").write_text(NANOGPT, encoding="utf-8")
+    command = [sys.executable, str(ROOT / "train.py"), "train_shakespeare_char.py", "--device=cpu", "--compile=False",
+               f"--dataset={words}", "--block_size=16", "--n_layer=1", "--n_head=2", "--n_embd=32", "--batch_size", "4",
+               "--max_iters=20", "--lr_decay_iters=20", "--eval_interval=10", "--eval_iters=2", "--threads=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    out = tmp_path / "out-shakespeare-char"
+    assert [r["step"] for r in records(out)] == [10, 20]
+    config = json.loads((out / "config.json").read_text())
+    assert config["dropout"] == 0.2 and config["beta2"] == 0.99 and config["wandb_run_name"].startswith("mini-gpt1")
+
+
+MISTAKES = {
+    "'nowhere'": dict(dataset="nowhere"),
+    "learning_rat": dict(learning_rat=1),
+    "lr_schedule='cosin'": dict(lr_schedule="cosin"),
+    "optimizer='adam'": dict(optimizer="adam"),
+    "n_embd=33": dict(n_embd=33),
+    "dropout=1.0": dict(dropout=1.0),
+    "activation='gelux'": dict(activation="gelux"),
+    "device='cuda:99'": dict(device="cuda:99"),
+    "device='gpu'": dict(device="gpu"),
+    "dtype='fp16'": dict(dtype="fp16"),
+    "max_iters=0": dict(max_iters=0),
+    "batch_size=0": dict(batch_size=0),
+    "gradient_accumulation_steps=0": dict(gradient_accumulation_steps=0),
+    "gradient_accumulation_steps=-1": dict(gradient_accumulation_steps=-1),
+    "log_interval=0": dict(log_interval=0),
+    "beta": dict(beta1=1.5),
+    "vocab_size=5": dict(vocab_size=5),
+    "block_size=100000": dict(block_size=100000),
+    "sample_start": dict(sample_tokens=5, sample_start=" "),
+    "'Z'": dict(sample_tokens=5, sample_start="Zebra"),
+    "torchrun": dict(env={"WORLD_SIZE": "2"}),
+}
+
+
+@pytest.mark.parametrize("named", MISTAKES)
+def test_a_mistake_gets_one_line(named, tiny, tmp_path):
+    settings = dict(MISTAKES[named])
+    argv = ["--sample_start="] if settings.get("sample_start") == " " and settings.pop("sample_start") else []
+    assert named in one_error(tiny(tmp_path / "run", *argv, **settings), tmp_path / "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is asked for")
+def test_a_gpu_that_is_not_there(tiny, tmp_path):
+    assert "device='cuda'" in one_error(tiny(tmp_path / "run", device="cuda"), tmp_path / "run")
+
+
+def test_an_out_dir_that_cannot_be(tiny, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in one_error(tiny(tmp_path / "file" / "run"))
+
+
+def test_a_bug_keeps_its_traceback(tiny, tmp_path):
+    """Only what setting up refuses is a user's mistake: an error in the loop is ours, and must be findable."""
+    bug = "import optim\ndef step(self):\n    raise ValueError('a bug')\noptim.Optimizers.step = step"
+    done = tiny(tmp_path, before=bug)
+    assert done.code == 1 and "Traceback" in done.err and "a bug" in done.err
