@@ -160,7 +160,7 @@ class Attention(nn.Module):
         # queries and keys are normalised and rotated together: half as many kernels
         qk, v = qkv.view(B, T, heads, self.head_dim).split((n_q + n_kv, n_kv), dim=2)
         if self.qk_norm != "none":
-            qk = F.rms_norm(qk, (self.head_dim,), eps=self.norm_eps)
+            qk = F.rms_norm(qk, (self.head_dim,), eps=self.norm_eps).to(v.dtype)  # autocast gives fp32
         if self.qk_norm == "rms_gain":
             gain = torch.cat((self.q_gain.expand(n_q, -1), self.k_gain.expand(n_kv, -1)))
             qk = qk * gain.to(qk.dtype)

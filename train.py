@@ -164,6 +164,7 @@ def main(config):
             "model": asdict(model_config), "config": config, "seed": seed, "dataset_sha256": dataset_sha256,
             "train_tokens": len(train_tokens), "batch_size": batch_size, "gradient_accumulation_steps": accumulation,
             "optimizer": optimizer, "threads": torch.get_num_threads(), "ranks": 1,
+            "dtype": str(precision).removeprefix("torch."),
         }
 
         torch.manual_seed(seed)
@@ -370,9 +371,9 @@ def main(config):
 
 def check_settings():
     """Ends the run for a setting that has no meaning."""
-    at_least = {"max_iters": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "tokens_per_step": 0,
-                "warmup_iters": 0, "lr_decay_iters": 0, "context_start": 0, "context_iters": 0, "eval_interval": 1,
-                "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
+    at_least = {"max_iters": 1, "batch_size": 1, "block_size": 1, "gradient_accumulation_steps": 1,
+                "tokens_per_step": 0, "warmup_iters": 0, "lr_decay_iters": 0, "context_start": 0, "context_iters": 0,
+                "eval_interval": 1, "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
                 "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "sample_tokens": 0, "threads": 0, "prefetch": 1}
     for key, least in at_least.items():
         if globals()[key] is not None and globals()[key] < least:
@@ -428,8 +429,9 @@ def check_resume(saved, state):
                  "set it back, or begin in another --out_dir")
     changed = {key: [saved["config"].get(key), value] for key, value in state["config"].items()
                if saved["config"].get(key) != value and key not in ("init_from", "out_dir")}
-    if saved["threads"] != state["threads"]:
-        changed["threads"] = [saved["threads"], state["threads"]]  # sums in another order: equal to rounding only
+    for key in ("threads", "dtype"):  # as this machine resolved them: equal to rounding only
+        if saved.get(key) != state[key]:
+            changed[key] = [saved.get(key), state[key]]
     return changed
 
 

@@ -25,9 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = {"wall_s", "tok_per_s", "mfu", "mem_gb"}  # and all that end in _ms
 
 TINY = dict(batch_size=4, block_size=16, n_layer=1, n_head=2, n_embd=32, max_iters=12, warmup_iters=2, min_lr=1e-3,
-            learning_rate=1e-2, eval_interval=4, eval_iters=2, device="cpu", threads=1, save_minutes=0)
+            learning_rate=1e-2, eval_interval=4, eval_iters=2, device="cpu", dtype="float32", threads=1,
+            save_minutes=0)
 # all that a resume could get wrong
-HARD = dict(dropout=0.1, batch_size=2, gradient_accumulation_steps=2, save_interval=2, keep_checkpoints=1)
+HARD = dict(dropout=0.1, batch_size=2, gradient_accumulation_steps=2, context_start=4, save_interval=2,
+            keep_checkpoints=1)
 
 SERVER = """
 import json, os, runpy, sys, traceback

@@ -234,6 +234,19 @@ def test_what_may_change_is_recorded(tiny, finished, words, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["learning_rate"] == 5e-3
 
 
+def test_another_machine_is_recorded(tiny, tmp_path):
+    """dtype=auto and threads=0 are the same words there, but not the same numbers."""
+    machine = "import device, torch\ndevice.native_bfloat16 = lambda: {}\ntorch.set_num_threads({})"
+    settings = dict(dtype="auto", threads=0)
+    assert tiny(tmp_path, before=machine.format(True, 1), max_iters=4, **settings).code == 0
+    done = tiny(tmp_path, before=machine.format(False, 2), max_iters=4, init_from="auto", **settings)
+    assert done.code == 0 and done.err == "" and "nothing to do" in done.out
+    done = tiny(tmp_path, before=machine.format(False, 2), max_iters=5, init_from="auto", **settings)
+    assert done.code == 0, done.err
+    changed = [e["changed"] for e in records(tmp_path, "events.jsonl") if e["event"] == "resume"]
+    assert changed == [{"max_iters": [4, 5], "threads": [1, 2], "dtype": ["bfloat16", "float32"]}]
+
+
 # -----------------------------------------------------------------------------
 # What is written, and how often
 
@@ -318,6 +331,23 @@ def test_dropout_is_drawn_from_seed_step_and_micro_step(tiny, tmp_path):
     assert len(drawn) == 24 and len(set(drawn)) == 24
     done = tiny(tmp_path / "again", before=before, **settings)
     assert [line for line in done.out.splitlines() if line.startswith("drawn ")] == drawn[12:]
+
+
+def test_a_context_that_grows(tiny, tmp_path):
+    """The same tokens a step in shorter rows at first: 4, 8 and 16, then all of block_size."""
+    before = """
+        import model
+        forward = model.GPT.forward
+        def told(self, idx, *args, **kwargs):
+            print("shape", *idx.shape) if self.training else None
+            return forward(self, idx, *args, **kwargs)
+        model.GPT.forward = told
+    """
+    settings = dict(context_start=4, context_iters=6, max_iters=8)
+    done = tiny(tmp_path, before=before, **settings)
+    shapes = [tuple(map(int, line.split()[1:])) for line in done.out.splitlines() if line.startswith("shape ")]
+    assert shapes == [(16, 4)] * 3 + [(8, 8)] * 3 + [(4, 16)] * 2
+    assert [r["tokens"] for r in records(tmp_path)] == [64 * step for step in range(1, 9)]
 
 
 def test_tokens_per_step_sets_the_accumulation(tiny, tmp_path):
@@ -568,6 +598,9 @@ MISTAKES = {
     "batch_size=0": dict(batch_size=0),
     "gradient_accumulation_steps=0": dict(gradient_accumulation_steps=0),
     "gradient_accumulation_steps=-1": dict(gradient_accumulation_steps=-1),
+    "block_size=0": dict(block_size=0, tokens_per_step=64),
+    "context_start=6": dict(context_start=6),
+    "context_start=32": dict(context_start=32),
     "log_interval=0": dict(log_interval=0),
     "beta": dict(beta1=1.5),
     "vocab_size=5": dict(vocab_size=5),
