@@ -113,7 +113,9 @@ def read_state(folder):
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         intact = state["sha256"] == own_sha256(state) and set(FILES) <= state["files"].keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+        raise CheckpointError(f"{path} is missing ({e.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:  # another OSError says nothing of the checkpoint
         raise CheckpointError(f"{path} cannot be read ({type(e).__name__}: {e})") from None
     if not intact:
         raise CheckpointError(f"{path} was changed after it was written (sha256 differs)")

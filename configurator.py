@@ -229,6 +229,9 @@ def configure(namespace, argv=None, *, verb="", verbs=(), paths=""):
     in source order. `verb` names the key that the first bare word fills, with one of `verbs`; `paths` the tuple of
     strings that takes the other bare words. A word that ends in .py is a config file.
     """
+    for out in (sys.stdout, sys.stderr):  # a Windows console's code page cannot print every text
+        if hasattr(out, "reconfigure"):
+            out.reconfigure(encoding="utf-8", errors="replace")
     keys = read_keys(namespace["__file__"], namespace)
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:

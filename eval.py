@@ -33,7 +33,7 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
     """Mean cross-entropy of `model` over the fixed windows of `tokens`, in nats per token.
 
     Each window is read from its start, so its first tokens have little context: losses compare at equal block_size.
-    -> {"loss", "perplexity", "bits" (per token; per character where a token is one), "tokens"}.
+    -> {"loss", "perplexity", "bits" (per token), "tokens"}.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -60,15 +60,16 @@ def main():
         source = find_dataset(dataset or state["config"]["dataset"])
         tokens = Tokens(source, split, model.config.vocab_size)
         manifest, dataset_sha256 = read_manifest(source)
-        if manifest.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:
+        if tokenizer and manifest.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:
             fail(f"{source} was prepared with another tokenizer than {folder} was trained with: their ids differ")
         if not 0 <= block_size <= model.config.block_size:
             fail(f"--block_size={block_size}: the model sees at most {model.config.block_size} tokens")
         result = evaluate(model, tokens, block_size or model.config.block_size, batch_size, eval_iters, context)
-    except ValueError as e:  # CheckpointError and DataError are
+    except (ValueError, OSError) as e:  # CheckpointError and DataError are ValueErrors
         fail(e)
+    unit = "character" if tokenizer and tokenizer.kind == "char" else "token"
     print(f"{folder} on {result['tokens']:,} tokens of {source}, split {split}:")
-    print(f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.3f}  bits per token {result['bits']:.4f}")
+    print(f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.3f}  bits per {unit} {result['bits']:.4f}")
     numbers = {k: v if math.isfinite(v) else None for k, v in result.items()}
     print(json.dumps({**numbers, "step": state["step"], "split": split, "dataset_sha256": dataset_sha256}))
 

@@ -20,16 +20,21 @@ from tokenizer import load_tokenizer
 def load(out_dir, which="latest", device="cpu"):
     """A run's model in eval mode and fp32 on `device`, its tokenizer, the checkpoint's state and folder.
 
-    `which` is latest, best or a step; a damaged latest is passed over, which is said on stderr. Raises CheckpointError
-    naming what is missing or damaged.
+    `which` is latest, best or a step; a damaged latest is passed over, which is said on stderr. The tokenizer is None
+    for a run on token ids alone. Raises CheckpointError naming what is missing or damaged.
     """
     folder, state = find(out_dir, which, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     run = folder.resolve().parent.parent if folder.resolve().parent.name == "ckpt" else folder
     try:
         tokenizer = load_tokenizer(next((f for f in (folder, run) if (Path(f) / "tokenizer.json").exists()), run))
+    except FileNotFoundError:
+        tokenizer = None
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{run} has no tokenizer to go with {folder.name}: {e}") from None
-    model = GPT(GPTConfig(**{**state["model"], "attn": "auto"}))
+        raise CheckpointError(f"the tokenizer of {run} cannot be read: {e}") from None
+    try:
+        model = GPT(GPTConfig(**{**state["model"], "attn": "auto"}))
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{folder} holds a model that this version does not know ({e})") from None
     load_model(model, folder)
     return model.to(device).eval(), tokenizer, state, folder
 

@@ -202,8 +202,7 @@ class Order:
 
 def to_batch(rows):
     """uint16 (B, T + 1) -> inputs and targets, int64 tensors (B, T) each."""
-    rows = torch.from_numpy(rows.astype(np.int64))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
 
 
 class Loader:
@@ -211,15 +210,15 @@ class Loader:
 
     Step s takes positions [s G, (s + 1) G) of the order, G = batch_size * accumulation * world; micro-step m of
     rank r takes the rows of micro-batch m * world + r. Iterating gives (x, y), int64 (batch_size, block_size),
-    micro-step after micro-step from first_step on, for ever. An error in the thread is raised where the batch is
-    asked for.
+    micro-step after micro-step from first_step on, for ever; with `pin` in page-locked memory, from which a GPU copies
+    while it computes. An error in the thread is raised where the batch is asked for.
     """
 
     def __init__(self, tokens, block_size, batch_size, *, accumulation=1, seed=0, rank=0, world=1, first_step=0,
-                 prefetch=4):
+                 prefetch=4, pin=False):
         self.tokens, self.order = tokens, Order(len(tokens), block_size, seed)
         self.block_size, self.batch_size, self.accumulation = block_size, batch_size, accumulation
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.pin = rank, world, pin
         self.ready, self.stopped = queue.Queue(maxsize=max(1, prefetch)), threading.Event()
         self.thread = threading.Thread(target=self._read_ahead, args=(first_step,), daemon=True)
         self.thread.start()
@@ -230,7 +229,8 @@ class Loader:
 
     def batch(self, step, micro=0):
         """The batch of any micro-step, from nothing but its number."""
-        return to_batch(self.tokens.read(self.order.starts(self.positions(step, micro)), self.block_size + 1))
+        x, y = to_batch(self.tokens.read(self.order.starts(self.positions(step, micro)), self.block_size + 1))
+        return (x.pin_memory(), y.pin_memory()) if self.pin else (x, y)
 
     def _read_ahead(self, step):
         while not self.stopped.is_set():

@@ -154,7 +154,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv = self.c_attn(x)  # (B, T, (n_q + 2 n_kv) * head_dim)
         heads = qkv.size(-1) // self.head_dim
-        n_kv = max(1, heads // (self.group + 2))
+        n_kv = max(1, heads // (self.group + 2))  # 1: a shard of fewer query heads than share one key/value head
         n_q = heads - 2 * n_kv
 
         # queries and keys are normalised and rotated together: half as many kernels
@@ -173,15 +173,27 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
+def pick_attention(attn, device, dtype, T, head_dim):
+    """config.attn on a device, in a dtype, for T tokens -> ("flash" | "sdpa" | "math", why)."""
+    if attn != "auto":
+        return attn, "asked for"
+    half = dtype in (torch.float16, torch.bfloat16)
+    if half and device.type == "cuda" and flash_attn_func is not None and head_dim <= 256:
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return "flash", "flash-attn is installed"
+    if half and device.type == "cpu" and T <= 512:  # longer, and T x T weights take too much memory
+        return "math", "twice as fast as SDPA's CPU kernel in half precision"
+    return "sdpa", "PyTorch picks the kernel"
+
+
 def attend(q, k, v, attn="auto", dropout=0.0):
     """Causal softmax(q k^T / sqrt(D)) v. q (B, T, n_q, D), k and v (B, T, n_kv, D) -> (B, T, n_q, D)."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if attn == "flash" or (attn == "auto" and flash_attn_func is not None and q.is_cuda and half):
-        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True)
-    # SDPA's CPU kernel takes twice as long in half precision as plain matrix products do
-    spelled_out = attn == "math" or (attn == "auto" and q.device.type == "cpu" and half)
+    kind, _ = pick_attention(attn, q.device, q.dtype, q.size(1), q.size(-1))
+    if kind == "flash":
+        exact = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True, deterministic=exact)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-    if spelled_out:
+    if kind == "math":
         T, group = q.size(2), q.size(1) // k.size(1)
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)

@@ -138,7 +138,7 @@ class StepTimer:
     """
 
     def __init__(self, device):
-        self.cuda = device.type == "cuda"
+        self.cuda, self.mps = device.type == "cuda", device.type == "mps"
         self.marks = []
 
     def mark(self, part):
@@ -146,6 +146,8 @@ class StepTimer:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
         else:
+            if self.mps:
+                torch.mps.synchronize()
             event = time.perf_counter()
         self.marks.append((part, event))
 

@@ -25,8 +25,6 @@ def split_params(model, muon=False):
             groups["muon"].append(name)
         else:
             groups["decay"].append(name)
-    named = sorted(name for names in groups.values() for name in names)
-    assert named == sorted(name for name, _ in model.named_parameters()), "each parameter is in exactly one group"
     return groups
 
 
@@ -46,13 +44,15 @@ class Optimizers:
         adamw = [
             {"params": [params[n] for n in groups[g]], "weight_decay": wd} for g, wd in decays.items() if groups[g]
         ]
-        fused = next(model.parameters()).device.type in ("cpu", "cuda")
+        fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
         self.each = {"adamw": torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)}
         if optimizer == "muon":
             self.each["muon"] = Muon(
                 [params[n] for n in groups["muon"]], lr=muon_learning_rate, momentum=muon_momentum,
                 weight_decay=weight_decay, dtype=muon_dtype,
             )
+        held = [id(p) for group in self.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(map(id, params.values())), "each parameter is trained by exactly one group"
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
 

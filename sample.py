@@ -45,6 +45,18 @@ def read_prompt():
     return start
 
 
+def compile_trouble(model, prompt, context):
+    """Compile `model` in place and draw one token; why that failed, with the model as it was, or None."""
+    model.compile(dynamic=True)
+    try:
+        with context():
+            next(stream(model, prompt, 1))
+    except Exception as e:
+        model._compiled_call_impl = None  # what Module.compile sets
+        return str(e).strip().partition("\n")[0] or type(e).__name__
+    return None
+
+
 def main():
     if init_from != "resume":
         fail(f"--init_from={init_from}: sample.py reads a run of this project; name its folder with --out_dir")
@@ -57,19 +69,18 @@ def main():
         probabilities(torch.zeros(1), temperature, top_k, top_p)  # what is wrong with these is said first
         model, tokenizer, state, folder = load(out_dir, ckpt, where)
         text = read_prompt()
+        if tokenizer is None:
+            raise ValueError(f"{out_dir} has no tokenizer, so its tokens cannot be turned into text")
         if not text and tokenizer.bos is None:
             raise ValueError("start is empty, and this run's tokenizer has no token for the beginning of a text")
         prompt = tokenizer.encode(text) if text else [tokenizer.bos]
-    except ValueError as e:  # CheckpointError is
+    except (ValueError, OSError) as e:  # CheckpointError is a ValueError
         fail(e)
     val_loss = f"val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else "not evaluated"
     print(f"{folder}: step {state['step']}, {val_loss}", file=sys.stderr)
     print(f"{where} ({device_why}), {str(precision).removeprefix('torch.')} ({dtype_why})", file=sys.stderr)
-    if compile:
-        if trouble := can_compile(where):
-            print(f"warning: torch.compile does not work here ({trouble}); running uncompiled", file=sys.stderr)
-        else:
-            model.compile(dynamic=True)
+    if compile and (trouble := can_compile(where) or compile_trouble(model, prompt, context)):
+        print(f"warning: torch.compile does not work here ({trouble}); running uncompiled", file=sys.stderr)
 
     drawn, clock = 0, time.perf_counter()
     for i in range(num_samples):
@@ -89,8 +100,6 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
-    for out in (sys.stdout, sys.stderr):
-        out.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles default to a code page
     try:
         main()
     except KeyboardInterrupt:

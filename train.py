@@ -2,7 +2,7 @@
 Train a GPT, or go on with one: the whole procedure, top to bottom.
 
     python train.py config/shakespeare_char_cpu.py
-    python train.py config/owt_124m.py --out_dir=out/mine --learning_rate=3e-4
+    python train.py config/shakespeare_char.py --out_dir=out/mine --learning_rate=3e-3
 
 What happens at step s follows from (config, seed, s), so a run that was killed and continued with
 --init_from=resume ends with the same bits as one that was not.
@@ -25,7 +25,7 @@ from device import autocast, can_compile, memory_gb, peak_flops, pick_device, pi
 from eval import evaluate
 from infer import stream
 from loader import DataError, Loader, Tokens, find_dataset, keyed, read_manifest
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, pick_attention
 from monitor import Run, StepTimer, environment
 from optim import Optimizers, lr_at
 from plan import training_memory
@@ -75,7 +75,7 @@ optimizer = "adamw"           # adamw | muon (for the blocks' matrices, AdamW fo
 learning_rate = 6e-4          # AdamW's peak
 muon_learning_rate = 0.02     # Muon's peak; follows the same schedule
 muon_momentum = 0.95          # Nesterov momentum
-muon_dtype = "float32"        # of the Newton-Schulz iteration: float32 | bfloat16
+muon_dtype = "float32"        # of the Newton-Schulz iteration: float32 | bfloat16 | auto (bfloat16 where dtype is)
 weight_decay = 1e-1           # on matrices and embeddings
 beta1 = 0.9                   # AdamW's
 beta2 = 0.95                  # AdamW's
@@ -91,7 +91,7 @@ wsd_decay_frac = 0.2          # wsd: share of lr_decay_iters that decays
 
 # looking at it
 eval_interval = 2000          # updates between evaluations, each with a checkpoint
-eval_iters = 200              # fixed batches of validation windows; 0: the whole split
+eval_iters = 200              # fixed batches (of 16,384 tokens) of validation windows; 0: the whole split
 log_interval = 1              # updates between records in metrics.jsonl and lines on the screen
 sample_tokens = 0             # tokens of a sample shown at each evaluation; 0: none
 sample_start = "\n"           # what the sample starts from
@@ -137,9 +137,12 @@ def main(config):
             torch.set_num_threads(threads)
         where, device_why = pick_device(device)
         precision, dtype_why = pick_dtype(dtype, where)
+        precision_name = str(precision).removeprefix("torch.")
         context = autocast(where, precision)
-        if where.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
+        if where.index is not None and where.type == "cuda":
+            torch.cuda.set_device(where)  # for the events that time the steps
+        if attn == "flash" and (where.type != "cuda" or precision == torch.float32):
+            fail(f"attn='flash' needs a CUDA device and half precision, not {where.type} in {precision_name}")
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -167,12 +170,13 @@ def main(config):
             "dtype": str(precision).removeprefix("torch."),
         }
 
+        auto_bfloat16 = muon_dtype == "auto" and precision == torch.bfloat16
         torch.manual_seed(seed)
         model = GPT(model_config).to(where)
         opt = Optimizers(
             model, optimizer=optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
             weight_decay=weight_decay, betas=(beta1, beta2), muon_momentum=muon_momentum,
-            muon_dtype=pick_dtype(muon_dtype, where)[0],
+            muon_dtype=torch.bfloat16 if muon_dtype == "bfloat16" or auto_bfloat16 else torch.float32,
         )
         scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
 
@@ -189,31 +193,34 @@ def main(config):
                 scaler.load_state_dict(saved["scaler"])
             state |= {key: saved[key] for key in ("step", "wall_s", "metrics_bytes")}
         elif init_from not in ("scratch", "auto"):
-            checkpoint.load_model(model, checkpoint.find(init_from)[0])
+            folder, saved = checkpoint.find(init_from)
+            check_start(folder, saved, state, tokenizer)
+            checkpoint.load_model(model, folder)
 
+    unit = "char" if tokenizer and tokenizer.kind == "char" else "token"
     if eval_only:  # writes nothing
-        loss = evaluate_now(model, val_tokens, context)
-        perplexity = math.exp(min(loss, 700))
-        print(f"val loss {loss:.4f}  perplexity {perplexity:.3f}  bits per token {loss / math.log(2):.4f}")
+        print(evaluation_line(evaluate_now(model, val_tokens, context), unit))
         return 0
 
     # ---- the run folder and the summary ------------------------------------------------
     with one_line_errors():
         loader = Loader(train_tokens, block_size, batch_size, accumulation=accumulation, seed=seed,
-                        first_step=state["step"], prefetch=prefetch)
+                        first_step=state["step"], prefetch=prefetch, pin=where.type == "cuda")
         run = Run(out_dir)
         run.open(config, environment(where, dataset_sha256), state["metrics_bytes"])
-        tokenizer and tokenizer.save(run.dir)
-    run.event("resume" if resumed else "start", step=state["step"], changed=changed)
+        if tokenizer:
+            tokenizer.save(run.dir)
 
     def warn(message):
+        clear_bar()
         print(f"warning: {message}", file=sys.stderr)
         run.event("warning", step=state["step"], message=message)
 
     per_step = batch_size * accumulation * block_size
     flops = model.train_flops(block_size)
     peak = peak_flops(where, precision)
-    print(f"device      {where} ({device_why}), {str(precision).removeprefix('torch.')} ({dtype_why}), "
+    attention, attn_why = pick_attention(attn, where, precision, block_size, model_config.head_dim)
+    print(f"device      {where} ({device_why}), {precision_name} ({dtype_why}), {attention} attention ({attn_why}), "
           f"{torch.get_num_threads()} CPU threads")
     print(f"data        {source}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens")
     print(f"model       {model.num_params():,} parameters, {n_layer} layers of {n_embd}, context {block_size}")
@@ -221,6 +228,10 @@ def main(config):
           f"{per_step * flops / 1e12:.3g} TFLOP; {max_iters:,} steps see the data "
           f"{max_iters * per_step / len(train_tokens):.2g} times")
     print(f"memory      about {training_memory(model, batch_size, precision)['total'] / 1e9:.2g} GB")
+    run.event("resume" if resumed else "start", step=state["step"], changed=changed, resolved={
+        "device": str(where), "dtype": precision_name, "attn": attention, "threads": torch.get_num_threads(),
+        "vocab_size": model_config.vocab_size, "gradient_accumulation_steps": accumulation,
+    })
     if changed:
         warn(f"resumed with other settings than it was saved with: {changed}")
     if wandb_log:
@@ -239,9 +250,9 @@ def main(config):
         return loss.detach()
 
     def validate():
-        loss = evaluate_now(model, val_tokens, context)
+        loss = evaluate_now(model, val_tokens, context)["loss"]
         if sample_tokens and tokenizer and math.isfinite(loss):
-            text = sample(model, tokenizer)
+            text = sample(model, tokenizer, context)
             run.event("sample", step=state["step"], text=text)
             print(f"---- sample at step {state['step']}\n{text}\n----")
         return loss
@@ -249,6 +260,7 @@ def main(config):
     def diverged(step, what):
         """Says that the run is lost from `step` on, and saves nothing. -> the exit code"""
         loader.close()
+        clear_bar()
         run.event("stop", step=step, reason=f"{what} is not finite")
         print(f"error: {what} is not finite at step {step}; checkpoints are from before it. "
               "Lower learning_rate, or check the data", file=sys.stderr)
@@ -273,9 +285,12 @@ def main(config):
         trouble = can_compile(where)
         if not trouble:
             try:
-                compiled = torch.compile(model)
-                batch = (t.to(where).view(-1, context_at(state["step"])) for t in loader.batch(state["step"]))
-                micro_step(*batch, state["step"], 0)
+                compiled = torch.compile(model, dynamic=False)  # a kernel for each shape, the same after a resume
+                x, y = (t.to(where) for t in loader.batch(state["step"]))
+                length = context_at(state["step"])
+                while length <= block_size:
+                    micro_step(x.view(-1, length), y.view(-1, length), state["step"], 0)
+                    length *= 2
             except Exception as e:
                 trouble = str(e).strip().partition("\n")[0] or type(e).__name__
             opt.zero_grad()
@@ -289,7 +304,7 @@ def main(config):
     timer = StepTimer(where)
     unread = []  # loss and gradient norm of each step since the last record, still on the device
     last_save = time.monotonic()
-    steps = state["step"]
+    began = state["step"], state["wall_s"]
     while state["step"] < max_iters:
         step = state["step"]
         clock = time.perf_counter()
@@ -299,17 +314,23 @@ def main(config):
         losses = []
         for micro in range(accumulation):
             x, y = next(loader)
-            x, y = (t.to(where, non_blocking=True).view(-1, context_at(step)) for t in (x, y))
+            x, y = (t.to(where, non_blocking=loader.pin).view(-1, context_at(step)) for t in (x, y))
             timer.mark("data_ms")
             losses.append(micro_step(x, y, step, micro, timer))
-        scaler.unscale_(opt) if scaler.is_enabled() else None
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        scaler.unscale_(opt)  # nothing but in float16
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        if grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         scaler.step(opt)
         scaler.update()
         opt.zero_grad()
         timer.mark("optim_ms")
         unread.append(torch.stack((torch.stack(losses).mean(), norm)))
         state["step"] = step = step + 1
+        if step == began[0] + 2:  # the first step is slower than the rest
+            seconds = sum(timer.read().values()) / 1000 * (max_iters - step)
+            clear_bar()
+            print(f"time        about {clock_face(seconds)} to go", flush=True)
 
         last = step == max_iters
         log_due = step % log_interval == 0 or last
@@ -335,14 +356,15 @@ def main(config):
         val_loss = validate() if eval_due else None
         if log_due or eval_due:
             tok_per_s = per_step / (sum(parts.values()) / 1000)
+            mfu = tok_per_s * model.train_flops(context_at(step - 1)) / peak if peak else None
             record = {
                 "step": step, "tokens": step * per_step, "wall_s": round(state["wall_s"], 3), "loss": loss,
                 **({"val_loss": val_loss} if eval_due else {}), "lr": lr, "grad_norm": grad_norm,
-                "tok_per_s": round(tok_per_s), "mfu": tok_per_s * flops / peak if peak else None,
+                "tok_per_s": round(tok_per_s), "mfu": mfu,
                 "mem_gb": memory_gb(where), **{part: round(ms, 3) for part, ms in parts.items()},
             }
             run.metrics(record)
-            show(record, state["wall_s"])
+            show(record, unit)
         saved = False
         if eval_due or save_due or stopped_by:
             if not all(p.isfinite().all() for p in model.parameters()):
@@ -353,14 +375,15 @@ def main(config):
             last_save = time.monotonic()
         if stopped_by:
             run.event("stop", step=step, reason=signal.Signals(stopped_by).name)
-            print(f"\nstopped by {signal.Signals(stopped_by).name} after step {step}; "
-                  f"go on with --init_from=resume --out_dir={out_dir}")
+            kept = "saved; go on" if saved else "not saved; go on from the last checkpoint, if there is one,"
+            print(f"\nstopped by {signal.Signals(stopped_by).name} after step {step}, {kept} with "
+                  f"--init_from=resume --out_dir={out_dir}")
             loader.close()
             return 128 + stopped_by
 
     loader.close()
     run.event("end", step=state["step"], wall_s=state["wall_s"])
-    print(f"trained {state['step'] - steps:,} steps in {state['wall_s']:.1f} s; "
+    print(f"trained {state['step'] - began[0]:,} steps in {state['wall_s'] - began[1]:.1f} s; "
           f"val loss {val_loss:.4f}; next: python sample.py --out_dir={out_dir}")
     return 0 if saved else 1
 
@@ -380,10 +403,14 @@ def check_settings():
             fail(f"{key}={globals()[key]} must be at least {least}")
     if learning_rate <= 0 or muon_learning_rate <= 0:
         fail("learning_rate and muon_learning_rate must be above 0")
-    if context_start and (context_start > block_size or context_start << int(math.log2(block_size // context_start))
-                          != block_size):
+    if decay_lr and not 0 <= min_lr <= learning_rate:
+        fail(f"min_lr={min_lr} must lie between 0 and learning_rate={learning_rate}; or set decay_lr=false")
+    doublings = [block_size >> n for n in range(block_size.bit_length()) if block_size % (1 << n) == 0]
+    if context_start and context_start not in doublings:
         fail(f"context_start={context_start} does not double to block_size={block_size}")
-    for key, known in {"optimizer": ("adamw", "muon"), "lr_schedule": ("cosine", "linear", "wsd")}.items():
+    choices = {"optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
+               "lr_schedule": ("cosine", "linear", "wsd")}
+    for key, known in choices.items():
         if globals()[key] not in known:
             fail(f"{key}={globals()[key]!r} is not one of {', '.join(known)}")
 
@@ -407,6 +434,8 @@ def micro_steps():
 def what_to_resume():
     """(folder, state) of the checkpoint to go on from, or None to begin. Ends the run where init_from forbids it."""
     found = checkpoint.steps(out_dir)
+    if init_from in ("resume", "auto") and found and eval_only:
+        return checkpoint.find(out_dir)
     if init_from in ("resume", "auto"):
         good = checkpoint.latest_good(out_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
         if good is None and init_from == "resume":
@@ -435,6 +464,15 @@ def check_resume(saved, state):
     return changed
 
 
+def check_start(folder, saved, state, tokenizer):
+    """Ends the run where another run's weights, though of the same shape, would mean something else in this one."""
+    for key, value in state["model"].items():
+        if saved["model"].get(key) != value and key not in ("dropout", "attn", "block_size"):
+            fail(f"init_from={init_from}: that model has {key}={saved['model'].get(key)}, this one {value}")
+    if tokenizer and load_tokenizer(folder.resolve().parent.parent).sha256 != tokenizer.sha256:
+        fail(f"init_from={init_from}: its tokenizer is not that of {dataset}, so the same ids are other text")
+
+
 def vocabulary(source, manifest):
     """(tokenizer or None, vocab_size) of a dataset; one that says nothing is GPT-2's, as nanoGPT's are."""
     try:
@@ -452,8 +490,12 @@ def learning_rate_at(step):
 
 
 def evaluate_now(model, val_tokens, context):
-    """Loss over the fixed validation windows, in batches of about 16,384 tokens."""
-    return evaluate(model, val_tokens, block_size, max(1, 16384 // block_size), eval_iters, context)["loss"]
+    """eval.evaluate over the fixed validation windows, in batches of about 16,384 tokens."""
+    return evaluate(model, val_tokens, block_size, max(1, 16384 // block_size), eval_iters, context)
+
+
+def evaluation_line(result, unit):
+    return f"val {result['loss']:.4f}  ppl {result['perplexity']:.3f}  {result['bits']:.4f} bits/{unit}"
 
 
 def context_at(step):
@@ -466,29 +508,44 @@ def context_at(step):
     return context_start << int(doublings * step / until)
 
 
-def sample(model, tokenizer):
+def sample(model, tokenizer, context):
     """sample_tokens tokens that follow sample_start, as text; the same at every call for the same weights."""
     model.eval()
     prompt = tokenizer.encode(sample_start)
-    text = tokenizer.decode(prompt + list(stream(model, prompt, sample_tokens, temperature=0.8, top_k=200, seed=seed)))
+    with context():
+        tokens = prompt + list(stream(model, prompt, sample_tokens, temperature=0.8, top_k=200, seed=seed))
     model.train()
-    return text
+    return tokenizer.decode(tokens)
 
 
-def show(record, wall_s):
+def clear_bar():
+    """Begin a line of its own where the progress bar may stand."""
+    if sys.stdout.isatty():
+        print("\r" + " " * (shutil.get_terminal_size().columns - 1), end="\r", flush=True)
+
+
+def clock_face(seconds):
+    """Seconds as 4:05, or 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
+
+
+def show(record, unit):
     """One line of progress; on a terminal with a bar, and over the line before it unless that has an evaluation."""
     done = record["step"] / max_iters
-    eta = wall_s * (1 - done) / done
     parts = [
         f"step {record['step']:>{len(str(max_iters))}}/{max_iters}",
         f"loss {record['loss']:.4f}",
-        f"val {record['val_loss']:.4f}" if "val_loss" in record else "",
         f"lr {record['lr']:.2e}",
         f"norm {record['grad_norm']:.2f}",
         f"{record['tok_per_s'] / 1000:.1f}k tok/s",
         f"mfu {record['mfu']:.1%}" if record["mfu"] else "",
-        f"{int(wall_s) // 60}:{int(wall_s) % 60:02d} + {int(eta) // 60}:{int(eta) % 60:02d}",
+        f"{clock_face(record['wall_s'])}, {clock_face(record['wall_s'] * (1 - done) / done)} to go",
     ]
+    if "val_loss" in record:
+        loss = record["val_loss"]
+        result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits": loss / math.log(2)}
+        parts.insert(2, evaluation_line(result, unit))
     line = "  ".join(part for part in parts if part)
     if not sys.stdout.isatty():
         print(line, flush=True)
@@ -516,5 +573,7 @@ if __name__ == "__main__":
     settings = configure(globals())
     try:
         sys.exit(main(settings))
+    except KeyboardInterrupt:  # before the loop, which has StopSignal
+        sys.exit(130)
     except (checkpoint.CheckpointError, DataError) as e:
         fail(e)

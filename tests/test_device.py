@@ -64,7 +64,16 @@ def test_a_gpu_beyond_the_last_is_refused(machine):
             pick_device(name)
 
 
-def test_precision_is_chosen_for_the_device_and_said_why(machine):
+@pytest.mark.parametrize("native", [False, True])
+def test_a_cpu_takes_bfloat16_where_it_multiplies_it(native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    dtype, why = pick_dtype("auto", CPU)
+    assert dtype == (torch.bfloat16 if native else torch.float32) and "CPU" in why.upper()
+
+
+def test_precision_is_chosen_for_the_device_and_said_why(machine, monkeypatch):
+    monkeypatch.setattr("device.native_bfloat16", lambda: False)
     for where in (CPU, MPS):
         dtype, why = pick_dtype("auto", where)
         assert dtype == torch.float32 and where.type in why

@@ -307,9 +307,9 @@ def test_no_run_at_all(tmp_path):
 
 
 def test_a_run_without_a_tokenizer(run):
+    """A run on bare token ids has none, and can be evaluated all the same."""
     (run / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="no tokenizer"):
-        load(run)
+    assert load(run)[1] is None
     (run / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="tokenizer.json"):
         load(run)
@@ -318,10 +318,9 @@ def test_a_run_without_a_tokenizer(run):
 def test_a_checkpoint_folder_that_left_its_run(run, tmp_path):
     """With its tokenizer beside it, one folder is all it takes."""
     alone = Path(shutil.copytree(run / "ckpt" / "step_00000006", tmp_path / "alone"))
-    with pytest.raises(CheckpointError, match="no tokenizer"):
-        load(alone)
+    assert load(alone)[1] is None
     shutil.copy(run / "tokenizer.json", alone)
-    assert load(alone)[2]["step"] == 6
+    assert load(alone)[1] is not None and load(alone)[2]["step"] == 6
 
 
 SECOND = """
