@@ -244,9 +244,11 @@ def main(config):
             torch.manual_seed(keyed(seed, step, micro, "dropout") >> 1)
         with context():
             _, loss = compiled(x, y, loss_only=True)
-        timer and timer.mark("forward_ms")
+        if timer:
+            timer.mark("forward_ms")
         scaler.scale(loss / accumulation).backward()
-        timer and timer.mark("backward_ms")
+        if timer:
+            timer.mark("backward_ms")
         return loss.detach()
 
     def validate():

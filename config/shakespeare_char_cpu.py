@@ -21,6 +21,7 @@ zero_init = True
 optimizer = "muon"
 muon_learning_rate = 0.04
 muon_momentum = 0.85
+muon_dtype = "auto"
 learning_rate = 8e-3
 min_lr = 0.0
 weight_decay = 0.0

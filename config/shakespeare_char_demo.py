@@ -22,7 +22,7 @@ tie_weights = False
 zero_init = True
 
 optimizer = "muon"
-muon_learning_rate = 0.02
+muon_learning_rate = 0.03
 muon_momentum = 0.9
 muon_dtype = "auto"
 learning_rate = 4e-3
