@@ -33,7 +33,7 @@ warmup_iters = 20
 lr_schedule = "wsd"
 wsd_decay_frac = 0.6
 
-eval_interval = 250
+eval_interval = 500
 eval_iters = 0          # the whole validation split
 log_interval = 10
 sample_tokens = 200

@@ -1,4 +1,4 @@
-# Tiny Shakespeare on two CPU cores in ten seconds, to where nanoGPT's CPU recipe ends after 2,000 steps.
+# Tiny Shakespeare on two CPU cores in seconds, to where nanoGPT's CPU recipe ends after 2,000 steps.
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char_cpu.py
 out_dir = "out/shakespeare_char_cpu"
@@ -6,8 +6,10 @@ dataset = "shakespeare_char"
 block_size = 64
 batch_size = 16
 max_iters = 250
+context_start = 32
+context_iters = 100
 
-n_layer = 3
+n_layer = 2
 n_head = 2
 n_embd = 128
 pos = "rope"
@@ -20,13 +22,13 @@ zero_init = True
 
 optimizer = "muon"
 muon_learning_rate = 0.04
-muon_momentum = 0.85
+muon_momentum = 0.8
 muon_dtype = "auto"
 learning_rate = 8e-3
 min_lr = 0.0
 weight_decay = 0.0
 grad_clip = 0.0
-warmup_iters = 20
+warmup_iters = 10
 lr_schedule = "wsd"
 wsd_decay_frac = 0.6
 
