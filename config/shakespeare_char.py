@@ -6,9 +6,9 @@ out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
 block_size = 256
 batch_size = 12
-max_iters = 1500
+max_iters = 1250
 context_start = 64      # short context first: quicker, and it teaches as much
-context_iters = 900
+context_iters = 750
 
 n_layer = 4
 n_head = 3

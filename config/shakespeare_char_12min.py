@@ -6,14 +6,13 @@ out_dir = "out/shakespeare_char_12min"
 dataset = "shakespeare_char"
 block_size = 256
 batch_size = 12
-max_iters = 2000
+max_iters = 1700
 context_start = 64      # short context first: quicker, and it teaches as much
-context_iters = 1200
+context_iters = 1020
 
 n_layer = 4
 n_head = 4
 n_embd = 256
-dropout = 0.05
 pos = "rope"
 norm = "rmsnorm_nogain"
 norm_embed = True
