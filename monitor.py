@@ -4,7 +4,7 @@ The run folder and what is written there while a run goes on: config, environmen
     out_dir/config.json     the resolved settings
     out_dir/env.json        commit, packages, hardware, dataset
     out_dir/metrics.jsonl   one record per logged step
-    out_dir/events.jsonl    start, resume, warning, stop
+    out_dir/events.jsonl    start, resume, warning, sample, stop, end
     out_dir/ckpt/           checkpoint.py's
 """
 
@@ -64,6 +64,7 @@ def environment(device, dataset_sha256):
         "environment_sha256": hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest(),
         "commit": git("rev-parse", "HEAD"),
         "dirty_diff": diff and diff + "\n",  # whole, as git apply wants it
+        "untracked": (git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
         "dataset_sha256": dataset_sha256,
     }
 
@@ -132,7 +133,7 @@ class Run:
 
 
 class StepTimer:
-    """Where a step's time goes. mark("forward") adds the time since the mark before to that part.
+    """Where a step's time goes. mark("forward_ms") adds the time since the mark before to that part.
 
     On CUDA the marks are events in the stream, read when the step is logged, so that nothing waits for them.
     """

@@ -20,7 +20,8 @@ from infer import load, probabilities, stream
 init_from = "resume"        # nanoGPT's key; resume: the checkpoint in out_dir
 out_dir = "out"             # run folder, or one checkpoint's folder
 ckpt = "latest"             # which checkpoint: latest | best | a step
-start = "\n"                # the prompt; FILE:prompt.txt reads a file, - reads stdin; empty: beginning of text
+start = "\n"                # the prompt; FILE:prompt.txt reads a file, - reads stdin; empty: the beginning of a
+                            # document, which only data of several documents has taught
 num_samples = 10            # samples to draw
 max_new_tokens = 500        # tokens in each, the prompt not counted
 temperature = 0.8           # below 1: bolder about what is likely; 0: greedy, always the most likely token

