@@ -16,6 +16,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent)]  # so that it runs from anywhere
