@@ -59,7 +59,7 @@ def pick_dtype(name, device):
             raise ValueError(f"dtype={name!r} is none of auto, {', '.join(DTYPES)}")
         return DTYPES[name], "asked for"
     if device.type == "cpu" and native_bfloat16():
-        return torch.bfloat16, "this CPU multiplies it at twice the speed"
+        return torch.bfloat16, "this CPU multiplies it in hardware"
     if device.type != "cuda":
         return torch.float32, f"the safe choice on {device.type}"
     if torch.cuda.is_bf16_supported(including_emulation=False):

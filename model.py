@@ -182,7 +182,7 @@ def pick_attention(attn, device, dtype, T, head_dim):
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return "flash", "flash-attn is installed"
     if half and device.type == "cpu" and T <= 512:  # longer, and T x T weights take too much memory
-        return "math", "twice as fast as SDPA's CPU kernel in half precision"
+        return "math", "quicker than SDPA's CPU kernel in half precision"
     return "sdpa", "PyTorch picks the kernel"
 
 
@@ -222,7 +222,7 @@ class MLP(nn.Module):
         h = self.c_fc(x)  # (B, T, mlp_dim)
         if self.activation == "relu2":
             h = F.relu(h)
-            h = h * h  # the backward pass of square() takes eight times as long on a CPU
+            h = h * h  # the backward pass of square() takes several times as long on a CPU
         elif self.activation == "swiglu":
             h = F.silu(self.c_gate(x)) * h
         elif self.activation == "gelu_tanh":

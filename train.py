@@ -167,7 +167,7 @@ def main(config):
             "model": asdict(model_config), "config": config, "seed": seed, "dataset_sha256": dataset_sha256,
             "train_tokens": len(train_tokens), "batch_size": batch_size, "gradient_accumulation_steps": accumulation,
             "optimizer": optimizer, "threads": torch.get_num_threads(), "ranks": 1,
-            "dtype": str(precision).removeprefix("torch."),
+            "dtype": precision_name,
         }
 
         auto_bfloat16 = muon_dtype == "auto" and precision == torch.bfloat16
