@@ -1,6 +1,7 @@
 """The house stays true: imports go down its floors, keys have comments, and the README tells of what is there."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -226,6 +227,22 @@ def test_the_readmes_commands_are_right():
     assert any("train.py" in words for words in found) and any("./run_all.sh" in words for words in found)
     wrong = {" ".join(words): faults(words, ROOT) for words in found}
     assert not {command: why for command, why in wrong.items() if why}
+
+
+def test_the_readmes_figures_are_those_of_the_results():
+    """Each benchmark's mean, spread and time stand in its row of the README as they stand in docs/results."""
+    measured = section(read(ROOT / "README.md"), "Measured")
+    results = sorted((ROOT / "docs" / "results").glob("*.txt"))
+    assert results
+    for path in results:
+        result = json.loads(read(path).splitlines()[-1])
+        loss, seconds = result["val_loss"], result["train_s"]
+        config = result["settings"]["config"]
+        row = next(line for line in measured.splitlines() if line.startswith(f"| `{config}`"))
+        assert f"| {loss['mean']:.4f} ± {loss['stdev']:.4f} ({len(result['runs'])}) |" in row
+        assert f"| {seconds['mean']:.1f} s |" in row
+        assert path.name in row and not any(run["dirty"] for run in result["runs"])
+        assert len({run["commit"] for run in result["runs"]}) == 1
 
 
 @pytest.mark.slow
