@@ -1,4 +1,4 @@
-# The lowest loss found for Tiny Shakespeare in twelve minutes on two CPU cores.
+# The lowest loss found for Tiny Shakespeare within twelve minutes on two CPU cores.
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char_12min.py
 #     python sample.py --out_dir=out/shakespeare_char_12min
@@ -6,9 +6,9 @@ out_dir = "out/shakespeare_char_12min"
 dataset = "shakespeare_char"
 block_size = 256
 batch_size = 12
-max_iters = 1500
+max_iters = 2000
 context_start = 64      # short context first: quicker, and it teaches as much
-context_iters = 900
+context_iters = 1200
 
 n_layer = 4
 n_head = 4
@@ -27,13 +27,13 @@ muon_momentum = 0.9
 muon_dtype = "auto"
 learning_rate = 4e-3
 min_lr = 0.0
-weight_decay = 0.0
+weight_decay = 0.1
 grad_clip = 0.0
 warmup_iters = 20
 lr_schedule = "wsd"
 wsd_decay_frac = 0.6
 
-eval_interval = 750
+eval_interval = 500
 eval_iters = 0          # the whole validation split
 log_interval = 10
 sample_tokens = 200

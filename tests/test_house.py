@@ -237,11 +237,12 @@ def test_the_readmes_figures_are_those_of_the_results():
     for path in results:
         result = json.loads(read(path).splitlines()[-1])
         loss, seconds = result["val_loss"], result["train_s"]
-        config = result["settings"]["config"]
-        row = next(line for line in measured.splitlines() if line.startswith(f"| `{config}`"))
+        row = next(line for line in measured.splitlines() if f"/{path.name})" in line)
+        assert row.startswith(f"| `{result['settings']['config']}`")
+        assert all(key in row for key in result["settings"]["overrides"])
         assert f"| {loss['mean']:.4f} ± {loss['stdev']:.4f} ({len(result['runs'])}) |" in row
         assert f"| {seconds['mean']:.1f} s |" in row
-        assert path.name in row and not any(run["dirty"] for run in result["runs"])
+        assert not any(run["dirty"] for run in result["runs"])
         assert len({run["commit"] for run in result["runs"]}) == 1
 
 
