@@ -71,6 +71,8 @@ def train_once(seed):
 def main(settings):
     if not Path(config).exists():
         fail(f"no config file {config}")
+    if not seeds:
+        fail("--seeds is empty: it takes the seed of each run, such as --seeds=1,2,3")
     rows = []
     for seed in seeds:
         rows.append(train_once(seed))
