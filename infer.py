@@ -2,8 +2,9 @@
 From a checkpoint to text: load it, choose the next token, stream.
 
     model, tokenizer, state, folder = load("out/shakespeare_char")
+    decode = tokenizer.stream_decoder()
     for token in stream(model, tokenizer.encode("ROMEO:"), 200):
-        print(tokenizer.decode([token]), end="")
+        print(decode(token), end="")
 """
 
 import math

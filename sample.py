@@ -86,16 +86,17 @@ def main():
     drawn, clock = 0, time.perf_counter()
     for i in range(num_samples):
         print(text, end="", flush=True)
+        decode = tokenizer.stream_decoder()
         tokens = stream(model, prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                         seed=seed + i, eos=tokenizer.eos)
         try:
             with context():
                 for token in tokens:
-                    print(tokenizer.decode([token]), end="", flush=True)
+                    print(decode(token), end="", flush=True)
                     drawn += 1
         except ValueError as e:
             fail(e)
-        print("\n---------------", flush=True)
+        print(decode(None), "---------------", sep="\n", flush=True)
     print(f"{drawn / (time.perf_counter() - clock):.1f} tokens/s", file=sys.stderr)
 
 

@@ -6,12 +6,15 @@ Text <-> token ids.
     tokenizer.decode(ids)                    # "To be"
     tokenizer.save(folder)                   # folder/tokenizer.json
     tokenizer = load_tokenizer(folder)       # that file, or nanoGPT's meta.pkl
+    tokenizer = load_tokenizer("gpt2.tiktoken")  # GPT-2's byte-level BPE
 
 Every tokenizer has `kind`, `vocab_size`, `special_tokens` (name -> id), `bos` and `eos` (ids, or None where it has
-none), `encode`, `encode_array`, `decode`, `save` and `sha256`. Special tokens get into a stream by their ids alone: in
-a text their names are plain characters, so no text that a user types can produce one.
+none), and what Tokenizer has. Special tokens get into a stream by their ids alone: in a text their names are plain
+characters, so no text that a user types can produce one.
 """
 
+import base64
+import codecs
 import hashlib
 import json
 import os
@@ -25,6 +28,10 @@ MAX_VOCAB = 65_536  # shards hold uint16
 UNICODE = 0x110000  # code points there are
 CHUNK = 1 << 22  # characters encoded at a time: bounds the memory on texts of gigabytes
 
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token: between documents, so a beginning and an end
+# Where GPT-2 cuts a text before it merges (Radford et al. 2019, encoder.py): contractions, words, numbers, the rest
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
 
 def code_points(text):
     """Unicode code points of `text`, in chunks. -> yields (position, uint32 (n,)).
@@ -36,7 +43,68 @@ def code_points(text):
         yield start, np.frombuffer(raw, dtype="<u4")
 
 
-class CharTokenizer:
+class Tokenizer:
+    """What all kinds share. Each has its own `encode_array`, `to_json` and `pieces`, the bytes of each token by id."""
+
+    def encode(self, text):
+        """Ids of `text` as a list of int. Raises ValueError naming the first character that has none, and its place."""
+        return self.encode_array(text).tolist()
+
+    def encode_batch(self, texts, pad=False):
+        """Ids of each text, a list of lists. With `pad` -> (ids, mask): int64 and bool (len(texts), T), T the longest.
+
+        Rows are padded on the right, with `eos` or else 0, where the mask is False.
+        """
+        rows = [self.encode(text) for text in texts]
+        if not pad:
+            return rows
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        ids = np.full(mask.shape, self.eos or 0, dtype=np.int64)
+        ids[mask] = [i for row in rows for i in row]
+        return ids, mask
+
+    def decode(self, ids, skip_special=True):
+        """Text of `ids` (a sequence or one-dimensional array of integers); special tokens by name, or left out.
+
+        Bytes that are no UTF-8 become U+FFFD. Raises ValueError naming the first id that is not in the vocabulary, and
+        its place.
+        """
+        ids = np.asarray(ids)
+        if ids.size == 0:
+            return ""
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"token ids must be one row of integers, not {ids.dtype} of shape {ids.shape}")
+        if len(foreign := np.flatnonzero((ids < 0) | (ids >= self.vocab_size))):
+            at = int(foreign[0])
+            raise ValueError(f"no token has id {ids[at]} (position {at}): the vocabulary is 0 to {self.vocab_size - 1}")
+        special = {i: b"" if skip_special else name.encode() for name, i in self.special_tokens.items()}
+        parts = [special[i] if i in special else self.pieces[i] for i in ids.tolist()]
+        return b"".join(parts).decode("utf-8", "replace")
+
+    def stream_decoder(self):
+        """A function of one id that returns the text which is whole by now, never half a character; of None: the rest.
+
+        What it returns, put together, is what `decode` gives for all ids.
+        """
+        half = codecs.getincrementaldecoder("utf-8")("replace")
+        size = len(self.pieces)
+        return lambda i: half.decode(self.pieces[i] if i is not None and i < size else b"", final=i is None)
+
+    @property
+    def sha256(self):
+        """Of tokenizer.json, so that `sha256sum` shows the same."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def save(self, path):
+        """Write tokenizer.json into the folder `path`, or the file `path`: at once, never a part of it."""
+        path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        beside = path.with_name(path.name + ".writing")
+        beside.write_bytes(self.to_json())
+        os.replace(beside, path)
+
+
+class CharTokenizer(Tokenizer):
     """One token per character: the i-th of `chars` is id i, the special tokens follow.
 
     `chars` is a string of distinct characters. Raises ValueError where it is not, or has more than fit into uint16.
@@ -54,7 +122,7 @@ class CharTokenizer:
                 f"{len(chars):,} distinct characters are too many: with {len(specials)} special tokens, "
                 f"{MAX_VOCAB - len(specials):,} fit into 16-bit tokens; such a text is one for a BPE tokenizer"
             )
-        self.chars = chars
+        self.chars, self.pieces = chars, [c.encode() for c in chars]
         self.special_tokens = {name: len(chars) + i for i, name in enumerate(specials)}
         self.bos, self.eos = self.special_tokens.get(BOS), self.special_tokens.get(EOS)
         self.vocab_size = len(chars) + len(specials)
@@ -69,10 +137,6 @@ class CharTokenizer:
         for _, codes in code_points(text):
             seen[codes] = True
         return cls("".join(map(chr, np.flatnonzero(seen).tolist())))
-
-    def encode(self, text):
-        """Ids of `text` as a list of int. Raises ValueError naming the first character that has none, and its place."""
-        return self.encode_array(text).tolist()
 
     def encode_array(self, text):
         """Ids of `text`. -> uint16 (len(text),). Raises as `encode` does."""
@@ -89,38 +153,69 @@ class CharTokenizer:
             out[start : start + len(ids)] = ids
         return out
 
-    def decode(self, ids, skip_special=True):
-        """Text of `ids` (a sequence or one-dimensional array of integers); special tokens by name, or left out.
-
-        Raises ValueError naming the first id that is not in the vocabulary, and its place.
-        """
-        ids = np.asarray(ids)
-        if ids.size == 0:
-            return ""
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ValueError(f"token ids must be one row of integers, not {ids.dtype} of shape {ids.shape}")
-        if len(foreign := np.flatnonzero((ids < 0) | (ids >= self.vocab_size))):
-            at = int(foreign[0])
-            raise ValueError(f"no token has id {ids[at]} (position {at}): the vocabulary is 0 to {self.vocab_size - 1}")
-        pieces = [*self.chars, *("" if skip_special else name for name in self.special_tokens)]
-        return "".join([pieces[i] for i in ids.tolist()])
-
     def to_json(self):
         """The bytes of tokenizer.json: equal tokenizers have equal bytes."""
         fields = {"format": 1, "kind": self.kind, "chars": self.chars, "specials": [*self.special_tokens]}
         return (json.dumps(fields, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
 
-    @property
-    def sha256(self):
-        """Of tokenizer.json, so that `sha256sum` shows the same."""
-        return hashlib.sha256(self.to_json()).hexdigest()
 
-    def save(self, path):
-        """Write tokenizer.json into the folder `path`, or the file `path`: at once, never a part of it."""
-        path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        beside = path.with_name(path.name + ".writing")
-        beside.write_bytes(self.to_json())
-        os.replace(beside, path)
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE, run by tiktoken: GPT-2's with its ranks, or one trained on a text of one's own.
+
+    `pieces` are the bytes of each token in the order of the ids, which is that of the merges (Sennrich et al. 2016,
+    arXiv:1508.07909); every single byte is among them, so there is no text that it cannot encode. `pattern` says where
+    a text is cut before anything is merged. Special tokens follow, the last of them ending a document. Raises
+    ValueError for what is no such vocabulary.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, pieces, pattern=GPT2_PATTERN, specials=(END_OF_TEXT,)):
+        import tiktoken
+
+        self.pieces, self.pattern = list(pieces), pattern
+        ranks = {piece: i for i, piece in enumerate(self.pieces)}
+        self.special_tokens = {name: len(self.pieces) + i for i, name in enumerate(specials)}
+        self.vocab_size = len(self.pieces) + len(self.special_tokens)
+        if len(ranks) != len(self.pieces) or len(self.special_tokens) != len(specials):
+            raise ValueError("the tokens, and the names of the special tokens, must be distinct")
+        if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+            raise ValueError(f"byte 0x{lacking[0]:02x} is not among the tokens, so not every text could be encoded")
+        if self.vocab_size > MAX_VOCAB:
+            raise ValueError(f"a vocabulary of {self.vocab_size:,} does not fit into 16-bit tokens ({MAX_VOCAB:,})")
+        self.eos = self.special_tokens[specials[-1]] if specials else None
+        self.bos = self.special_tokens.get(BOS, self.eos)
+        try:
+            self._bpe = tiktoken.Encoding(
+                "minichat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            )
+        except Exception as error:  # tiktoken raises what its regular expressions do
+            raise ValueError(f"tiktoken refuses it: {error}") from None
+
+    @classmethod
+    def from_ranks(cls, raw):
+        """GPT-2's pattern and special token with the ranks of a .tiktoken file, given as bytes: a line for each token,
+        its bytes in base64 and its rank."""
+        lines = [line.split() for line in raw.splitlines() if line.strip()]
+        if any(len(line) != 2 or line[1] != b"%d" % i for i, line in enumerate(lines)):
+            raise ValueError("expected lines of a token in base64 and its rank, 0, 1, ...")
+        return cls([base64.b64decode(piece, validate=True) for piece, _ in lines])
+
+    def encode_array(self, text):
+        """Ids of `text`. -> uint16 (n,). Raises ValueError naming the place of half a character (a lone surrogate)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"cannot encode U+{ord(text[error.start]):04X} at position {error.start}: it is half a character"
+            ) from None
+        return np.array(self._bpe.encode_ordinary(text), dtype=np.uint16)
+
+    def to_json(self):
+        """The bytes of tokenizer.json: equal tokenizers have equal bytes."""
+        pieces = [base64.b64encode(piece).decode() for piece in self.pieces]
+        fields = {"format": 1, "kind": self.kind, "pattern": self.pattern, "pieces": pieces}
+        return (json.dumps(fields | {"specials": [*self.special_tokens]}, ensure_ascii=False) + "\n").encode()
 
 
 # -----------------------------------------------------------------------------
@@ -128,7 +223,8 @@ class CharTokenizer:
 
 
 def load_tokenizer(path):
-    """The tokenizer in a file, or in a folder's tokenizer.json or (a nanoGPT dataset) meta.pkl.
+    """The tokenizer in a file, or in a folder's tokenizer.json or (a nanoGPT dataset) meta.pkl. A file of tiktoken's
+    ranks (.tiktoken) is read with GPT-2's pattern and special token.
 
     Raises FileNotFoundError where there is none, ValueError naming the file and what is wrong with it.
     """
@@ -141,6 +237,8 @@ def load_tokenizer(path):
     elif not path.exists():
         raise FileNotFoundError(f"there is no tokenizer {path}")
     try:
+        if path.suffix == ".tiktoken":
+            return BPETokenizer.from_ranks(path.read_bytes())
         return _from_meta_pkl(path) if path.suffix == ".pkl" else _from_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not a tokenizer that can be used: {error}") from None
@@ -151,12 +249,20 @@ def _from_json(raw):
         fields = json.loads(raw.decode())
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    if not isinstance(fields, dict) or fields.get("format") != 1 or fields.get("kind") != CharTokenizer.kind:
-        raise ValueError('expected an object with "format": 1 and "kind": "char"')
-    chars, specials = fields.get("chars"), fields.get("specials")
-    if not isinstance(chars, str) or not isinstance(specials, list) or not all(isinstance(s, str) for s in specials):
-        raise ValueError('expected "chars", a string in the order of the ids, and "specials", a list of names')
-    return CharTokenizer(chars, specials)
+    kind = fields.get("kind") if isinstance(fields, dict) and fields.get("format") == 1 else None
+    if kind not in (CharTokenizer.kind, BPETokenizer.kind):
+        raise ValueError('expected an object with "format": 1 and "kind": "char" or "bpe"')
+    specials = fields.get("specials")
+    if not isinstance(specials, list) or not all(isinstance(s, str) for s in specials):
+        raise ValueError('expected "specials", a list of names')
+    if kind == BPETokenizer.kind:
+        pieces, pattern = fields.get("pieces"), fields.get("pattern")
+        if not isinstance(pieces, list) or not all(isinstance(p, str) for p in pieces) or not isinstance(pattern, str):
+            raise ValueError('expected "pieces", a list of tokens in base64, and "pattern", a regular expression')
+        return BPETokenizer([base64.b64decode(piece, validate=True) for piece in pieces], pattern, specials)
+    if not isinstance(fields.get("chars"), str):
+        raise ValueError('expected "chars", a string in the order of the ids')
+    return CharTokenizer(fields["chars"], specials)
 
 
 class _PlainUnpickler(pickle.Unpickler):

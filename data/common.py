@@ -12,12 +12,14 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.error
 import urllib.request
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import fail
+from tokenizer import BPETokenizer
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # llm.c's and modded-nanogpt's uint16 shards
 SHARD_TOKENS = 100_000_000  # tokens per shard, as in llm.c
@@ -182,6 +185,36 @@ def download_package(name, version, digest):
 
 
 # -----------------------------------------------------------------------------
+# GPT-2's tokenizer
+
+RANKS = "gpt2.tiktoken"
+RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"  # where tiktoken takes them from
+RANKS_PACKAGE = ("openai-whisper", "20250625", "37a91a3921809d9f44748ffc73c0a55c9f366c85a3ef5c2ae0cc09540432eb96")
+
+
+def gpt2_tokenizer():
+    """GPT-2's byte-level BPE, its ranks looked for as find_source does. -> (BPETokenizer, where they were found)"""
+    ranks, where = find_source(RANKS, RANKS_SHA256, download_ranks, RANKS_URL)
+    return BPETokenizer.from_ranks(ranks), where
+
+
+def download_ranks():
+    """The file from its own address, or else out of a package that has it. -> bytes; raises OSError."""
+    try:
+        data = download_url(RANKS_URL)
+        if sha256(data) == RANKS_SHA256:
+            return data
+        why = "another file"
+    except OSError as error:
+        why = reason(error)
+    package, version, _ = RANKS_PACKAGE
+    print(f"{RANKS_URL}: {why}; trying the source package {package} {version} ...", flush=True)
+    with tarfile.open(fileobj=io.BytesIO(download_package(*RANKS_PACKAGE)), mode="r:gz") as tar:
+        return next(tar.extractfile(m).read() for m in tar if m.name.endswith(f"/whisper/assets/{RANKS}"))
+
+
+# -----------------------------------------------------------------------------
 # Texts of one's own
 
 
@@ -241,6 +274,16 @@ def read_texts(path):
     dropped = {"empty": len(paths) - len(texts)}
     documents = {"read": len(paths), "kept": len(texts), "changed": changed, "dropped": dropped}
     return texts, source, documents
+
+
+def join_documents(pieces, tokenizer):
+    """The ids of each document, put together. A single document stays as it is; of several, each stands between the
+    tokenizer's beginning and end, or has just the end behind it where they are the same. -> uint16 (N,)"""
+    if len(pieces) == 1:
+        return pieces[0]
+    begin = np.uint16([tokenizer.bos] if tokenizer.bos != tokenizer.eos else [])
+    end = np.uint16([tokenizer.eos])
+    return np.concatenate([part for piece in pieces for part in (begin, piece, end)])
 
 
 # -----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def tiny_dataset(tmp_path_factory):
     tokenizer = CharTokenizer.from_text(TINY_TEXT)
     ids = tokenizer.encode_array(TINY_TEXT)
     splits = {"train": ids[:3000], "val": ids[3000:]}
-    write_dataset(folder, splits, tokenizer, {"name": "tiny"}, {"version": 1}, {"read": 1})
+    write_dataset(folder, splits, tokenizer, {"name": "tiny"}, {"version": 1}, {"read": 1, "kept": 1})
     return folder
 
 

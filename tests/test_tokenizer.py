@@ -1,5 +1,6 @@
-"""Characters <-> ids: nothing is lost, nothing is guessed, and no file that is read can run anything."""
+"""Text <-> ids: nothing is lost, nothing is guessed, and no file that is read can run anything."""
 
+import base64
 import hashlib
 import json
 import os
@@ -12,10 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer as module
-from tokenizer import CharTokenizer, load_tokenizer
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
 
 MIRROR = os.environ.get("MINICHAT_MIRROR", "")
 TINY = Path(MIRROR) / "tinyshakespeare.txt"
+RANKS = Path(MIRROR) / "gpt2.tiktoken"
+needs_ranks = pytest.mark.skipif(not (MIRROR and RANKS.is_file()), reason="MINICHAT_MIRROR is not a folder with ranks")
+
+# the 256 bytes, then merges in their order
+PIECES = [*(bytes([i]) for i in range(256)), b"th", b"the", b" the", " 🙂".encode(), "é".encode()]
+BPE = BPETokenizer(PIECES)
 
 
 @given(st.text())
@@ -111,7 +118,8 @@ GOOD = {"format": 1, "kind": "char", "chars": "abc", "specials": ["<|bos|>", "<|
     [
         b"", b"[]", b"{", b"\xff", b"[" * 100_000,
         *(json.dumps(GOOD | wrong).encode() for wrong in (
-            {"format": 2}, {"kind": "other"}, {"chars": "aba"}, {"chars": ["a"]}, {"chars": "\ud800"}, {"chars": None},
+            {"format": 2}, {"kind": "other"}, {"kind": "bpe"},
+            {"chars": "aba"}, {"chars": ["a"]}, {"chars": "\ud800"}, {"chars": None},
             {"specials": [1]}, {"specials": {}}, {"specials": ["x", "x"]},
         )),
     ],
@@ -172,3 +180,126 @@ def test_damaged_meta_pkl_is_named(tmp_path, content):
     (tmp_path / "meta.pkl").write_bytes(content)
     with pytest.raises(ValueError, match=r"meta\.pkl"):
         load_tokenizer(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# Byte-level BPE
+
+
+@given(st.text())
+def test_bpe_round_trip(text):
+    ids = BPE.encode(text)
+    assert BPE.decode(ids) == text and BPE.encode_array(text).dtype == np.uint16
+    assert b"".join(PIECES[i] for i in ids) == text.encode()
+
+
+def test_bpe_merges_in_the_order_of_the_ids():
+    assert BPE.encode("the the") == [257, 258]
+    assert BPE.encode("thé") == [256, 260]
+    assert BPE.encode("hthe") == [ord("h"), 257]
+    assert (BPE.vocab_size, BPE.bos, BPE.eos, BPE.special_tokens) == (262, 261, 261, {END_OF_TEXT: 261})
+
+
+def test_special_tokens_in_a_text_are_text():
+    ids = BPE.encode(END_OF_TEXT)
+    assert BPE.eos not in ids and BPE.decode(ids) == END_OF_TEXT
+    assert BPE.decode([*BPE.encode("a"), BPE.eos]) == "a"
+    assert BPE.decode([BPE.eos], skip_special=False) == END_OF_TEXT
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, CharTokenizer.from_text("a🙂é\n the")], ids=["bpe", "char"])
+@given(data=st.data())
+def test_streaming_gives_whole_characters(tokenizer, data):
+    text = data.draw(st.text(alphabet="a🙂é\n the"))
+    decode = tokenizer.stream_decoder()
+    shown = ""
+    for i in [*tokenizer.encode(text), tokenizer.eos]:
+        shown += decode(i)
+        assert text.startswith(shown)  # so never a replacement character
+    assert shown + decode(None) == text
+
+
+def test_streaming_shows_what_is_broken_at_the_end():
+    ids = BPE.encode("a😀")[:-1]
+    decode = BPE.stream_decoder()
+    assert [decode(i) for i in ids] == ["a", "", "", ""] and decode(None) == "\ufffd"
+    assert BPE.decode(ids) == "a\ufffd"
+    with pytest.raises(ValueError, match="no token has id 262"):
+        BPE.decode([262])
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, CharTokenizer.from_text("the ")], ids=["bpe", "char"])
+def test_batches(tokenizer):
+    texts = ["the the", "", "t"]
+    rows = tokenizer.encode_batch(texts)
+    assert rows == [tokenizer.encode(text) for text in texts]
+    ids, mask = tokenizer.encode_batch(texts, pad=True)
+    assert ids.shape == mask.shape == (3, len(rows[0])) and mask.sum(1).tolist() == [len(row) for row in rows]
+    assert [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)] == rows
+    assert (ids[~mask] == tokenizer.eos).all() and (np.diff(mask.astype(int), axis=1) <= 0).all()  # on the right
+    assert tokenizer.encode_batch([], pad=True)[0].shape == (0, 0)
+
+
+def test_half_a_character_has_no_bytes():
+    with pytest.raises(ValueError, match=r"U\+D83D at position 2"):
+        BPE.encode("ab\ud83d")
+
+
+def test_bpe_is_saved_and_read(tmp_path):
+    BPE.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.pieces, loaded.pattern, loaded.special_tokens) == (PIECES, GPT2_PATTERN, BPE.special_tokens)
+    assert hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest() == loaded.sha256 == BPE.sha256
+    lines = [base64.b64encode(piece) + b" %d" % i for i, piece in enumerate(PIECES)]
+    (tmp_path / "own.tiktoken").write_bytes(b"\n".join(lines))
+    assert load_tokenizer(tmp_path / "own.tiktoken").sha256 == BPE.sha256
+    for wrong in (lines[:255], lines[::-1], [b"x 0"], [b"eA== 0 1"], [*lines, lines[0].split()[0] + b" 261"]):
+        (tmp_path / "own.tiktoken").write_bytes(b"\n".join(wrong))
+        with pytest.raises(ValueError, match="own.tiktoken"):
+            load_tokenizer(tmp_path / "own.tiktoken")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"pieces": ["x"]}, {"pieces": "x"}, {"pieces": None}, {"pattern": "("}, {"pattern": 1}, {"specials": [1]}]
+)
+def test_damaged_bpe_is_named(tmp_path, wrong):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(BPE.to_json()) | wrong))
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        load_tokenizer(path)
+
+
+def test_what_is_no_bpe_vocabulary():
+    with pytest.raises(ValueError, match="byte 0x00 is not among"):
+        BPETokenizer(PIECES[1:])
+    with pytest.raises(ValueError, match="distinct"):
+        BPETokenizer([*PIECES, b"th"])
+    with pytest.raises(ValueError, match="65,537 does not fit"):
+        BPETokenizer([*PIECES, *(b"%06d" % i for i in range(65_536 - len(PIECES)))])
+
+
+@needs_ranks
+def test_ids_are_gpt2s():
+    tokenizer = load_tokenizer(RANKS)
+    assert (tokenizer.vocab_size, tokenizer.eos) == (50257, 50256)
+    assert tokenizer.encode("Hello world") == [15496, 995]  # as GPT-2's own encoder.py gives them
+    text = TINY.read_bytes().decode()
+    cut = int(len(text) * 0.9)
+    lengths = [len(tokenizer.encode(part)) for part in (text[:cut], text[cut:])]
+    assert lengths == [301_966, 36_059]  # nanoGPT, data/shakespeare/readme.md
+    assert tokenizer.decode(tokenizer.encode_array(text)) == text
+
+
+@needs_ranks
+def test_ids_are_those_of_tiktokens_gpt2(monkeypatch):
+    """The same text in many languages, through tiktoken's own definition of GPT-2's pattern."""
+    import tiktoken
+    from tiktoken_ext import openai_public
+
+    ours = load_tokenizer(RANKS)
+    theirs = tiktoken.Encoding(
+        "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks={p: i for i, p in enumerate(ours.pieces)},
+        special_tokens={END_OF_TEXT: 50256},
+    )  # fmt: skip
+    text = "It's 1984,\t\tand I'll\n\n  see: Größe, 日本語, עברית, 🙂👍🏽  \r\n x\u00a0y  "
+    assert ours.encode(text) == theirs.encode_ordinary(text)

@@ -16,8 +16,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent)]  # so that it runs from anywhere
@@ -120,11 +118,7 @@ def main():
         tokenizer = CharTokenizer.from_text("".join(texts))
     except ValueError as error:
         fail(f"{input}: {error}")
-    pieces = [tokenizer.encode_array(text) for text in texts]
-    if len(pieces) > 1:  # several documents: each stands between a beginning and an end
-        bos, eos = np.uint16([tokenizer.bos]), np.uint16([tokenizer.eos])
-        pieces = [part for piece in pieces for part in (bos, piece, eos)]
-    ids = np.concatenate(pieces)
+    ids = common.join_documents([tokenizer.encode_array(text) for text in texts], tokenizer)
     cut = int(len(ids) * (1 - val_fraction))  # nanoGPT's int(n * 0.9)
     splits = {"train": ids[:cut], "val": ids[cut:]}
     preprocessing = {"version": 1, "tokens": "characters", "val_fraction": val_fraction}

@@ -1,0 +1,83 @@
+"""
+Any text of your own, as byte-level BPE or characters.
+
+    python data/text/prepare.py --input=my_book.txt --out_dir=data/my_book
+    python data/text/prepare.py --input=my_folder --tokenizer=char --out_dir=data/my_folder
+
+A single file is split as nanoGPT splits Shakespeare, by characters: the first 90% for training, the rest for
+validation. Of a folder, each *.txt file becomes a document with <|endoftext|> behind it, and the split is by tokens.
+GPT-2's ranks are looked for in MINICHAT_MIRROR (a folder or a base URL), in the cache, at tiktoken's own address, and
+last in the source package `openai-whisper`, which a Python package index has.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE.parent)]  # so that it runs from anywhere
+
+import common  # noqa: E402, I001
+from configurator import configure, fail  # noqa: E402
+from tokenizer import CharTokenizer, load_tokenizer  # noqa: E402
+
+# -----------------------------------------------------------------------------
+input = ""          # a UTF-8 text file, or a folder of *.txt
+out_dir = ""        # where the dataset goes; empty: the folder of this script
+tokenizer = "gpt2"  # gpt2 | char | a file or folder of another dataset's or run's tokenizer
+val_fraction = 0.1  # the share at the end of the text that is held out for validation
+# -----------------------------------------------------------------------------
+
+
+def pick_tokenizer(texts):
+    """What the key `tokenizer` names. Ends the script where there is no such thing."""
+    try:
+        if tokenizer == "gpt2":
+            found, where = common.gpt2_tokenizer()
+            print(f"GPT-2's tokenizer, from {where}")
+            return found
+        return CharTokenizer.from_text("".join(texts)) if tokenizer == "char" else load_tokenizer(tokenizer)
+    except common.SourceError as error:
+        fail(f"GPT-2's ranks are not to be had here ({'; '.join(error.tried)}): put {common.RANKS} into the folder or "
+             "at the address that MINICHAT_MIRROR names, or give another --tokenizer")
+    except FileNotFoundError as error:
+        fail(f"--tokenizer={tokenizer} is neither gpt2 nor char: {error}")
+    except ValueError as error:
+        fail(error)
+
+
+def main():
+    configure(globals())
+    if not 0 < val_fraction < 1:
+        fail(f"val_fraction is a share between 0 and 1, not {val_fraction}")
+    if not input:
+        fail("--input is missing: a UTF-8 text file, or a folder of *.txt")
+    folder = Path(out_dir) if out_dir else HERE
+
+    texts, source, documents = common.read_texts(input)
+    print(f"{input}: {documents['kept']:,} of {documents['read']:,} files, {source['bytes']:,} bytes")
+    chosen = pick_tokenizer(texts)
+    if len(texts) > 1 and chosen.eos is None:
+        fail(f"--tokenizer={tokenizer} has no token for the end of a document, which several files need")
+    cut = int(len(texts[0]) * (1 - val_fraction))
+    parts = [texts[0][:cut], texts[0][cut:]] if len(texts) == 1 else texts
+    try:
+        pieces = [chosen.encode_array(part) for part in parts]
+    except ValueError as error:
+        fail(f"{input}: {error}")
+    if len(texts) > 1:
+        ids = common.join_documents(pieces, chosen)
+        cut = int(len(ids) * (1 - val_fraction))
+        pieces = [ids[:cut], ids[cut:]]
+
+    splits = dict(zip(("train", "val"), pieces, strict=True))
+    preprocessing = {"version": 1, "tokens": chosen.kind, "val_fraction": val_fraction}
+    changed = common.write_dataset(folder, splits, chosen, source, preprocessing, documents)
+    print(f"{len(pieces[0]):,} tokens for training, {len(pieces[1]):,} for validation, of {chosen.vocab_size:,}")
+    state = "written to" if changed else "already there, unchanged:"
+    print(f"{state} {folder} (dataset {common.manifest_hash(folder)[:12]})")
+    print(f"next: python train.py --dataset={folder}, with the sizes of a model, or a config file")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,111 @@
+"""
+Whether a dataset is what its manifest says: every shard's size, sha256 and token range, the tokenizer, the documents.
+
+    python data/verify.py data/shakespeare_char data/my_book
+
+One line for each fault, exit code 2 where there is one.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from anywhere
+
+import common  # noqa: E402, I001
+from configurator import configure, fail  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
+
+# -----------------------------------------------------------------------------
+folders: tuple[str, ...] = ()  # the datasets' folders, or give them as bare words
+# -----------------------------------------------------------------------------
+
+HEADER_BYTES = 4 * common.HEADER_INTS
+CHUNK = 1 << 24  # tokens read at a time
+
+
+def faults(folder):
+    """Yield a line for each thing in `folder` that is not as manifest.json says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        splits, promised = dict(manifest["splits"]), manifest["tokenizer"]["sha256"]
+        shards = {split: [(s["file"], s["tokens"], s["sha256"]) for s in splits[split]["shards"]] for split in splits}
+        kept = manifest["documents"]["kept"]
+    except (FileNotFoundError, NotADirectoryError):
+        yield f"{folder} has no manifest.json: it is not a dataset that a prepare.py made"
+        return
+    except (ValueError, KeyError, TypeError) as error:
+        yield f"{folder / 'manifest.json'} is not a manifest ({type(error).__name__}: {error})"
+        return
+    if (folder / common.INCOMPLETE).exists():
+        yield f"{folder} was left half-written: run its prepare.py again"
+    try:
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        yield str(error)
+        return
+    if tokenizer.sha256 != promised:
+        yield f"{folder / 'tokenizer.json'} is another tokenizer than the shards were made with (sha256 differs)"
+
+    ends = found = 0
+    for split, files in shards.items():
+        if (total := sum(tokens for _, tokens, _ in files)) != splits[split]["tokens"]:
+            yield f"{folder}: the shards of {split} have {total:,} tokens together, not {splits[split]['tokens']:,}"
+        for name, tokens, digest in files:
+            fault, seen = shard_fault(folder / name, tokens, digest, tokenizer)
+            ends += seen
+            found += fault is not None
+            if fault:
+                yield fault
+    for path in common.other_shards(folder, {name for files in shards.values() for name, _, _ in files}):
+        yield f"{path} is in no manifest"
+    if not found and ends != (kept if kept > 1 else 0):  # a single document has no mark at its end
+        yield f"{folder} has {ends:,} ends of documents, the manifest says {kept:,} documents"
+
+
+def shard_fault(path, tokens, digest, tokenizer):
+    """What is wrong with one shard, or None, and how many ends of documents it has. -> (str or None, int)"""
+    if not path.is_file():
+        return f"{path} is missing", 0
+    size = path.stat().st_size
+    if size != HEADER_BYTES + 2 * tokens:
+        return f"{path} has {size:,} bytes, not the {HEADER_BYTES + 2 * tokens:,} of {tokens:,} tokens", 0
+    sha, highest, ends = hashlib.sha256(), 0, 0
+    with open(path, "rb") as file:
+        header = file.read(HEADER_BYTES)
+        sha.update(header)
+        while raw := file.read(2 * CHUNK):
+            sha.update(raw)
+            ids = np.frombuffer(raw, dtype="<u2")
+            highest = max(highest, int(ids.max()))
+            ends += int((ids == tokenizer.eos).sum()) if tokenizer.eos is not None else 0
+    if header != common.shard_header(tokens):
+        return f"{path} is not a token shard of {tokens:,} tokens: its header says otherwise", ends
+    if sha.hexdigest() != digest:
+        return f"{path} was changed after it was written (sha256 differs)", ends
+    if highest >= tokenizer.vocab_size:
+        return f"{path} holds token {highest}, the vocabulary has {tokenizer.vocab_size:,}", ends
+    return None, ends
+
+
+def main():
+    configure(globals(), paths="folders")
+    if not folders:
+        fail("which dataset? python data/verify.py DIR ...")
+    broken = 0
+    for folder in map(Path, folders):
+        lines = list(faults(folder))
+        broken += bool(lines)
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+        if not lines:
+            print(f"{folder}: as its manifest says (dataset {common.manifest_hash(folder)[:12]})")
+    raise SystemExit(2 if broken else 0)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,132 @@
+"""A text of one's own as a dataset: any tokenizer, one file or many, and where GPT-2's ranks come from."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_tokenizer import BPE, RANKS, needs_ranks
+
+import data.common as common
+from loader import Tokens
+from tokenizer import load_tokenizer
+
+SCRIPT = Path(__file__).resolve().parents[1] / "data" / "text" / "prepare.py"
+TEXT = "the thé 🙂 the end\n" * 30
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """prepare(**settings) -> CompletedProcess, with no mirror and an empty cache."""
+
+    def prepare(env=None, **settings):
+        words = [f"--{key}={value}" for key, value in {"out_dir": tmp_path / "made", **settings}.items()]
+        environment = {key: value for key, value in os.environ.items() if key != "MINICHAT_MIRROR"}
+        environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "LOCALAPPDATA": str(tmp_path / "cache")}
+        environment |= env or {}
+        return subprocess.run(
+            [sys.executable, SCRIPT, *words], env=environment, capture_output=True, encoding="utf-8", cwd=tmp_path
+        )
+
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    BPE.save(tmp_path / "bpe.json")
+    return prepare
+
+
+def stream(folder, split):
+    tokens = Tokens(folder, split)
+    return tokens.read(np.array([0]), len(tokens))[0].tolist()
+
+
+def test_one_file(prepare, tmp_path):
+    """Cut by characters, before anything is encoded, as nanoGPT does."""
+    for tokenizer in (tmp_path / "bpe.json", "char"):
+        done = prepare(input="text.txt", tokenizer=tokenizer)
+        assert done.returncode == 0, done.stderr
+        made = load_tokenizer(tmp_path / "made")
+        cut = int(len(TEXT) * 0.9)
+        assert made.decode(stream(tmp_path / "made", "train")) == TEXT[:cut]
+        assert made.decode(stream(tmp_path / "made", "val")) == TEXT[cut:]
+    assert "already there, unchanged" in prepare(input="text.txt", tokenizer="char").stdout
+    assert "already there" in prepare(input="text.txt", tokenizer="made").stdout  # a folder's own
+
+
+def test_documents_of_a_folder_end(prepare, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "b.txt").write_text("the second", encoding="utf-8")
+    (folder / "a.txt").write_text(f"the {common.BESIDE} <|endoftext|>", encoding="utf-8")
+    done = prepare(input="texts", tokenizer=tmp_path / "bpe.json", val_fraction=0.2)
+    assert done.returncode == 0, done.stderr
+    ids = stream(tmp_path / "made", "train") + stream(tmp_path / "made", "val")
+    first = BPE.encode(f"the {common.BESIDE} <|endoftext|>")
+    assert ids == [*first, BPE.eos, *BPE.encode("the second"), BPE.eos] and BPE.eos not in first
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({}, "--input is missing"),
+        ({"input": "none.txt"}, "there is no such file or folder"),
+        ({"input": "text.txt", "tokenizer": "gtp2"}, "--tokenizer=gtp2 is neither gpt2 nor char"),
+        ({"input": "text.txt", "tokenizer": "text.txt"}, "not a tokenizer that can be used"),
+        ({"input": "text.txt", "tokenizer": "char", "val_fraction": 1.5}, "val_fraction is a share"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(settings, named, prepare, tmp_path):
+    done = prepare(**settings)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr
+    assert not (tmp_path / "made").exists()
+
+
+def test_ranks_come_from_the_address_or_else_a_package(monkeypatch, tmp_path, capsys):
+    ranks = b"the ranks"
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, content in (("x-1/other", b"no"), ("x-1/whisper/assets/gpt2.tiktoken", ranks)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr(common, "RANKS_SHA256", common.sha256(ranks))
+    monkeypatch.setattr(common, "download_package", lambda *args: archive.getvalue())
+    monkeypatch.setattr(common, "download_url", lambda url: ranks)
+    assert common.download_ranks() == ranks and capsys.readouterr().out == ""
+    monkeypatch.setattr(common, "download_url", lambda url: b"<html>please log in")
+    assert common.download_ranks() == ranks and "another file; trying" in capsys.readouterr().out
+
+    def unreachable(*args):
+        raise OSError("stubbed away")
+
+    monkeypatch.setattr(common, "download_url", unreachable)
+    assert common.download_ranks() == ranks and "stubbed away; trying" in capsys.readouterr().out
+    monkeypatch.setattr(common, "download_package", unreachable)
+    monkeypatch.delenv("MINICHAT_MIRROR", raising=False)
+    monkeypatch.setenv("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(common.SourceError, match="stubbed away"):
+        common.gpt2_tokenizer()
+
+
+def test_ranks_that_are_not_to_be_had(prepare, tmp_path):
+    nothing = {"https_proxy": "http://127.0.0.1:9", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    done = prepare(nothing, input="text.txt")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "GPT-2's ranks" in done.stderr and "MINICHAT_MIRROR" in done.stderr and not (tmp_path / "made").exists()
+
+
+@needs_ranks
+def test_gpt2_from_the_mirror_trains_and_samples(tmp_path, run_script):
+    """Through every script: GPT-2's vocabulary, a few steps, text that is whole characters."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 5, encoding="utf-8")
+    made, out = tmp_path / "made", tmp_path / "out"
+    done = run_script("data/text/prepare.py", f"--input={text}", f"--out_dir={made}", MINICHAT_MIRROR=str(RANKS.parent))
+    assert done.returncode == 0, done.stderr
+    sizes = ["--block_size=16", "--n_layer=1", "--n_head=1", "--n_embd=16", "--batch_size=2", "--max_iters=2"]
+    done = run_script("train.py", f"--dataset={made}", f"--out_dir={out}", "--device=cpu", "--eval_iters=1", *sizes)
+    assert done.returncode == 0 and "bits/token" in done.stdout, done.stderr
+    done = run_script("sample.py", f"--out_dir={out}", "--start=the", "--num_samples=1", "--max_new_tokens=5")
+    assert done.returncode == 0 and done.stdout.startswith("the"), done.stderr
