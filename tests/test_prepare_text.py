@@ -72,7 +72,7 @@ def test_documents_of_a_folder_end(prepare, tmp_path):
     [
         ({}, "--input is missing"),
         ({"input": "none.txt"}, "there is no such file or folder"),
-        ({"input": "text.txt", "tokenizer": "gtp2"}, "--tokenizer=gtp2 is neither gpt2 nor char"),
+        ({"input": "text.txt", "tokenizer": "gtp2"}, "tokenizer=gtp2 is neither gpt2 nor char"),
         ({"input": "text.txt", "tokenizer": "text.txt"}, "not a tokenizer that can be used"),
         ({"input": "text.txt", "tokenizer": "char", "val_fraction": 1.5}, "val_fraction is a share"),
     ],
@@ -130,3 +130,13 @@ def test_gpt2_from_the_mirror_trains_and_samples(tmp_path, run_script):
     assert done.returncode == 0 and "bits/token" in done.stdout, done.stderr
     done = run_script("sample.py", f"--out_dir={out}", "--start=the", "--num_samples=1", "--max_new_tokens=5")
     assert done.returncode == 0 and done.stdout.startswith("the"), done.stderr
+
+
+@needs_ranks
+def test_shakespeare_is_nanogpts(tmp_path, run_script):
+    done = run_script("data/shakespeare/prepare.py", f"--out_dir={tmp_path}", MINICHAT_MIRROR=str(RANKS.parent))
+    assert done.returncode == 0, done.stderr
+    assert [len(Tokens(tmp_path, split)) for split in ("train", "val")] == [301_966, 36_059]
+    tokenizer = load_tokenizer(tmp_path)
+    text = tokenizer.decode(stream(tmp_path, "train") + stream(tmp_path, "val"))
+    assert text == (RANKS.parent / "tinyshakespeare.txt").read_text(encoding="utf-8")

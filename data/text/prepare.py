@@ -29,21 +29,45 @@ val_fraction = 0.1  # the share at the end of the text that is held out for vali
 # -----------------------------------------------------------------------------
 
 
-def pick_tokenizer(texts):
-    """What the key `tokenizer` names. Ends the script where there is no such thing."""
+def pick_tokenizer(name, texts):
+    """The tokenizer that `name` names: gpt2, char, or a file or folder. Ends the script where there is none."""
     try:
-        if tokenizer == "gpt2":
+        if name == "gpt2":
             found, where = common.gpt2_tokenizer()
             print(f"GPT-2's tokenizer, from {where}")
             return found
-        return CharTokenizer.from_text("".join(texts)) if tokenizer == "char" else load_tokenizer(tokenizer)
+        return CharTokenizer.from_text("".join(texts)) if name == "char" else load_tokenizer(name)
     except common.SourceError as error:
         fail(f"GPT-2's ranks are not to be had here ({'; '.join(error.tried)}): put {common.RANKS} into the folder or "
-             "at the address that MINICHAT_MIRROR names, or give another --tokenizer")
+             "at the address that MINICHAT_MIRROR names, or take another tokenizer")
     except FileNotFoundError as error:
-        fail(f"--tokenizer={tokenizer} is neither gpt2 nor char: {error}")
+        fail(f"tokenizer={name} is neither gpt2 nor char: {error}")
     except ValueError as error:
         fail(error)
+
+
+def build(folder, texts, tokenizer, source, documents, val_fraction):
+    """Encode `texts`, split them, and make `folder` the dataset of that. Prints what there is then."""
+    if len(texts) > 1 and tokenizer.eos is None:
+        fail("this tokenizer has no token for the end of a document, which several files need")
+    cut = int(len(texts[0]) * (1 - val_fraction))
+    parts = [texts[0][:cut], texts[0][cut:]] if len(texts) == 1 else texts
+    try:
+        pieces = [tokenizer.encode_array(part) for part in parts]
+    except ValueError as error:
+        fail(f"{source['name']}: {error}")
+    if len(texts) > 1:
+        ids = common.join_documents(pieces, tokenizer)
+        cut = int(len(ids) * (1 - val_fraction))
+        pieces = [ids[:cut], ids[cut:]]
+
+    splits = dict(zip(("train", "val"), pieces, strict=True))
+    preprocessing = {"version": 1, "tokens": tokenizer.kind, "val_fraction": val_fraction}
+    changed = common.write_dataset(folder, splits, tokenizer, source, preprocessing, documents)
+    print(f"{len(pieces[0]):,} tokens for training, {len(pieces[1]):,} for validation, of {tokenizer.vocab_size:,}")
+    state = "written to" if changed else "already there, unchanged:"
+    print(f"{state} {folder} (dataset {common.manifest_hash(folder)[:12]})")
+    print(f"next: python train.py --dataset={folder}, with the sizes of a model, or a config file")
 
 
 def main():
@@ -52,31 +76,10 @@ def main():
         fail(f"val_fraction is a share between 0 and 1, not {val_fraction}")
     if not input:
         fail("--input is missing: a UTF-8 text file, or a folder of *.txt")
-    folder = Path(out_dir) if out_dir else HERE
-
     texts, source, documents = common.read_texts(input)
     print(f"{input}: {documents['kept']:,} of {documents['read']:,} files, {source['bytes']:,} bytes")
-    chosen = pick_tokenizer(texts)
-    if len(texts) > 1 and chosen.eos is None:
-        fail(f"--tokenizer={tokenizer} has no token for the end of a document, which several files need")
-    cut = int(len(texts[0]) * (1 - val_fraction))
-    parts = [texts[0][:cut], texts[0][cut:]] if len(texts) == 1 else texts
-    try:
-        pieces = [chosen.encode_array(part) for part in parts]
-    except ValueError as error:
-        fail(f"{input}: {error}")
-    if len(texts) > 1:
-        ids = common.join_documents(pieces, chosen)
-        cut = int(len(ids) * (1 - val_fraction))
-        pieces = [ids[:cut], ids[cut:]]
-
-    splits = dict(zip(("train", "val"), pieces, strict=True))
-    preprocessing = {"version": 1, "tokens": chosen.kind, "val_fraction": val_fraction}
-    changed = common.write_dataset(folder, splits, chosen, source, preprocessing, documents)
-    print(f"{len(pieces[0]):,} tokens for training, {len(pieces[1]):,} for validation, of {chosen.vocab_size:,}")
-    state = "written to" if changed else "already there, unchanged:"
-    print(f"{state} {folder} (dataset {common.manifest_hash(folder)[:12]})")
-    print(f"next: python train.py --dataset={folder}, with the sizes of a model, or a config file")
+    chosen = pick_tokenizer(tokenizer, texts)
+    build(Path(out_dir) if out_dir else HERE, texts, chosen, source, documents, val_fraction)
 
 
 if __name__ == "__main__":
