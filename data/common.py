@@ -195,7 +195,8 @@ RANKS_PACKAGE = ("openai-whisper", "20250625", "37a91a3921809d9f44748ffc73c0a55c
 
 def gpt2_tokenizer():
     """GPT-2's byte-level BPE, its ranks looked for as find_source does. -> (BPETokenizer, where they were found)"""
-    ranks, where = find_source(RANKS, RANKS_SHA256, download_ranks, RANKS_URL)
+    address = f"{RANKS_URL} or the package {RANKS_PACKAGE[0]}"
+    ranks, where = find_source(RANKS, RANKS_SHA256, download_ranks, address)
     return BPETokenizer.from_ranks(ranks), where
 
 
