@@ -291,7 +291,7 @@ def test_ids_are_gpt2s():
 
 
 @needs_ranks
-def test_ids_are_those_of_tiktokens_gpt2(monkeypatch):
+def test_ids_are_those_of_tiktokens_gpt2():
     """The same text in many languages, through tiktoken's own definition of GPT-2's pattern."""
     import tiktoken
     from tiktoken_ext import openai_public
