@@ -5,8 +5,8 @@ Any text of your own, as byte-level BPE or characters.
     python data/text/prepare.py --input=my_folder --tokenizer=char --out_dir=data/my_folder
 
 A single file is split as nanoGPT splits Shakespeare, by characters: the first 90% for training, the rest for
-validation. Of a folder, each *.txt file becomes a document with the tokenizer's end behind it (<|endoftext|>; characters
-have a beginning, too), and the split is by tokens.
+validation. Of a folder, each *.txt file becomes a document with the tokenizer's end behind it (<|endoftext|>;
+characters have a beginning, too), and the split is by tokens.
 GPT-2's ranks are looked for in MINICHAT_MIRROR (a folder or a base URL), in the cache, at tiktoken's own address, and
 last in the source package `openai-whisper`, which a Python package index has.
 """
