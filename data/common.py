@@ -45,7 +45,7 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command starts again", file=sys.stderr)
+        print("\ninterrupted: run the same command again", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except OSError as error:
         mend = "; free some and run the same command again" if error.errno == errno.ENOSPC else ""
@@ -216,65 +216,7 @@ def download_ranks():
 
 
 # -----------------------------------------------------------------------------
-# Texts of one's own
-
-
-def text_files(folder):
-    """The *.txt files under `folder`, sorted by their path in it. Links are followed, each folder is entered once."""
-    folder, found, entered = Path(folder), [], set()
-
-    def stop(error):
-        raise error
-
-    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=stop):
-        if os.path.realpath(place) in entered:  # a link back up would never end
-            subfolders.clear()
-            continue
-        entered.add(os.path.realpath(place))
-        subfolders.sort()  # which of two ways into a folder is taken must not depend on the file system
-        found += [Path(place, name) for name in names if name.lower().endswith(".txt")]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def read_text(path):
-    """A UTF-8 file as it stands, line ends included, less a byte order mark. -> (str, its bytes)"""
-    raw = Path(path).read_bytes()
-    try:
-        return raw.decode().removeprefix("\ufeff"), raw
-    except UnicodeDecodeError as error:
-        fail(
-            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start:,}; convert it first, "
-            "for example: iconv -f ISO-8859-1 -t UTF-8"
-        )
-
-
-def read_texts(path):
-    """The text of a file, or of each *.txt file under a folder that is not empty.
-
-    -> (list of str, the manifest's source, its documents)
-    """
-    path = Path(path)
-    if not path.exists():
-        fail(f"--input={path}: there is no such file or folder")
-    paths = text_files(path) if path.is_dir() else [path]
-    texts, digests, size, changed = [], [], 0, 0
-    for file in paths:
-        text, raw = read_text(file)
-        digests.append(sha256(raw))
-        size += len(raw)
-        changed += raw.startswith(b"\xef\xbb\xbf")
-        if text:
-            texts.append(text)
-    if not texts:
-        fail(f"{path} has no text: {f'{len(paths)} *.txt files, all empty' if path.is_dir() else 'it is empty'}")
-    source = {"name": os.path.basename(os.path.abspath(path)), "bytes": size, "sha256": digests[0]}
-    if path.is_dir():  # the digest of what sha256sum would print: changes with any file's content, name or presence
-        names = [file.relative_to(path).as_posix() for file in paths]
-        listing = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
-        source |= {"files": len(paths), "sha256": sha256(listing.encode("utf-8", "surrogateescape"))}
-    dropped = {"empty": len(paths) - len(texts)}
-    documents = {"read": len(paths), "kept": len(texts), "changed": changed, "dropped": dropped}
-    return texts, source, documents
+# Writing
 
 
 def join_documents(pieces, tokenizer):
@@ -285,10 +227,6 @@ def join_documents(pieces, tokenizer):
     begin = np.uint16([tokenizer.bos] if tokenizer.bos != tokenizer.eos else [])
     end = np.uint16([tokenizer.eos])
     return np.concatenate([part for piece in pieces for part in (begin, piece, end)])
-
-
-# -----------------------------------------------------------------------------
-# Writing
 
 
 def shard_header(n):
@@ -304,59 +242,149 @@ def manifest_hash(folder):
 
 
 def write_dataset(folder, splits, tokenizer, source, preprocessing, documents):
-    """Make `folder` the dataset of `splits`: {"train": ids, "val": ids}, each uint16 (N,). -> whether anything changed
+    """Make `folder` the dataset of `splits`: {"train": ids, "val": ids}, each uint16 (N,). -> whether anything changed"""
+    with DatasetWriter(folder, tokenizer, {split: len(ids) for split, ids in splits.items()}) as writer:
+        for split, ids in splits.items():
+            writer.add(split, ids)
+        return writer.finish(source, preprocessing, documents)
 
-    The files depend on the arguments alone (no time, no path of this machine), so a dataset that is there already is
-    recognised and left as it is. Else all of it is written beside and synced first: until then an earlier dataset stays
-    whole, also when the disk is full or the process is killed. Then INCOMPLETE appears, the files are renamed, what is
-    left of the earlier dataset goes, the manifest follows, and INCOMPLETE is removed.
+
+class DatasetWriter:
+    """A dataset's folder, written piece by piece, and put in place as one act by `finish`.
+
+    `totals` says how many tokens each split will get. The files depend on what is added alone (no time, no path of this
+    machine), so a dataset that is there already is recognised and left as it is. Until `finish`, all of it is written
+    beside: an earlier dataset stays whole, also when the disk is full or the process is killed. Then everything is
+    synced, INCOMPLETE appears, the files are renamed, what is left of the earlier dataset goes, the manifest follows,
+    and INCOMPLETE is removed. Left by an exception, also Ctrl-C, nothing unfinished stays behind.
     """
-    folder = Path(folder)
-    if tokenizer.vocab_size > 65_536:
-        fail(f"a vocabulary of {tokenizer.vocab_size:,} does not fit into 16-bit tokens (65,536)")
-    files, manifest = {"tokenizer.json": [tokenizer.to_json()]}, {"format": 1, "source": source, "splits": {}}
-    for split, ids in splits.items():
-        if len(ids) < 2:  # one to predict from, one to predict
-            fail(f"the {split} split would have {len(ids)} of at least 2 tokens: use more text or another val_fraction")
-        assert ids.dtype == np.uint16 and int(ids.max()) < tokenizer.vocab_size
-        shards = []
-        for i, start in enumerate(range(0, len(ids), SHARD_TOKENS)):
-            tokens = np.ascontiguousarray(ids[start : start + SHARD_TOKENS], dtype="<u2")
-            name, parts = f"{split}_{i:06d}.bin", [shard_header(len(tokens)), tokens.data]
-            digest = hashlib.sha256(parts[0])
-            digest.update(parts[1])
-            shards.append({"file": name, "tokens": len(tokens), "sha256": digest.hexdigest()})
-            files[name] = parts
-        manifest["splits"][split] = {"tokens": len(ids), "shards": shards}
-    manifest["tokenizer"] = {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
-    manifest |= {"preprocessing": preprocessing, "documents": documents}
-    files["manifest.json"] = [(json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()]
 
-    if holds(folder, files):
-        return False
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder):
+    def __init__(self, folder, tokenizer, totals):
+        self.folder, self.tokenizer, self.totals = Path(folder), tokenizer, totals
+        if tokenizer.vocab_size > 65_536:
+            fail(f"a vocabulary of {tokenizer.vocab_size:,} does not fit into 16-bit tokens (65,536)")
+        for split, total in totals.items():
+            if total < 2:  # one to predict from, one to predict
+                fail(f"the {split} split would have {total} of at least 2 tokens: use more text or another val_fraction")
+        self.shards = {split: [] for split in totals}  # of each: the manifest's entries
+        self.open = {}  # split -> file, its hash, tokens it still takes
+        self.names = []
+
+    def __enter__(self):
+        self.new = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = only_writer(self.folder)
+        self.lock.__enter__()
+        remove_unfinished(self.folder)  # of a process that was killed
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for file, _, _ in self.open.values():
+            file.close()
+        with contextlib.suppress(OSError):
+            remove_unfinished(self.folder)
+            if self.new and kind:
+                self.folder.rmdir()
+        self.lock.__exit__(kind, error, trace)
+
+    def add(self, split, ids):
+        """Append `ids`, uint16 (n,), to a split."""
+        assert ids.dtype == np.uint16 and (not len(ids) or int(ids.max()) < self.tokenizer.vocab_size)
+        ids = np.ascontiguousarray(ids, dtype="<u2")
+        while len(ids):
+            if split not in self.open:
+                done = sum(shard["tokens"] for shard in self.shards[split])
+                tokens = min(SHARD_TOKENS, self.totals[split] - done)
+                assert tokens > 0, f"more tokens than were announced for {split}"
+                name = f"{split}_{len(self.shards[split]):06d}.bin"
+                self.shards[split].append({"file": name, "tokens": tokens})
+                self.open[split] = self.create(name), hashlib.sha256(), tokens
+                self.write(split, shard_header(tokens))
+            left = self.open[split][2]
+            self.write(split, ids[:left].data, min(left, len(ids)))
+            ids = ids[left:]
+
+    def write(self, split, data, tokens=0):
+        file, digest, left = self.open[split]
         try:
-            replace_files(folder, files)
-        except BaseException:  # Ctrl-C too: whatever ends this, nothing unfinished stays behind
-            remove_unfinished(folder)
-            if new:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            raise
-    return True
+            file.write(data)
+            digest.update(data)
+            if left == tokens:
+                self.close(file)
+        except OSError as error:  # which does not name the file if it came from write()
+            raise OSError(error.errno, error.strerror, file.name) from None
+        self.open[split] = file, digest, left - tokens
+        if left == tokens:
+            self.shards[split][-1]["sha256"] = digest.hexdigest()
+            del self.open[split]
 
+    def create(self, name):
+        self.names.append(name)
+        return open(self.folder / (name + BESIDE), "wb")
 
-def holds(folder, files):
-    """Whether `folder` is the complete dataset of `files` (name -> the parts of its content), and nothing else."""
-    try:
-        if (folder / "manifest.json").read_bytes() != files["manifest.json"][0]:  # nearly always the end of it
+    @staticmethod
+    def close(file):
+        file.flush()
+        os.fsync(file.fileno())  # a full disk may show only here
+        file.close()
+
+    def finish(self, source, preprocessing, documents):
+        """Put everything in place. -> whether anything changed"""
+        assert not self.open, "fewer tokens than were announced"
+        kind = {"kind": self.tokenizer.kind, "vocab_size": self.tokenizer.vocab_size, "sha256": self.tokenizer.sha256}
+        splits = {split: {"tokens": self.totals[split], "shards": shards} for split, shards in self.shards.items()}
+        manifest = {"format": 1, "source": source, "splits": splits, "tokenizer": kind}
+        manifest |= {"preprocessing": preprocessing, "documents": documents}
+        texts = {
+            INCOMPLETE: b"A dataset is being put in place here, or that was interrupted: run its prepare.py again.\n",
+            "tokenizer.json": self.tokenizer.to_json(),
+            "manifest.json": (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode(),
+        }
+        if self.holds(texts):
             return False
-        same = all((folder / name).read_bytes() == b"".join(parts) for name, parts in files.items())
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return same and not (folder / INCOMPLETE).exists() and not other_shards(folder, files)
+        for name, text in texts.items():
+            with self.create(name) as file:
+                file.write(text)
+                self.close(file)
+
+        # Here the earlier dataset ends. The syncs keep a power cut from reordering what follows.
+        self.put(INCOMPLETE)
+        sync_folder(self.folder)
+        for name in self.names:
+            if name not in (INCOMPLETE, "manifest.json"):
+                self.put(name)
+        for path in other_shards(self.folder, self.names):
+            os.unlink(path)
+        self.put("manifest.json")
+        sync_folder(self.folder)
+        os.unlink(self.folder / INCOMPLETE)
+        sync_folder(self.folder)
+        return True
+
+    def put(self, name):
+        os.replace(self.folder / (name + BESIDE), self.folder / name)
+
+    def holds(self, texts):
+        """Whether the folder is this dataset, complete, and nothing else."""
+        try:
+            for name in ("manifest.json", "tokenizer.json"):  # the manifest: nearly always the end of it
+                if (self.folder / name).read_bytes() != texts[name]:
+                    return False
+            for shard in (shard for shards in self.shards.values() for shard in shards):
+                with open(self.folder / shard["file"], "rb") as file:
+                    if file_sha256(file) != shard["sha256"]:
+                        return False
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return not (self.folder / INCOMPLETE).exists() and not other_shards(self.folder, self.names)
+
+
+def file_sha256(file):
+    """sha256 of an open file, read piece by piece."""
+    digest = hashlib.sha256()
+    while piece := file.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def other_shards(folder, files):
@@ -389,40 +417,6 @@ def only_writer(folder):
 def remove_unfinished(folder):
     for path in folder.glob(f"*{BESIDE}"):
         os.unlink(path)
-
-
-def replace_files(folder, files):
-    """Put `files`, of which the manifest is the last, into `folder`."""
-    note = b"A dataset is being put in place here, or that was interrupted: run its prepare.py again.\n"
-    files = {INCOMPLETE: [note], **files}
-
-    remove_unfinished(folder)  # of a process that was killed
-    for name, parts in files.items():
-        path = folder / (name + BESIDE)
-        try:
-            with open(path, "wb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())  # a full disk may show only here
-        except OSError as error:  # which does not name the file if it came from write()
-            raise OSError(error.errno, error.strerror, str(path)) from None
-
-    def put(name):
-        os.replace(folder / (name + BESIDE), folder / name)
-
-    # Here the earlier dataset ends. The syncs keep a power cut from reordering what follows.
-    first, *rest, last = files
-    put(first)
-    sync_folder(folder)
-    for name in rest:
-        put(name)
-    for path in other_shards(folder, files):
-        os.unlink(path)
-    put(last)
-    sync_folder(folder)
-    os.unlink(folder / INCOMPLETE)
-    sync_folder(folder)
 
 
 def sync_folder(folder):

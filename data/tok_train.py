@@ -16,6 +16,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from anywhere
 
 import common  # noqa: E402, I001
 from configurator import configure, fail  # noqa: E402
+from reading import read_texts  # noqa: E402
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, MAX_VOCAB, BPETokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def main():
     if not least <= vocab_size <= MAX_VOCAB:
         fail(f"vocab_size={vocab_size} must lie between {least} (the bytes and special tokens) and {MAX_VOCAB}")
 
-    texts, source, documents = common.read_texts(input)
+    texts, source, documents = read_texts(input)
     print(f"{input}: {documents['kept']:,} of {documents['read']:,} files, {source['bytes']:,} bytes")
     text = "".join(texts)
     cut = int(len(text) * (1 - val_fraction))

@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(HERE.parent)]  # so that it runs from anywhere
 
 import common  # noqa: E402, I001
 from configurator import configure, fail  # noqa: E402
+from reading import read_texts  # noqa: E402
 from tokenizer import CharTokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def main():
     folder = Path(out_dir) if out_dir else HERE
 
     if input:
-        texts, source, documents = common.read_texts(input)
+        texts, source, documents = read_texts(input)
         print(f"{input}: {documents['kept']:,} of {documents['read']:,} files, {source['bytes']:,} bytes")
     else:
         text, source = shakespeare()

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(HERE.parent)]  # so that it runs from anywhere
 
 import common  # noqa: E402, I001
 from configurator import configure, fail  # noqa: E402
+from reading import read_texts  # noqa: E402
 from tokenizer import CharTokenizer, load_tokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def main():
         fail(f"val_fraction is a share between 0 and 1, not {val_fraction}")
     if not input:
         fail("--input is missing: a UTF-8 text file, or a folder of *.txt")
-    texts, source, documents = common.read_texts(input)
+    texts, source, documents = read_texts(input)
     print(f"{input}: {documents['kept']:,} of {documents['read']:,} files, {source['bytes']:,} bytes")
     chosen = pick_tokenizer(tokenizer, texts)
     build(Path(out_dir) if out_dir else HERE, texts, chosen, source, documents, val_fraction)

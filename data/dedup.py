@@ -1,0 +1,226 @@
+"""
+Which documents are duplicates of an earlier one: exactly, by their hash, or nearly, by MinHash.
+
+A near duplicate shares at least `threshold` of its 5-word shingles (Jaccard similarity, Broder 1997), estimated from
+MinHash signatures, which rensa computes. Candidates are the documents that agree in a whole band of their signatures
+(Leskovec, Rajaraman & Ullman, "Mining of Massive Datasets", 3.4); each pair is then held to the threshold by the whole
+signature. A document goes if it duplicates an earlier one that stays: the first stays always, and what was dropped is
+always in what was kept.
+
+Documents have numbers 0, 1, ... in the order of the corpus. Whatever grows with the corpus is on disk, in files that
+are sorted one at a time; memory takes a byte a document and the largest of these files.
+"""
+
+import functools
+import math
+import os
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+SHINGLE = 5  # words, as in Lee et al. 2022 (arXiv:2107.06499) and FineWeb (arXiv:2406.17557)
+SEED = 1
+NO_WORDS = 0xFFFFFFFF  # every value of an empty set's signature
+MOST_ANCHORS = 64  # a document is compared with the first so many of those that share a band with it
+PART_BYTES = 1 << 24  # of a file that is sorted in memory
+MOST_PARTS = 512  # open at once
+KEPT, EXACT, NEAR = 0, 1, 2
+
+# Scripts that put no spaces between words: each character is a word
+UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF),
+            (0x20000, 0x3FFFF))
+
+
+# -----------------------------------------------------------------------------
+# Signatures
+
+
+@functools.cache
+def word_table():
+    """Of each code point whether it is between words (0), part of one (1), or one by itself (2). -> uint8 (0x110000,)"""
+    table = np.zeros(sys.maxunicode + 1, dtype=np.uint8)
+    table[[i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i))[0] in "LMN"]] = 1
+    for first, last in UNSPACED:
+        table[first : last + 1] *= 2
+    return table
+
+
+def mix(x):
+    """Scatter the bits of uint64 (Steele et al. 2014, SplitMix64's finaliser). -> uint64, same shape"""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def words(text):
+    """A hash of each word of `text` in lower case. -> uint64 (n,)"""
+    codes = np.frombuffer(text.lower().encode("utf-32-le"), dtype="<u4")
+    kind = word_table()[codes]
+    letter = kind == 1
+    before = np.concatenate(([False], letter[:-1]))
+    starts = np.flatnonzero((letter & ~before) | (kind == 2))
+    if not len(starts):
+        return np.empty(0, dtype=np.uint64)
+    # a word's hash is the sum of mix(character, place in the word): the difference of two running sums
+    place = np.arange(len(codes), dtype=np.uint64)
+    first = np.zeros(len(codes), dtype=np.uint64)
+    first[starts] = starts.astype(np.uint64)
+    place -= np.maximum.accumulate(first)
+    values = np.where(kind > 0, mix(codes.astype(np.uint64) << np.uint64(32) | place), np.uint64(0))
+    return np.add.reduceat(values, starts)  # what lies between two words adds nothing
+
+
+def shingles(text):
+    """Hashes of the runs of SHINGLE words, of all words where there are fewer. -> uint64 (n,), n = 0 without a word"""
+    hashes = words(text)
+    size = min(SHINGLE, len(hashes))
+    if not size:
+        return hashes
+    total = np.zeros(len(hashes) - size + 1, dtype=np.uint64)
+    for i in range(size):  # 31 * x + y as in any string's hash, with a larger factor
+        total = total * np.uint64(0x9E3779B97F4A7C15) + hashes[i : i + len(total)]
+    return mix(total)
+
+
+def signatures(sets, permutations):
+    """MinHash signatures of sets of hashes, each uint64 (n,). -> uint32 (len(sets), permutations)"""
+    from rensa import RMinHash
+
+    ends = np.cumsum([0, *map(len, sets)], dtype=np.int64)
+    flat = np.concatenate([*sets, np.empty(0, dtype=np.uint64)])
+    rows = RMinHash.digest_matrix_from_flat_token_hashes(flat, ends, permutations, SEED).to_rows()
+    return np.array(rows, dtype=np.uint32).reshape(len(sets), permutations)
+
+
+def band_shape(threshold, permutations):
+    """(bands, rows of each) that find a pair of similarity `threshold` with 9 chances in 10, and few below it.
+
+    A pair of similarity s agrees in one of b bands of r rows with probability 1 - (1 - s^r)^b.
+    """
+    shapes = [(permutations // rows, rows) for rows in range(1, permutations + 1)]
+    return [(b, r) for b, r in shapes if 1 - (1 - threshold**r) ** b >= 0.9][-1]
+
+
+def band_hashes(signature, bands, rows):
+    """A hash of each band of each signature, with its number. (N, permutations) -> uint64 (N, bands)"""
+    out = np.empty((len(signature), bands), dtype=np.uint64)
+    for band in range(bands):
+        total = np.full(len(signature), band + 1, dtype=np.uint64)
+        for column in signature[:, band * rows : (band + 1) * rows].T:
+            total = mix(total * np.uint64(0x9E3779B97F4A7C15) + column)
+        out[:, band] = total
+    return out
+
+
+# -----------------------------------------------------------------------------
+# Sorting on disk
+
+
+class Sorter:
+    """Rows of uint64 that are added in any order and come back sorted, file by file: a row's file is its first
+    column's place in [0, span)."""
+
+    def __init__(self, folder, name, columns, rows, span):
+        count = min(MOST_PARTS, max(1, math.ceil(rows * columns * 8 / PART_BYTES)))
+        self.columns, self.span, self.count = columns, span, count
+        self.paths = [Path(folder) / f"{name}_{i:04d}" for i in range(count)]
+        self.files = [open(path, "wb", buffering=1 << 14) for path in self.paths]
+
+    def add(self, *columns):
+        rows = np.stack([np.asarray(column, dtype=np.uint64) for column in columns], axis=1)
+        part = (rows[:, 0].astype(np.float64) / self.span * self.count).astype(np.int64).clip(0, self.count - 1)
+        order = np.argsort(part, kind="stable")
+        cuts = np.searchsorted(part[order], np.arange(self.count + 1))
+        for file, start, end in zip(self.files, cuts[:-1], cuts[1:], strict=True):
+            if end > start:
+                file.write(rows[order[start:end]].data)
+
+    def __iter__(self):
+        """Yields the sorted rows of each file, (n, columns), each row once; the file is gone then."""
+        for file in self.files:
+            file.close()
+        for path in self.paths:
+            rows = np.fromfile(path, dtype=np.uint64).reshape(-1, self.columns)
+            os.unlink(path)
+            rows = rows[np.lexsort(rows.T[::-1])]
+            if len(rows):
+                new = np.ones(len(rows), dtype=bool)
+                new[1:] = (rows[1:] != rows[:-1]).any(axis=1)
+                yield rows[new]
+
+
+def same_as_before(rows, columns):
+    """Whether each row agrees with the one before it in its first `columns`. -> bool (n,)"""
+    same = np.zeros(len(rows), dtype=bool)
+    same[1:] = (rows[1:, :columns] == rows[:-1, :columns]).all(axis=1)
+    return same
+
+
+# -----------------------------------------------------------------------------
+# Deciding
+
+
+def drop_exact(hashes, fate, folder):
+    """Mark in `fate` each document whose hash an earlier one has. `hashes` yields (first number, uint64 (n, 2))."""
+    sorter = Sorter(folder, "exact", 3, len(fate), 2.0**64)
+    for start, part in hashes:
+        sorter.add(part[:, 0], part[:, 1], np.arange(start, start + len(part)))
+    for rows in sorter:
+        fate[rows[same_as_before(rows, 2), 2].astype(np.int64)] = EXACT
+
+
+def drop_near(parts, fate, folder, permutations, threshold):
+    """Mark in `fate` each document that nearly duplicates an earlier one that stays.
+
+    `parts` yields (first number, signatures (n, permutations)) in order; of what is marked already nothing is asked.
+    """
+    bands, rows = band_shape(threshold, permutations)
+    store = Path(folder) / "signatures"
+    sorter = Sorter(folder, "bands", 2, len(fate) * bands, 2.0**64)
+    with open(store, "wb") as file:
+        for start, signature in parts:
+            file.write(np.ascontiguousarray(signature).data)
+            stays = np.flatnonzero((fate[start : start + len(signature)] == KEPT) & (signature != NO_WORDS).any(axis=1))
+            hashes = band_hashes(signature[stays], bands, rows)
+            sorter.add(hashes.ravel(), np.repeat(stays + start, bands))
+
+    pairs = Sorter(folder, "pairs", 2, len(fate) * 4, max(1, len(fate)))  # (later, earlier)
+    for rows in sorter:
+        for later, earlier in candidates(rows):
+            pairs.add(later, earlier)
+    with open(store, "rb") as file:
+        for rows in pairs:  # all pairs of a document, after all pairs of the documents before it
+            alike = similar(file, rows.astype(np.int64), permutations, threshold)
+            for later, earlier in rows[alike].astype(np.int64).tolist():
+                if fate[earlier] == KEPT:
+                    fate[later] = NEAR
+    os.unlink(store)
+
+
+def candidates(rows):
+    """Pairs of documents of a bucket, each with the first MOST_ANCHORS: yields (later, earlier). `rows` are sorted."""
+    same = same_as_before(rows, 1)
+    place = np.arange(len(rows))
+    first = np.maximum.accumulate(np.where(same, 0, place))
+    for i in range(MOST_ANCHORS):
+        later = np.flatnonzero(first + i < place)
+        if not len(later):
+            return
+        yield rows[later, 1], rows[first[later] + i, 1]
+
+
+def similar(file, pairs, permutations, threshold, most=4096):
+    """Whether the signatures of each pair (n, 2) of documents agree in a share of at least `threshold`. -> bool (n,)"""
+    alike = np.empty(len(pairs), dtype=bool)
+    for start in range(0, len(pairs), most):
+        part = pairs[start : start + most]
+        numbers, index = np.unique(part, return_inverse=True)
+        table = np.empty((len(numbers), permutations), dtype=np.uint32)
+        for row, number in zip(table, numbers.tolist(), strict=True):
+            file.seek(number * permutations * 4)
+            file.readinto(row.data)
+        one, other = table[index.reshape(-1, 2).T]
+        alike[start : start + most] = (one == other).mean(axis=1) >= threshold
+    return alike

@@ -1,0 +1,66 @@
+"""
+OpenWebText, or any corpus of documents, as GPT-2's tokens: cleaned, without duplicates, in shards.
+
+    python data/openwebtext/prepare.py                                      # from the Hugging Face Hub
+    python data/openwebtext/prepare.py --input=FOLDER --out_dir=data/mine   # .jsonl, .txt (.gz, .zst) or .parquet
+
+Killed at any point, the same command goes on. Over several machines that see one folder: `--part=0/4` ... `--part=3/4`,
+and then `--merge`. Memory does not grow with the corpus; what the disk must hold is printed first.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # so that it runs from anywhere
+
+import common  # noqa: E402, I001
+import pipeline  # noqa: E402
+from configurator import configure, fail  # noqa: E402
+from reading import hub_files, list_files  # noqa: E402
+from text.prepare import pick_tokenizer  # noqa: E402
+
+# -----------------------------------------------------------------------------
+# the corpus
+input = ""            # a file or folder of .jsonl, .txt (each also .gz, .zst) or .parquet; empty: the Hub's dataset
+hub = "Skylion007/openwebtext"  # the Hub's dataset
+hub_name = ""         # its configuration, where it has several
+hub_revision = ""     # its branch or commit; empty: the latest commit, which is recorded
+text_key = "text"     # where a document has its text
+
+# the dataset
+out_dir = ""          # where the dataset goes; empty: the folder of this script
+tokenizer = "gpt2"    # gpt2 | a file or folder of another dataset's or run's tokenizer
+val_fraction = 0.0005  # share of the documents that is held out, chosen by their hashes
+
+# which documents
+min_chars = 100       # characters that a document has at least
+max_chars = 5000000   # characters that a document has at most
+dedup = "near"        # near (and exact) | exact | none
+threshold = 0.8       # near: share of 5-word shingles in common from which on two documents are duplicates
+permutations = 128    # near: values of a MinHash signature, 4 bytes each; more estimate the share closer
+
+# the work
+workers = 0           # processes; 0: one for each core
+part = ""             # scan a share of the corpus and stop: 0/4, 1/4, ...
+merge = False         # make the dataset of the parts, all scanned before
+fresh = False         # forget what an unfinished run has done, or make a finished dataset anew
+# -----------------------------------------------------------------------------
+
+
+def main(**defaults):
+    globals().update(defaults)
+    settings = configure(globals())
+    pipeline.check_settings(settings)
+    folder = Path(out_dir) if out_dir else HERE
+    if tokenizer == "char":
+        fail("tokenizer=char: a large corpus takes gpt2 or the tokenizer of tok_train.py; data/text/prepare.py has char")
+    if input:
+        files, source = list_files(input), {"name": Path(input).resolve().name}
+    else:
+        files, source = hub_files(hub, hub_name, hub_revision, folder / "scan" / "plan.json")
+    pipeline.prepare(folder, files, source, pick_tokenizer(tokenizer, []), settings)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,458 @@
+"""
+A corpus -> a dataset, in three passes over documents in the order of the corpus:
+
+1. scan     clean each document, take its hash, its MinHash signature and its tokens   (all cores; chunk by chunk)
+2. resolve  decide which documents are duplicates of an earlier one                    (sorting on disk)
+3. write    copy the tokens of the others into shards, each to the split that its hash names
+
+What pass 1 finds lies in a folder `scan` beside the shards, a file for each chunk, complete or not there, until the
+dataset is. So a process that was killed at any point goes on where it was when the same command is given again; several
+(`part`) may share the first pass; and the shards depend neither on that, nor on the number of workers or the size of a
+chunk.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+import cleaning
+import dedup
+from common import BESIDE, DatasetWriter, manifest_hash, only_writer
+from configurator import fail
+from reading import Reject, read_chunks
+from tokenizer import load_tokenizer
+
+VERSION = 1  # of what the passes do; part of the manifest
+CHUNK = 1 << 23  # bytes of documents in one piece of work
+CHANGES = ("utf8", "mojibake", "controls", "nfc")
+# settings of a prepare.py that decide what comes out, and so must be the same when it goes on
+DECIDE = ("text_key", "val_fraction", "min_chars", "max_chars", "dedup", "threshold", "permutations")
+
+
+def prepare(folder, files, source, tokenizer, settings):
+    """Make `folder` the dataset of `files` (InputFile), or this process's part of it. Prints what happens.
+
+    `source` names the corpus in the manifest; `settings` are a prepare.py's, checked by check_settings.
+    """
+    started, work = time.monotonic(), folder / "scan"
+    decide = {key: settings[key] for key in DECIDE}
+    listing = [[file.name, file.size] for file in files]
+    plan = {"version": VERSION, "source": source, "files": listing, "tokenizer": tokenizer.sha256, **decide}
+    if settings["dedup"] == "near":
+        plan["rensa"] = version_of("rensa")
+    share, shares = part_of(settings["part"])
+    if settings["fresh"]:
+        shutil.rmtree(work, ignore_errors=True)
+    elif not work.exists() and is_there(folder, plan):
+        print(f"already there, unchanged: {folder} (dataset {manifest_hash(folder)[:12]}); --fresh makes it anew")
+        return
+    workers = settings["workers"] or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+    print_needs(folder, files, settings, workers)
+    open_work(work, plan, tokenizer)
+
+    if not settings["merge"]:
+        lock = work / f"part_{share}_of_{shares}"
+        lock.mkdir(exist_ok=True)
+        with only_writer(lock):
+            scan(work, files, settings, share, shares, workers)
+    if settings["part"]:
+        print(f"part {share} of {shares} is scanned; when all are: the same command with --merge in place of --part")
+        return
+    with only_writer(work):
+        chunks = all_chunks(work, files)
+        documents, digest = statistics(chunks, work, files)
+        fate = resolve(work, chunks, settings)
+        documents["dropped"]["exact_duplicate"] = int((fate == dedup.EXACT).sum())
+        documents["dropped"]["near_duplicate"] = int((fate == dedup.NEAR).sum())
+        documents["kept"] = int((fate == dedup.KEPT).sum())
+        if not documents["kept"]:
+            fail(f"no document is left of {documents['read']:,} read: {nothing_left(documents, settings)}")
+        source = source | {"files": len(files), "bytes": sum(file.size for file in files), "sha256": digest}
+        changed = write(folder, chunks, fate, tokenizer, source, preprocessing_of(plan), documents, settings)
+    (work / "plan.json").unlink()  # first: without it the rest is nothing to go on from
+    shutil.rmtree(work, ignore_errors=True)
+    report(folder, documents, changed, time.monotonic() - started)
+
+
+def check_settings(settings):
+    """End the script where a setting cannot be."""
+    if not 0 < settings["val_fraction"] < 1:
+        fail(f"val_fraction is a share between 0 and 1, not {settings['val_fraction']}")
+    if settings["dedup"] not in ("near", "exact", "none"):
+        fail(f"dedup is near, exact or none, not {settings['dedup']!r}")
+    if not 0 < settings["threshold"] <= 1 or settings["permutations"] < 16:
+        fail("threshold is a similarity above 0 and up to 1, permutations at least 16")
+    if not 0 <= settings["min_chars"] <= settings["max_chars"] or settings["workers"] < 0:
+        fail("min_chars and workers are at least 0, max_chars at least min_chars")
+    if settings["part"] and (settings["merge"] or settings["fresh"]):
+        fail("--part scans its share: give --merge in a run of its own, and --fresh by removing the folder scan")
+    part_of(settings["part"])
+
+
+def part_of(text):
+    """ "1/4" -> (1, 4), "" -> (0, 1)"""
+    try:
+        share, shares = map(int, (text or "0/1").split("/"))
+    except ValueError:
+        share, shares = -1, 0
+    if not 0 <= share < shares:
+        fail(f"--part={text}: part 0 of 4 is --part=0/4, the last is --part=3/4")
+    return share, shares
+
+
+def version_of(package):
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        fail(f"dedup=near needs the package {package}: pip install -c constraints.txt '.[data]', or --dedup=exact")
+
+
+def preprocessing_of(plan):
+    return {key: value for key, value in plan.items() if key not in ("source", "files", "tokenizer")}
+
+
+def is_there(folder, plan):
+    """Whether `folder` is already, by its manifest, what `plan` would make."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        source, sizes = manifest["source"], [size for _, size in plan["files"]]
+        same = manifest["preprocessing"] == preprocessing_of(plan) and plan["source"].items() <= source.items()
+        return same and manifest["tokenizer"]["sha256"] == plan["tokenizer"] and (
+            (source["files"], source["bytes"]) == (len(sizes), sum(sizes)) and not (folder / "INCOMPLETE").exists()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def open_work(work, plan, tokenizer):
+    """The folder `scan`, new or of this very plan: else what another run has found would be mixed in."""
+    path = work / "plan.json"
+    if path.exists():
+        held = json.loads(path.read_bytes())
+        if differ := sorted(key for key in held.keys() | plan.keys() if held.get(key) != plan.get(key)):
+            was = ", ".join(f"{key}={held.get(key)}" for key in differ if key != "files")
+            fail(f"{work} holds a scan with other {' and '.join(differ)}{f' ({was})' if was else ''}: "
+                 "go on with those, or start anew with --fresh")
+        return
+    shutil.rmtree(work, ignore_errors=True)  # of a run that had finished
+    work.mkdir(parents=True)
+    tokenizer.save(work)
+    replace(path, lambda file: file.write((json.dumps(plan) + "\n").encode()))
+
+
+def replace(path, write):
+    """Make the file `path` by write(file): complete, synced, or not there. The name beside is this process's own."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}{BESIDE}")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # which does not name the file if it came from write()
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def print_needs(folder, files, settings, workers):
+    """What this will take, before it is taken: estimates from the sizes of the files."""
+    size = sum(file.size * (1 if file.seekable else 3) for file in files)  # text packs to about a third
+    near = settings["permutations"] * 4 / 4000 if settings["dedup"] == "near" else 0  # a document has about 4,000 bytes
+    tokens, scanned = size / 4, size / 2 * (1 + 2 * near)  # a token stands for about 4 bytes, and takes 2
+    place = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+    free = shutil.disk_usage(place).free
+    memory = 0.15 + workers * 0.3
+    if size:
+        print(f"{len(files):,} files, about {size / 1e6:,.0f} MB of text, {tokens / 1e6:,.0f} million tokens")
+        print(f"disk: about {tokens * 2 / 1e9:.2f} GB for the shards and {scanned / 1e9:.2f} GB more until they are "
+              f"written; free are {free / 1e9:.2f} GB")
+    else:
+        print(f"disk: free are {free / 1e9:.2f} GB; a token takes 2 bytes, and until the shards are written twice that "
+              "and more")
+    print(f"memory: about {memory:.1f} GB for {workers} workers, and a byte a document", flush=True)
+    if size and free < tokens * 2 + scanned:
+        print(f"warning: that may not fit on the disk of {place}", file=sys.stderr)
+
+
+# -----------------------------------------------------------------------------
+# Pass 1
+
+
+def chunk_path(work, number, chunk):
+    return work / f"{number:06d}_{chunk:06d}.npz"
+
+
+def scan(work, files, settings, share, shares, workers):
+    """Scan this part's chunks that are not yet: whole files, or every `shares`-th chunk where files are fewer."""
+    progress = Progress("scan", sum(file.size for file in files if file.size))
+    with scanners(work, settings, workers, progress.add) as submit:
+        for number, file in enumerate(files):
+            mine = lambda chunk, n=number: (n if len(files) >= shares else n + chunk) % shares == share  # noqa: E731
+            wanted = lambda chunk, n=number: mine(chunk, n) and not chunk_path(work, n, chunk).exists()  # noqa: E731
+            listing = work / f"{number:06d}.json"
+            if len(files) >= shares and not mine(0):
+                continue
+            if listing.exists() and not any(map(wanted, range(json.loads(listing.read_bytes())["chunks"]))):
+                continue
+            limit = 6 * settings["max_chars"] + (1 << 16)  # bytes of a line: JSON may spell a character in six
+            for chunk, documents in read_chunks(file, wanted, CHUNK, settings["text_key"], limit):
+                submit(number, chunk, documents, file.kind)
+                progress.reach(sum(f.size for f in files[:number]) + file.done)
+            if file.fault:
+                print(f"\nwarning: {file.name}: {file.fault}; what comes before is used", file=sys.stderr)
+            text = json.dumps({"chunks": file.chunks, "fault": file.fault})
+            replace(listing, lambda out, text=text: out.write(text.encode()))
+    progress.end()
+
+
+@contextlib.contextmanager
+def scanners(work, settings, workers, done):
+    """Yields submit(number, chunk, documents, kind); `done` is called with what each chunk's scan returns.
+
+    Twice as many chunks as workers are held at once. One worker is this process itself.
+    """
+    if workers == 1:
+        start_worker(work, settings)
+        yield lambda *args: done(scan_chunk(*args))
+        return
+    running = collections.deque()
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), start_worker, (work, settings, os.getpid())
+    )
+
+    def submit(*args):
+        if len(running) >= 2 * workers:
+            done(running.popleft().result())
+        running.append(pool.submit(scan_chunk, *args))
+
+    try:
+        yield submit
+        while running:
+            done(running.popleft().result())
+    except concurrent.futures.process.BrokenProcessPool:
+        fail("a worker was killed, most often for memory: run the same command again with fewer --workers; "
+             "nothing that was done is lost")
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start_worker(work, settings, parent=None):
+    global worker
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # rensa's: there is a process for each core
+    worker = Path(work), settings, load_tokenizer(work)
+    if parent:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
+        threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """A process that is killed cannot tell its workers."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def scan_chunk(number, chunk, documents, kind):
+    """Clean, hash and encode the documents of a chunk, and keep what was found. -> (documents, bytes) read"""
+    work, settings, tokenizer = worker
+    stats, digests, hashes, sizes, tokens, sets = collections.Counter(), [], [], [], [], []
+    size, end = 0, np.array([tokenizer.eos], dtype=np.uint16)
+    for document in documents:
+        raw = document if isinstance(document, bytes) else str(document).encode("utf-8", "surrogatepass")
+        digests.append(hashlib.blake2b(raw, digest_size=16).digest())
+        size += len(raw)
+        before = sum(stats[step] for step in CHANGES)
+        try:
+            if isinstance(document, Reject):
+                raise document
+            text = cleaning.clean(document, kind, settings["text_key"], settings["min_chars"], settings["max_chars"],
+                                  stats)
+            ids = encode(tokenizer, text)
+        except Reject as reject:
+            stats[f"dropped {reject}"] += 1
+            continue
+        encoded = text.encode()
+        stats["changed"] += sum(stats[step] for step in CHANGES) > before
+        hashes.append(hashlib.blake2b(encoded, digest_size=16).digest())
+        sizes.append((len(ids) + 1, len(encoded)))
+        tokens += [ids, end]
+        if settings["dedup"] == "near":
+            sets.append(dedup.shingles(text))
+    arrays = {
+        "stats": np.frombuffer(json.dumps(stats).encode(), dtype=np.uint8),
+        "read": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16),
+        "hashes": np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2),
+        "sizes": np.array(sizes, dtype=np.int64).reshape(-1, 2),  # of each document: tokens, bytes of text
+        "tokens": np.concatenate([*tokens, end[:0]]),
+    }
+    if settings["dedup"] == "near":
+        arrays["signatures"] = dedup.signatures(sets, settings["permutations"])
+    replace(chunk_path(work, number, chunk), lambda file: np.savez(file, **arrays))
+    return len(documents), size
+
+
+def encode(tokenizer, text):
+    try:
+        return tokenizer.encode_array(text)
+    except ValueError:  # a tokenizer of characters that does not know one
+        raise Reject("not_in_vocabulary") from None
+
+
+class Progress:
+    """How far a pass is, how fast and how long still: a line that is renewed on a terminal, one in 30 s elsewhere."""
+
+    def __init__(self, name, total):
+        self.name, self.total, self.at, self.first = name, total, 0, None
+        self.documents = self.bytes = 0
+        self.started = self.shown = time.monotonic()
+
+    def reach(self, at):
+        self.first = at if self.first is None else self.first  # what an earlier run had done
+        self.at = at
+
+    def add(self, found):
+        self.documents, self.bytes = self.documents + found[0], self.bytes + found[1]
+        now = time.monotonic()
+        if now - self.shown >= (0.5 if sys.stdout.isatty() else 30):
+            self.shown = now
+            print(self.line(now), end="\r" if sys.stdout.isatty() else "\n", flush=True)
+
+    def line(self, now):
+        took = max(now - self.started, 1e-9)
+        line = f"{self.name}: {self.documents:,} documents, {self.bytes / 1e6:,.0f} MB, {self.bytes / took / 1e6:.1f} MB/s"
+        moved = self.at - (self.first or 0)
+        if self.total and moved > 0:
+            left = int((self.total - self.at) * took / moved)
+            line += f", {self.at / self.total:.0%}, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        return f"{line:78}"
+
+    def end(self):
+        self.total = 0
+        print(self.line(time.monotonic()).rstrip(), flush=True)
+
+
+# -----------------------------------------------------------------------------
+# Pass 2
+
+
+def all_chunks(work, files):
+    """Paths of every chunk, in the order of the corpus. Ends the script where one has not been scanned."""
+    paths = []
+    for number, file in enumerate(files):
+        listing = work / f"{number:06d}.json"
+        count = json.loads(listing.read_bytes())["chunks"] if listing.exists() else 1
+        here = [chunk_path(work, number, chunk) for chunk in range(count)]
+        if missing := [path for path in here if not path.exists()] or here[not listing.exists() : 0]:
+            fail(f"{file.name}: {len(missing)} of {count} chunks are not scanned: run the parts that did not finish again")
+        paths += here
+    return paths
+
+
+def load(path, *names):
+    """Arrays of a chunk."""
+    try:
+        with np.load(path) as chunk:
+            return [chunk[name] for name in names]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        path.unlink(missing_ok=True)
+        fail(f"{path} was damaged ({error}) and is removed: run the same command again, which scans it anew")
+
+
+def statistics(chunks, work, files):
+    """-> (the manifest's documents without the fate of duplicates, sha256 of the digests of all documents read)"""
+    stats, read, digest = collections.Counter(), 0, hashlib.sha256()
+    for path in chunks:
+        found, digests = load(path, "stats", "read")
+        stats.update(json.loads(found.tobytes()))
+        read += len(digests)
+        digest.update(digests.tobytes())
+    faults = {file.name: json.loads((work / f"{i:06d}.json").read_bytes())["fault"] for i, file in enumerate(files)}
+    dropped = {key.partition(" ")[2]: stats[key] for key in sorted(stats) if key.startswith("dropped ")}
+    documents = {"read": read, "changed": stats["changed"], "changes": {step: stats[step] for step in CHANGES}}
+    documents |= {"dropped": dropped, "damaged_files": {name: why for name, why in faults.items() if why}}
+    return documents, digest.hexdigest()
+
+
+def each(chunks, *names):
+    """Yields (number of the first document, array, ...) of each chunk."""
+    start = 0
+    for path in chunks:
+        arrays = load(path, *names)
+        yield start, *arrays
+        start += len(arrays[0])
+
+
+def resolve(work, chunks, settings):
+    """What becomes of each document. -> uint8 (N,) of dedup.KEPT, EXACT, NEAR"""
+    path = work / "fate.npy"
+    if path.exists():
+        return np.load(path)
+    fate = np.zeros(sum(len(hashes) for _, hashes in each(chunks, "hashes")), dtype=np.uint8)
+    if settings["dedup"] != "none":
+        dedup.drop_exact(each(chunks, "hashes"), fate, work)
+    if settings["dedup"] == "near":
+        parts = each(chunks, "signatures")
+        dedup.drop_near(parts, fate, work, settings["permutations"], settings["threshold"])
+    replace(path, lambda file: np.save(file, fate))
+    return fate
+
+
+# -----------------------------------------------------------------------------
+# Pass 3
+
+
+def write(folder, chunks, fate, tokenizer, source, preprocessing, documents, settings):
+    """The shards of the documents that stay. -> whether anything changed"""
+    totals, kept_bytes = {"train": 0, "val": 0}, 0
+    for start, hashes, sizes in each(chunks, "hashes", "sizes"):
+        for split, chosen in chosen_for(hashes, fate[start : start + len(hashes)], settings["val_fraction"]):
+            totals[split] += int(sizes[chosen, 0].sum())
+            kept_bytes += int(sizes[chosen, 1].sum())
+    with DatasetWriter(folder, tokenizer, totals) as writer:
+        for start, hashes, sizes, tokens in each(chunks, "hashes", "sizes", "tokens"):
+            for split, chosen in chosen_for(hashes, fate[start : start + len(hashes)], settings["val_fraction"]):
+                writer.add(split, tokens[np.repeat(chosen, sizes[:, 0])])
+        return writer.finish(source, preprocessing, documents | {"kept_bytes": kept_bytes})
+
+
+def chosen_for(hashes, fate, val_fraction):
+    """The documents of each split: a hash below val_fraction of its range is one for validation. -> (split, bool (n,))"""
+    val = hashes[:, 0] < np.uint64(int(val_fraction * 2**64))
+    return [("train", (fate == dedup.KEPT) & ~val), ("val", (fate == dedup.KEPT) & val)]
+
+
+def nothing_left(documents, settings):
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in documents["dropped"].items() if count)
+    if documents["damaged_files"]:
+        reasons = ", ".join([reasons] * bool(reasons) + [f"{k}: {v}" for k, v in documents["damaged_files"].items()])
+    mend = f"; --text_key names another key than {settings['text_key']!r}" if documents["dropped"].get("no_text") else ""
+    return (reasons or "the files are empty") + mend
+
+
+def report(folder, documents, changed, seconds):
+    """What there is now."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    counts = [f"{count:,} {name}" for name, count in documents["dropped"].items() if count]
+    changes = [f"{count:,} {name}" for name, count in documents["changes"].items() if count]
+    print(f"{documents['read']:,} documents read, {documents['kept']:,} kept; dropped: {', '.join(counts) or 'none'}; "
+          f"changed: {', '.join(changes) or 'none'}")
+    train, val = (manifest["splits"][split]["tokens"] for split in ("train", "val"))
+    print(f"{train:,} tokens for training, {val:,} for validation, in {seconds:.0f} s")
+    state = "written to" if changed else "already there, unchanged:"
+    print(f"{state} {folder} (dataset {manifest_hash(folder)[:12]})")

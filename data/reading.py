@@ -1,0 +1,309 @@
+"""
+Files of one's own -> texts, or documents in pieces of work that do not depend on who reads them.
+
+| file | its documents |
+|---|---|
+| .txt .txt.gz .txt.zst | what stands between two <|endoftext|>, less line ends around it; the whole file where there is none |
+| .jsonl .jsonl.gz .jsonl.zst | one JSON object a line, its text under a key |
+| .parquet | a row each, its text in a column of that name |
+
+A corpus is a sorted list of such files (or the shards of a dataset of the Hugging Face Hub). Each is cut into chunks by
+the offset at which a document begins: chunk i holds those that begin in [i * size, (i + 1) * size). So a chunk is the
+same documents whoever reads it and however often reading was interrupted. Of a plain file, any chunk is read alone.
+"""
+
+import contextlib
+import gzip
+import itertools
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import sha256
+from configurator import fail
+from tokenizer import END_OF_TEXT
+
+BLOCK = 1 << 20  # bytes read at a time
+MARK = END_OF_TEXT.encode()
+ENDINGS = tuple(f".{kind}{packed}" for kind in ("txt", "jsonl") for packed in ("", ".gz", ".zst")) + (".parquet",)
+
+
+class Reject(Exception):
+    """Why a document is not used: a word, under which it is counted."""
+
+
+class Damaged(Exception):
+    """Why the rest of a file cannot be read."""
+
+
+@dataclass
+class InputFile:
+    """One file of a corpus, or one shard of a dataset of the Hub."""
+
+    name: str  # its path in the folder, with /
+    size: int = 0  # bytes on disk, 0: not known
+    path: Path | None = None
+    rows: object = None  # of a shard of the Hub: an iterable of dict
+    # known when it has been read
+    done: int = 0  # bytes on disk that are read
+    chunks: int = 0  # how many it has
+    fault: str | None = None  # why the rest of it could not be read
+
+    @property
+    def kind(self):
+        return "hub" if self.path is None else "parquet" if self.ending == ".parquet" else self.ending.split(".")[1]
+
+    @property
+    def ending(self):
+        return next((ending for ending in ENDINGS if self.path.name.lower().endswith(ending)), ".txt")
+
+    @property
+    def seekable(self):
+        return self.path is not None and self.ending in (".txt", ".jsonl")
+
+
+def find_files(folder, endings=ENDINGS):
+    """Files under `folder` that end in one of `endings`, sorted by their path in it.
+
+    Links are followed, each folder is entered once. Raises OSError, also for a link that leads nowhere.
+    """
+    folder, found, entered = Path(folder), [], set()
+
+    def stop(error):
+        raise error
+
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=stop):
+        if os.path.realpath(place) in entered:  # a link back up would never end
+            subfolders.clear()
+            continue
+        entered.add(os.path.realpath(place))
+        subfolders.sort()  # which of two ways into a folder is taken must not depend on the file system
+        found += [Path(place, name) for name in names if name.lower().endswith(endings)]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def list_files(path):
+    """The corpus at `path`, a file or folder. -> list of InputFile. Ends the script where there is none to read."""
+    path = Path(path)
+    if not path.is_dir():
+        if not os.path.lexists(path):
+            fail(f"--input={path}: there is no such file or folder")
+        if not path.name.lower().endswith(ENDINGS):
+            fail(f"--input={path}: a file of documents ends in one of {' '.join(ENDINGS)}")
+        return [InputFile(path.name, path.stat().st_size, path)]
+    files = [InputFile(f.relative_to(path).as_posix(), f.stat().st_size, f) for f in find_files(path)]
+    if not files:
+        fail(f"--input={path}: the folder has no file that ends in one of {' '.join(ENDINGS)}")
+    return files
+
+
+# -----------------------------------------------------------------------------
+# Documents, one after another, as (offset, bytes or str, or the Reject that stands for it)
+
+
+def split_stream(stream, separator, limit, start=0):
+    """Cut a binary stream at `separator`. Yields (offset, bytes); a Reject for what is longer than `limit` bytes, of
+    which no more than that and a block is ever held."""
+    rest, at, passed, keep = b"", start, 0, len(separator) - 1  # `rest` begins at offset at + passed
+    while block := stream.read(BLOCK):
+        *whole, rest = (rest + block).split(separator)
+        for piece in whole:
+            yield at, Reject("too_long") if passed or len(piece) > limit else piece
+            at, passed = at + passed + len(piece) + len(separator), 0
+        if len(rest) > limit + keep:  # not just the beginning of a separator
+            passed, rest = passed + len(rest) - keep, rest[len(rest) - keep :]
+    if rest or passed:
+        yield at, Reject("too_long") if passed or len(rest) > limit else rest
+
+
+def stream_documents(file, limit, start=0):
+    """Documents of a .txt or .jsonl, packed or not, the first perhaps the tail of one where `start` is not 0."""
+    blank = b" \t\r\n" if file.kind == "jsonl" else b"\r\n"
+    with open_binary(file) as (stream, packed):
+        if start:
+            stream.seek(start)
+        for at, piece in split_stream(stream, b"\n" if file.kind == "jsonl" else MARK, limit, start):
+            piece, file.done = piece if isinstance(piece, Reject) else piece.strip(blank), packed.tell()
+            if piece:
+                yield at, piece
+
+
+@contextlib.contextmanager
+def open_binary(file):
+    """-> (the unpacked bytes of a file as a stream, the file itself)"""
+    with open(file.path, "rb") as packed:
+        if file.ending.endswith(".gz"):
+            stream = gzip.GzipFile(fileobj=packed)
+        elif file.ending.endswith(".zst"):
+            arrow = need("pyarrow")
+            stream = arrow.CompressedInputStream(arrow.PythonFile(packed, "r"), "zstd")
+        else:
+            stream = packed
+        yield stream, packed
+
+
+def parquet_documents(file, text_key, limit):
+    """Rows of a parquet file; offsets count bytes of text."""
+    arrow, parquet = need("pyarrow"), need("pyarrow.parquet")
+    with parquet.ParquetFile(file.path) as opened:
+        if text_key not in opened.schema_arrow.names:
+            raise Damaged(f"it has no column {text_key!r}, but {', '.join(opened.schema_arrow.names)}")
+        at, is_text = 0, opened.schema_arrow.field(text_key).type in (arrow.string(), arrow.large_string())
+        for batch in opened.iter_batches(64, columns=[text_key], use_threads=False):
+            column = batch.column(0)
+            for text in (column.cast(arrow.large_binary()) if is_text else column).to_pylist():  # bytes: UTF-8 or not
+                known = isinstance(text, bytes)
+                reject = Reject("too_long") if known and len(text) > limit else None if known else Reject("no_text")
+                yield at, reject or text
+                at += len(text) if known else 1
+            file.done += file.size * len(batch) // max(1, opened.metadata.num_rows)
+
+
+def hub_files(dataset, name, revision, plan):
+    """A dataset of the Hugging Face Hub, streamed from its parquet files; no code of it is run.
+
+    -> (list of InputFile, the manifest's source). The commit is that of `plan`, the file of an unfinished run, or the
+    latest, so that what is read does not change in between.
+    """
+    hub, datasets = need("huggingface_hub"), need("datasets")
+    try:
+        held = json.loads(plan.read_bytes())["source"]
+        if not revision and held.get("name") == dataset and held.get("configuration") == name:
+            revision = held["revision"]
+    except (OSError, ValueError, KeyError):
+        pass
+    try:
+        if not re.fullmatch("[0-9a-f]{40}", revision):
+            revision = hub.HfApi().dataset_info(dataset, revision=revision or None).sha
+        rows = datasets.load_dataset(dataset, name or None, split="train", streaming=True, revision=revision)
+    except Exception as error:  # the network's, the Hub's and the library's have no common one
+        fail(f"the Hub's dataset {dataset} is not to be had here ({type(error).__name__}: {error}); "
+             "with its files on this machine: --input=FOLDER")
+    count = rows.num_shards
+    shards = [InputFile(f"shard {i} of {count}", rows=rows.shard(count, i)) for i in range(count)]
+    return shards, {"name": dataset, "configuration": name, "revision": revision}
+
+
+def hub_documents(file, text_key, limit):
+    """Rows of a shard of the Hub; offsets count characters of text."""
+    at = 0
+    for row in file.rows:
+        text = row.get(text_key)
+        known = isinstance(text, str)
+        yield at, text if known and len(text) <= limit else Reject("too_long" if known else "no_text")
+        at += len(text) if known else 1
+
+
+def read_documents(file, text_key, limit):
+    """All documents of a file, as (offset, document). Raises Damaged where the rest cannot be read.
+
+    A line of JSON comes as it stands: taking the text out of it is work for many processes (cleaning.text_of).
+    """
+    errors = [EOFError, zlib.error, gzip.BadGzipFile]
+    if file.ending == ".parquet" if file.path else False:
+        errors += [need("pyarrow").ArrowException, OSError]
+    elif file.path and file.ending.endswith(".zst"):
+        errors += [OSError]
+    try:
+        if file.kind == "hub":
+            yield from hub_documents(file, text_key, limit)
+        elif file.kind == "parquet":
+            yield from parquet_documents(file, text_key, limit)
+        else:
+            yield from stream_documents(file, limit)
+    except (PermissionError, FileNotFoundError):
+        raise
+    except tuple(errors) as error:
+        raise Damaged(str(error).strip().partition("\n")[0]) from None
+
+
+def need(package):
+    """An optional package, or the end with how to get it."""
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        fail(f"this needs the package {package.partition('.')[0]}: pip install -c constraints.txt '.[data]'")
+
+
+# -----------------------------------------------------------------------------
+# Chunks
+
+
+def read_chunks(file, wanted, size, text_key, limit):
+    """Yields (i, the documents of chunk i) for each i with wanted(i), a chunk without documents included.
+
+    Afterwards file.chunks and file.fault are known.
+    """
+    if file.seekable:
+        file.chunks, back = max(1, -(-file.size // size)), len(MARK) if file.kind == "txt" else 1
+        for i in filter(wanted, range(file.chunks)):
+            # from a separator's length before: then the first piece is never one that begins here
+            documents = stream_documents(file, limit, max(0, i * size - back))
+            documents = itertools.takewhile(lambda pair, end=(i + 1) * size: pair[0] < end, documents)
+            yield i, [document for at, document in documents if at >= i * size]
+        return
+
+    chunk, held = 0, []
+    try:
+        for at, document in read_documents(file, text_key, limit):
+            while at >= (chunk + 1) * size:
+                if wanted(chunk):
+                    yield chunk, held
+                chunk, held = chunk + 1, []
+            if wanted(chunk):
+                held.append(document)
+    except Damaged as error:
+        file.fault = str(error)
+    if wanted(chunk):
+        yield chunk, held
+    file.chunks = chunk + 1
+
+
+# -----------------------------------------------------------------------------
+# Texts in memory
+
+
+def read_text(path):
+    """A UTF-8 file as it stands, line ends included, less a byte order mark. -> (str, its bytes)"""
+    raw = Path(path).read_bytes()
+    try:
+        return raw.decode().removeprefix("\ufeff"), raw
+    except UnicodeDecodeError as error:
+        fail(
+            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start:,}; convert it first, "
+            "for example: iconv -f ISO-8859-1 -t UTF-8"
+        )
+
+
+def read_texts(path):
+    """The text of a file, or of each *.txt file under a folder that is not empty.
+
+    -> (list of str, the manifest's source, its documents)
+    """
+    path = Path(path)
+    if not path.exists():
+        fail(f"--input={path}: there is no such file or folder")
+    paths = find_files(path, (".txt",)) if path.is_dir() else [path]
+    texts, digests, size, changed = [], [], 0, 0
+    for file in paths:
+        text, raw = read_text(file)
+        digests.append(sha256(raw))
+        size += len(raw)
+        changed += raw.startswith(b"\xef\xbb\xbf")
+        if text:
+            texts.append(text)
+    if not texts:
+        fail(f"{path} has no text: {f'{len(paths)} *.txt files, all empty' if path.is_dir() else 'it is empty'}")
+    source = {"name": os.path.basename(os.path.abspath(path)), "bytes": size, "sha256": digests[0]}
+    if path.is_dir():  # the digest of what sha256sum would print: changes with any file's content, name or presence
+        names = [file.relative_to(path).as_posix() for file in paths]
+        listing = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
+        source |= {"files": len(paths), "sha256": sha256(listing.encode("utf-8", "surrogateescape"))}
+    dropped = {"empty": len(paths) - len(texts)}
+    documents = {"read": len(paths), "kept": len(texts), "changed": changed, "dropped": dropped}
+    return texts, source, documents
