@@ -10,7 +10,8 @@ Text <-> token ids.
 
 Every tokenizer has `kind`, `vocab_size`, `special_tokens` (name -> id), `bos` and `eos` (ids, or None where it has
 none), and what Tokenizer has. Special tokens get into a stream by their ids alone: in a text their names are plain
-characters, so no text that a user types can produce one.
+characters, so no text that a user types can produce one. `encode(text, special=True)` is for text of one's own that
+spells them.
 """
 
 import base64
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,10 @@ CHUNK = 1 << 22  # characters encoded at a time: bounds the memory on texts of g
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token: between documents, so a beginning and an end
 # Where GPT-2 cuts a text before it merges (Radford et al. 2019, encoder.py): contractions, words, numbers, the rest
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# Half of the run of white space at which tiktoken's regular expressions, which look ahead, exhaust their stack
+LONGEST_SPACE = 400_000
+SPACE = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{LONGEST_SPACE},}}")
 
 
 def code_points(text):
@@ -46,9 +52,17 @@ def code_points(text):
 class Tokenizer:
     """What all kinds share. Each has its own `encode_array`, `to_json` and `pieces`, the bytes of each token by id."""
 
-    def encode(self, text):
-        """Ids of `text` as a list of int. Raises ValueError naming the first character that has none, and its place."""
-        return self.encode_array(text).tolist()
+    def encode(self, text, special=False):
+        """Ids of `text` as a list of int. Raises ValueError naming the first character that has none, and its place.
+
+        With `special`, the names of special tokens in it become these tokens.
+        """
+        if not special or not self.special_tokens:
+            return self.encode_array(text).tolist()
+        names = sorted(self.special_tokens, key=len, reverse=True)  # of two that begin alike, the longer
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        ids = [[self.special_tokens[part]] if i % 2 else self.encode(part) for i, part in enumerate(parts)]
+        return [i for part in ids for i in part]
 
     def encode_batch(self, texts, pad=False):
         """Ids of each text, a list of lists. With `pad` -> (ids, mask): int64 and bool (len(texts), T), T the longest.
@@ -209,7 +223,17 @@ class BPETokenizer(Tokenizer):
             raise ValueError(
                 f"cannot encode U+{ord(text[error.start]):04X} at position {error.start}: it is half a character"
             ) from None
-        return np.array(self._bpe.encode_ordinary(text), dtype=np.uint16)
+        parts, at = [], 0
+        for run in SPACE.finditer(text) if len(text) > LONGEST_SPACE else ():
+            end = run.end() - (run.end() < len(text))  # GPT-2's pattern leaves the last one to the word that follows
+            piece = self._bpe._encode_single_piece(text[run.start() : end].encode())
+            parts += [self._encode(text[at : run.start()]), np.array(piece, dtype=np.uint16)]
+            at = end
+        return np.concatenate([*parts, self._encode(text[at:])]) if parts else self._encode(text)
+
+    def _encode(self, text):
+        # without a list of numbers in between; no special token is allowed and none refused, so all are plain text
+        return self._bpe.encode_to_numpy(text, allowed_special=set(), disallowed_special=()).astype(np.uint16)
 
     def to_json(self):
         """The bytes of tokenizer.json: equal tokenizers have equal bytes."""

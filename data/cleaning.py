@@ -1,9 +1,9 @@
 """
 Raw documents -> clean text: named steps, each of which counts what it changed or refused.
 
-Changed: `utf8` bytes or halves of characters that were no text became U+FFFD; `mojibake` text that had been decoded with
-the wrong encoding was put right; `controls` line ends became \\n and other control characters went; `nfc` characters were
-composed (Unicode's normalization form C). Text that is good already is never rewritten.
+Changed: `utf8` bytes or halves of characters that were no text became U+FFFD; `mojibake` text that had been decoded
+with the wrong encoding was put right; `controls` line ends became line feeds and other control characters went; `nfc`
+characters were composed (Unicode's normalization form C). Text that is good already is never rewritten.
 Refused: `bad_json`, `no_text` (no string under the key), `too_short`, `too_long`.
 """
 

@@ -242,7 +242,7 @@ def manifest_hash(folder):
 
 
 def write_dataset(folder, splits, tokenizer, source, preprocessing, documents):
-    """Make `folder` the dataset of `splits`: {"train": ids, "val": ids}, each uint16 (N,). -> whether anything changed"""
+    """Make `folder` the dataset of `splits`: {"train": ids, "val": ids}, each uint16 (N,). -> whether it changed"""
     with DatasetWriter(folder, tokenizer, {split: len(ids) for split, ids in splits.items()}) as writer:
         for split, ids in splits.items():
             writer.add(split, ids)
@@ -265,7 +265,7 @@ class DatasetWriter:
             fail(f"a vocabulary of {tokenizer.vocab_size:,} does not fit into 16-bit tokens (65,536)")
         for split, total in totals.items():
             if total < 2:  # one to predict from, one to predict
-                fail(f"the {split} split would have {total} of at least 2 tokens: use more text or another val_fraction")
+                fail(f"the {split} split would have {total} of at least 2 tokens: more text or another val_fraction")
         self.shards = {split: [] for split in totals}  # of each: the manifest's entries
         self.open = {}  # split -> file, its hash, tokens it still takes
         self.names = []
@@ -306,13 +306,11 @@ class DatasetWriter:
 
     def write(self, split, data, tokens=0):
         file, digest, left = self.open[split]
-        try:
+        with naming(file.name):
             file.write(data)
-            digest.update(data)
             if left == tokens:
                 self.close(file)
-        except OSError as error:  # which does not name the file if it came from write()
-            raise OSError(error.errno, error.strerror, file.name) from None
+        digest.update(data)
         self.open[split] = file, digest, left - tokens
         if left == tokens:
             self.shards[split][-1]["sha256"] = digest.hexdigest()
@@ -343,7 +341,7 @@ class DatasetWriter:
         if self.holds(texts):
             return False
         for name, text in texts.items():
-            with self.create(name) as file:
+            with naming(self.folder / (name + BESIDE)), self.create(name) as file:
                 file.write(text)
                 self.close(file)
 
@@ -377,6 +375,15 @@ class DatasetWriter:
         except (FileNotFoundError, NotADirectoryError):
             return False
         return not (self.folder / INCOMPLETE).exists() and not other_shards(self.folder, self.names)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """An OSError in here names `path`, which one that comes from write() does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def file_sha256(file):

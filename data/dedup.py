@@ -39,7 +39,7 @@ UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30F
 
 @functools.cache
 def word_table():
-    """Of each code point whether it is between words (0), part of one (1), or one by itself (2). -> uint8 (0x110000,)"""
+    """Of each code point whether it is between words (0), part of one (1), or one by itself (2). -> uint8 (n,)"""
     table = np.zeros(sys.maxunicode + 1, dtype=np.uint8)
     table[[i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i))[0] in "LMN"]] = 1
     for first, last in UNSPACED:

@@ -11,33 +11,20 @@ dataset is. So a process that was killed at any point goes on where it was when 
 chunk.
 """
 
-import collections
-import concurrent.futures
-import contextlib
-import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
-import zipfile
-from pathlib import Path
 
 import numpy as np
 
-import cleaning
 import dedup
-from common import BESIDE, DatasetWriter, manifest_hash, only_writer
+from common import DatasetWriter, manifest_hash, only_writer
 from configurator import fail
-from reading import Reject, read_chunks
-from tokenizer import load_tokenizer
+from scan import all_chunks, each, replace, scan, statistics
 
 VERSION = 1  # of what the passes do; part of the manifest
-CHUNK = 1 << 23  # bytes of documents in one piece of work
-CHANGES = ("utf8", "mojibake", "controls", "nfc")
 # settings of a prepare.py that decide what comes out, and so must be the same when it goes on
 DECIDE = ("text_key", "val_fraction", "min_chars", "max_chars", "dedup", "threshold", "permutations")
 
@@ -155,22 +142,6 @@ def open_work(work, plan, tokenizer):
     replace(path, lambda file: file.write((json.dumps(plan) + "\n").encode()))
 
 
-def replace(path, write):
-    """Make the file `path` by write(file): complete, synced, or not there. The name beside is this process's own."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}{BESIDE}")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # which does not name the file if it came from write()
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
 def print_needs(folder, files, settings, workers):
     """What this will take, before it is taken: estimates from the sizes of the files."""
     size = sum(file.size * (1 if file.seekable else 3) for file in files)  # text packs to about a third
@@ -192,210 +163,7 @@ def print_needs(folder, files, settings, workers):
 
 
 # -----------------------------------------------------------------------------
-# Pass 1
-
-
-def chunk_path(work, number, chunk):
-    return work / f"{number:06d}_{chunk:06d}.npz"
-
-
-def scan(work, files, settings, share, shares, workers):
-    """Scan this part's chunks that are not yet: whole files, or every `shares`-th chunk where files are fewer."""
-    progress = Progress("scan", sum(file.size for file in files if file.size))
-    with scanners(work, settings, workers, progress.add) as submit:
-        for number, file in enumerate(files):
-            mine = lambda chunk, n=number: (n if len(files) >= shares else n + chunk) % shares == share  # noqa: E731
-            wanted = lambda chunk, n=number: mine(chunk, n) and not chunk_path(work, n, chunk).exists()  # noqa: E731
-            listing = work / f"{number:06d}.json"
-            if len(files) >= shares and not mine(0):
-                continue
-            if listing.exists() and not any(map(wanted, range(json.loads(listing.read_bytes())["chunks"]))):
-                continue
-            limit = 6 * settings["max_chars"] + (1 << 16)  # bytes of a line: JSON may spell a character in six
-            for chunk, documents in read_chunks(file, wanted, CHUNK, settings["text_key"], limit):
-                submit(number, chunk, documents, file.kind)
-                progress.reach(sum(f.size for f in files[:number]) + file.done)
-            if file.fault:
-                print(f"\nwarning: {file.name}: {file.fault}; what comes before is used", file=sys.stderr)
-            text = json.dumps({"chunks": file.chunks, "fault": file.fault})
-            replace(listing, lambda out, text=text: out.write(text.encode()))
-    progress.end()
-
-
-@contextlib.contextmanager
-def scanners(work, settings, workers, done):
-    """Yields submit(number, chunk, documents, kind); `done` is called with what each chunk's scan returns.
-
-    Twice as many chunks as workers are held at once. One worker is this process itself.
-    """
-    if workers == 1:
-        start_worker(work, settings)
-        yield lambda *args: done(scan_chunk(*args))
-        return
-    running = collections.deque()
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), start_worker, (work, settings, os.getpid())
-    )
-
-    def submit(*args):
-        if len(running) >= 2 * workers:
-            done(running.popleft().result())
-        running.append(pool.submit(scan_chunk, *args))
-
-    try:
-        yield submit
-        while running:
-            done(running.popleft().result())
-    except concurrent.futures.process.BrokenProcessPool:
-        fail("a worker was killed, most often for memory: run the same command again with fewer --workers; "
-             "nothing that was done is lost")
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def start_worker(work, settings, parent=None):
-    global worker
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # rensa's: there is a process for each core
-    worker = Path(work), settings, load_tokenizer(work)
-    if parent:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
-        threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    """A process that is killed cannot tell its workers."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def scan_chunk(number, chunk, documents, kind):
-    """Clean, hash and encode the documents of a chunk, and keep what was found. -> (documents, bytes) read"""
-    work, settings, tokenizer = worker
-    stats, digests, hashes, sizes, tokens, sets = collections.Counter(), [], [], [], [], []
-    size, end = 0, np.array([tokenizer.eos], dtype=np.uint16)
-    for document in documents:
-        raw = document if isinstance(document, bytes) else str(document).encode("utf-8", "surrogatepass")
-        digests.append(hashlib.blake2b(raw, digest_size=16).digest())
-        size += len(raw)
-        before = sum(stats[step] for step in CHANGES)
-        try:
-            if isinstance(document, Reject):
-                raise document
-            text = cleaning.clean(document, kind, settings["text_key"], settings["min_chars"], settings["max_chars"],
-                                  stats)
-            ids = encode(tokenizer, text)
-        except Reject as reject:
-            stats[f"dropped {reject}"] += 1
-            continue
-        encoded = text.encode()
-        stats["changed"] += sum(stats[step] for step in CHANGES) > before
-        hashes.append(hashlib.blake2b(encoded, digest_size=16).digest())
-        sizes.append((len(ids) + 1, len(encoded)))
-        tokens += [ids, end]
-        if settings["dedup"] == "near":
-            sets.append(dedup.shingles(text))
-    arrays = {
-        "stats": np.frombuffer(json.dumps(stats).encode(), dtype=np.uint8),
-        "read": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16),
-        "hashes": np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2),
-        "sizes": np.array(sizes, dtype=np.int64).reshape(-1, 2),  # of each document: tokens, bytes of text
-        "tokens": np.concatenate([*tokens, end[:0]]),
-    }
-    if settings["dedup"] == "near":
-        arrays["signatures"] = dedup.signatures(sets, settings["permutations"])
-    replace(chunk_path(work, number, chunk), lambda file: np.savez(file, **arrays))
-    return len(documents), size
-
-
-def encode(tokenizer, text):
-    try:
-        return tokenizer.encode_array(text)
-    except ValueError:  # a tokenizer of characters that does not know one
-        raise Reject("not_in_vocabulary") from None
-
-
-class Progress:
-    """How far a pass is, how fast and how long still: a line that is renewed on a terminal, one in 30 s elsewhere."""
-
-    def __init__(self, name, total):
-        self.name, self.total, self.at, self.first = name, total, 0, None
-        self.documents = self.bytes = 0
-        self.started = self.shown = time.monotonic()
-
-    def reach(self, at):
-        self.first = at if self.first is None else self.first  # what an earlier run had done
-        self.at = at
-
-    def add(self, found):
-        self.documents, self.bytes = self.documents + found[0], self.bytes + found[1]
-        now = time.monotonic()
-        if now - self.shown >= (0.5 if sys.stdout.isatty() else 30):
-            self.shown = now
-            print(self.line(now), end="\r" if sys.stdout.isatty() else "\n", flush=True)
-
-    def line(self, now):
-        took = max(now - self.started, 1e-9)
-        line = f"{self.name}: {self.documents:,} documents, {self.bytes / 1e6:,.0f} MB, {self.bytes / took / 1e6:.1f} MB/s"
-        moved = self.at - (self.first or 0)
-        if self.total and moved > 0:
-            left = int((self.total - self.at) * took / moved)
-            line += f", {self.at / self.total:.0%}, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        return f"{line:78}"
-
-    def end(self):
-        self.total = 0
-        print(self.line(time.monotonic()).rstrip(), flush=True)
-
-
-# -----------------------------------------------------------------------------
 # Pass 2
-
-
-def all_chunks(work, files):
-    """Paths of every chunk, in the order of the corpus. Ends the script where one has not been scanned."""
-    paths = []
-    for number, file in enumerate(files):
-        listing = work / f"{number:06d}.json"
-        count = json.loads(listing.read_bytes())["chunks"] if listing.exists() else 1
-        here = [chunk_path(work, number, chunk) for chunk in range(count)]
-        if missing := [path for path in here if not path.exists()] or here[not listing.exists() : 0]:
-            fail(f"{file.name}: {len(missing)} of {count} chunks are not scanned: run the parts that did not finish again")
-        paths += here
-    return paths
-
-
-def load(path, *names):
-    """Arrays of a chunk."""
-    try:
-        with np.load(path) as chunk:
-            return [chunk[name] for name in names]
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        path.unlink(missing_ok=True)
-        fail(f"{path} was damaged ({error}) and is removed: run the same command again, which scans it anew")
-
-
-def statistics(chunks, work, files):
-    """-> (the manifest's documents without the fate of duplicates, sha256 of the digests of all documents read)"""
-    stats, read, digest = collections.Counter(), 0, hashlib.sha256()
-    for path in chunks:
-        found, digests = load(path, "stats", "read")
-        stats.update(json.loads(found.tobytes()))
-        read += len(digests)
-        digest.update(digests.tobytes())
-    faults = {file.name: json.loads((work / f"{i:06d}.json").read_bytes())["fault"] for i, file in enumerate(files)}
-    dropped = {key.partition(" ")[2]: stats[key] for key in sorted(stats) if key.startswith("dropped ")}
-    documents = {"read": read, "changed": stats["changed"], "changes": {step: stats[step] for step in CHANGES}}
-    documents |= {"dropped": dropped, "damaged_files": {name: why for name, why in faults.items() if why}}
-    return documents, digest.hexdigest()
-
-
-def each(chunks, *names):
-    """Yields (number of the first document, array, ...) of each chunk."""
-    start = 0
-    for path in chunks:
-        arrays = load(path, *names)
-        yield start, *arrays
-        start += len(arrays[0])
 
 
 def resolve(work, chunks, settings):
@@ -432,7 +200,7 @@ def write(folder, chunks, fate, tokenizer, source, preprocessing, documents, set
 
 
 def chosen_for(hashes, fate, val_fraction):
-    """The documents of each split: a hash below val_fraction of its range is one for validation. -> (split, bool (n,))"""
+    """The documents of each split, validation's by a hash in the lowest val_fraction. -> [(split, bool (n,)), ...]"""
     val = hashes[:, 0] < np.uint64(int(val_fraction * 2**64))
     return [("train", (fate == dedup.KEPT) & ~val), ("val", (fate == dedup.KEPT) & val)]
 
@@ -441,7 +209,7 @@ def nothing_left(documents, settings):
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in documents["dropped"].items() if count)
     if documents["damaged_files"]:
         reasons = ", ".join([reasons] * bool(reasons) + [f"{k}: {v}" for k, v in documents["damaged_files"].items()])
-    mend = f"; --text_key names another key than {settings['text_key']!r}" if documents["dropped"].get("no_text") else ""
+    mend = f"; --text_key names another key than {settings['text_key']!r}" * ("no_text" in documents["dropped"])
     return (reasons or "the files are empty") + mend
 
 

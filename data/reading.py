@@ -3,7 +3,7 @@ Files of one's own -> texts, or documents in pieces of work that do not depend o
 
 | file | its documents |
 |---|---|
-| .txt .txt.gz .txt.zst | what stands between two <|endoftext|>, less line ends around it; the whole file where there is none |
+| .txt .txt.gz .txt.zst | what stands between two <|endoftext|>, the line ends around it stripped |
 | .jsonl .jsonl.gz .jsonl.zst | one JSON object a line, its text under a key |
 | .parquet | a row each, its text in a column of that name |
 
@@ -26,7 +26,7 @@ from common import sha256
 from configurator import fail
 from tokenizer import END_OF_TEXT
 
-BLOCK = 1 << 20  # bytes read at a time
+BLOCK = 1 << 16  # bytes read at a time, and so what is lost where a packed file breaks off
 MARK = END_OF_TEXT.encode()
 ENDINGS = tuple(f".{kind}{packed}" for kind in ("txt", "jsonl") for packed in ("", ".gz", ".zst")) + (".parquet",)
 
@@ -107,16 +107,19 @@ def list_files(path):
 def split_stream(stream, separator, limit, start=0):
     """Cut a binary stream at `separator`. Yields (offset, bytes); a Reject for what is longer than `limit` bytes, of
     which no more than that and a block is ever held."""
-    rest, at, passed, keep = b"", start, 0, len(separator) - 1  # `rest` begins at offset at + passed
+    rest, at, passed, keep = bytearray(), start, 0, len(separator) - 1  # `rest` begins at offset at + passed
     while block := stream.read(BLOCK):
-        *whole, rest = (rest + block).split(separator)
-        for piece in whole:
-            yield at, Reject("too_long") if passed or len(piece) > limit else piece
-            at, passed = at + passed + len(piece) + len(separator), 0
+        new = max(0, len(rest) - keep)  # where a separator may begin that was not there before
+        rest += block
+        if rest.find(separator, new) >= 0:
+            *whole, rest = rest.split(separator)
+            for piece in whole:
+                yield at, Reject("too_long") if passed or len(piece) > limit else bytes(piece)
+                at, passed = at + passed + len(piece) + len(separator), 0
         if len(rest) > limit + keep:  # not just the beginning of a separator
             passed, rest = passed + len(rest) - keep, rest[len(rest) - keep :]
     if rest or passed:
-        yield at, Reject("too_long") if passed or len(rest) > limit else rest
+        yield at, Reject("too_long") if passed or len(rest) > limit else bytes(rest)
 
 
 def stream_documents(file, limit, start=0):

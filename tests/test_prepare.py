@@ -155,7 +155,7 @@ def test_again_leaves_it_alone_or_mends_it(prepare, texts, tmp_path, capsys, mon
     again = f"--input={texts[1]}", f"--out_dir={out}"
     assert prepare.test_main(*again) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.common, "replace_files", None)  # nothing may be written
+        patch.setattr(prepare.common.DatasetWriter, "put", None)  # nothing may be put in place
         assert prepare.test_main(*again) == 0
         assert "already there" in capsys.readouterr().out
     for damage in (

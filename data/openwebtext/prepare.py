@@ -54,7 +54,7 @@ def main(**defaults):
     pipeline.check_settings(settings)
     folder = Path(out_dir) if out_dir else HERE
     if tokenizer == "char":
-        fail("tokenizer=char: a large corpus takes gpt2 or the tokenizer of tok_train.py; data/text/prepare.py has char")
+        fail("tokenizer=char is for data/text/prepare.py: a large corpus takes gpt2 or what tok_train.py makes")
     if input:
         files, source = list_files(input), {"name": Path(input).resolve().name}
     else:
