@@ -13,12 +13,13 @@ import torch
 from configurator import configure, fail
 from device import autocast, pick_device, pick_dtype
 from infer import load
-from loader import Tokens, find_dataset, fixed_batches, read_manifest
+from loader import fixed_batches, open_datasets, open_tokens, sha256
+from monitor import plain
 
 # -----------------------------------------------------------------------------
 out_dir = "out"     # run folder, or one checkpoint's folder
 ckpt = "latest"     # which checkpoint: latest | best | a step
-dataset = ""        # name under data/ or a folder; empty: the one it was trained on
+dataset = ""        # name under data/, a folder, or a mix a:0.7,b:0.3; empty: what it was trained on
 split = "val"       # train | val
 block_size = 0      # tokens per window; 0: the model's
 batch_size = 64     # windows at once
@@ -33,21 +34,29 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
     """Mean cross-entropy of `model` over the fixed windows of `tokens`, in nats per token.
 
     Each window is read from its start, so its first tokens have little context: losses compare at equal block_size.
-    -> {"loss", "perplexity", "bits" (per token), "tokens"}.
+    Of a mix of datasets, each is evaluated by itself and the losses are weighted as the mix is.
+    -> {"loss", "perplexity", "bits" (per token), "tokens" (predicted), "tokens_sha256"}: losses compare where the last
+    two, which say what was read, are equal.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
-    for x, y in fixed_batches(tokens, block_size, batch_size, eval_iters):
-        n = int((y != -1).sum())
-        with context():
-            _, loss = model(x.to(device), y.to(device), loss_only=True)
-        total += loss.item() * n  # a sum over tokens: a mean of means would weigh the tail's tokens more
-        count += n
+    loss, tokens_read, digests = 0.0, 0, []
+    for part, weight in tokens.parts:
+        total, count = 0.0, 0
+        for x, y in fixed_batches(part, block_size, batch_size, eval_iters):
+            n = int((y != -1).sum())
+            with context():
+                _, mean = model(x.to(device), y.to(device), loss_only=True)
+            total += mean.item() * n  # a sum over tokens: a mean of means would weigh the tail's tokens more
+            count += n
+        loss += float(weight) * total / count
+        tokens_read += count
+        digests.append(part.sha256_of(count + 1))  # the windows lie one behind the other from the first token on
     model.train(was_training)
-    loss = total / count
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits": loss / math.log(2), "tokens": count}
+    digest = digests[0] if len(digests) == 1 else sha256("".join(digests).encode())
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits": loss / math.log(2), "tokens": tokens_read,
+            "tokens_sha256": digest}
 
 
 def main():
@@ -57,21 +66,19 @@ def main():
         where = pick_device(device)[0]
         context = autocast(where, pick_dtype(dtype, where)[0])
         model, tokenizer, state, folder = load(out_dir, ckpt, where)
-        source = find_dataset(dataset or state["config"]["dataset"])
-        tokens = Tokens(source, split, model.config.vocab_size)
-        manifest, dataset_sha256 = read_manifest(source)
+        found, manifest, dataset_sha256 = open_datasets(dataset or state["config"]["dataset"])
+        tokens = open_tokens(found, split, model.config.vocab_size)
         if tokenizer and manifest.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:
-            fail(f"{source} was prepared with another tokenizer than {folder} was trained with: their ids differ")
+            fail(f"{found[0][0]} was prepared with another tokenizer than {folder} was trained with: their ids differ")
         if not 0 <= block_size <= model.config.block_size:
             fail(f"--block_size={block_size}: the model sees at most {model.config.block_size} tokens")
         result = evaluate(model, tokens, block_size or model.config.block_size, batch_size, eval_iters, context)
     except (ValueError, OSError) as e:  # CheckpointError and DataError are ValueErrors
         fail(e)
     unit = "character" if tokenizer and tokenizer.kind == "char" else "token"
-    print(f"{folder} on {result['tokens']:,} tokens of {source}, split {split}:")
+    print(f"{folder} on {result['tokens']:,} tokens of {tokens.folder}, split {split}:")
     print(f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.3f}  bits per {unit} {result['bits']:.4f}")
-    numbers = {k: v if math.isfinite(v) else None for k, v in result.items()}
-    print(json.dumps({**numbers, "step": state["step"], "split": split, "dataset_sha256": dataset_sha256}))
+    print(json.dumps({**plain(result), "step": state["step"], "split": split, "dataset_sha256": dataset_sha256}))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,17 @@ Shards -> batches, in an order that is a function of the position.
 A split is one stream over its shards. Epoch e cuts it, from an offset drawn from (seed, e), into windows of
 block_size that do not overlap, and visits each window once, in a permutation that is computed and never stored.
 So any position of a run of any length is found at once, resuming needs no state, and the order belongs to the run,
-not to the number of processes that share it.
+not to the number of processes that share it. A mix of datasets is one such order: each position belongs to one of them.
 """
 
 import hashlib
+import itertools
 import json
-import queue
-import threading
+import re
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +47,52 @@ def find_dataset(dataset):
     raise DataError(f"no dataset {dataset!r}: dataset= takes a folder of .bin shards or one of {', '.join(known)}")
 
 
+def parse_mix(dataset):
+    """ "a:0.7,b:0.3" -> [("a", 7/10), ("b", 3/10)], weights as shares of 1; what names one dataset has weight 1."""
+    parts = [re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", part.strip()) for part in str(dataset).split(",")]
+    if not all(parts):
+        if any(parts) and len(parts) > 1:
+            raise DataError(f"dataset={dataset!r}: a mix gives each dataset a weight, as in a:0.7,b:0.3")
+        return [(dataset, Fraction(1))]
+    weights = [Fraction(part[2]) for part in parts]
+    if min(weights) <= 0 or len({part[1] for part in parts}) < len(parts):
+        raise DataError(f"dataset={dataset!r}: weights are above 0, and each dataset stands there once")
+    return [(part[1], weight / sum(weights)) for part, weight in zip(parts, weights, strict=True)]
+
+
+def open_datasets(dataset):
+    """A dataset or a mix of some. -> ([(folder, weight), ...], the first one's manifest, sha256 that names the data)
+
+    Raises DataError where there is none to use, or where they were made with different tokenizers.
+    """
+    found = [(find_dataset(name), weight) for name, weight in parse_mix(dataset)]
+    manifests = [read_manifest(folder) for folder, _ in found]
+    tokenizers = [manifest.get("tokenizer", {}).get("sha256") for manifest, _ in manifests]
+    for (folder, _), tokenizer in zip(found, tokenizers, strict=True):
+        if tokenizer != tokenizers[0]:
+            raise DataError(f"{folder} was prepared with another tokenizer than {found[0][0]}: the same ids differ")
+    names = [f"{digest}:{weight}" for (_, digest), (_, weight) in zip(manifests, found, strict=True)]
+    return found, manifests[0][0], manifests[0][1] if len(found) == 1 else sha256(",".join(names).encode())
+
+
+def verify_shards(folder):
+    """Raise DataError naming the first shard that is not, to the bit, what manifest.json says."""
+    splits = read_manifest(folder)[0].get("splits")
+    if splits is None:
+        raise DataError(f"{folder} has no manifest.json to verify it by: leave verify_data off")
+    for shard in (shard for split in splits.values() for shard in split["shards"]):
+        digest = hashlib.sha256()
+        with open(Path(folder) / shard["file"], "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        if digest.hexdigest() != shard["sha256"]:
+            raise DataError(f"{Path(folder) / shard['file']} was changed after it was written: prepare it again")
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
 def read_manifest(folder):
     """manifest.json as a dict, {} where a folder from elsewhere has none, and its sha256, which names the dataset."""
     path = Path(folder) / "manifest.json"
@@ -55,7 +105,7 @@ def read_manifest(folder):
         raise DataError(f"{path} is not JSON ({e}): prepare the dataset again") from None
     if not isinstance(manifest, dict):
         raise DataError(f"{path} is not a manifest: prepare the dataset again")
-    return manifest, hashlib.sha256(raw).hexdigest()
+    return manifest, sha256(raw)
 
 
 class Tokens:
@@ -140,6 +190,45 @@ class Tokens:
             )
         return rows
 
+    @property
+    def parts(self):
+        """[(itself, 1)]: what a Mix has several of."""
+        return [(self, Fraction(1))]
+
+    @lru_cache(maxsize=8)  # noqa: B019  a run has one or two, for as long as it lasts
+    def sha256_of(self, count):
+        """sha256 of the first `count` tokens as uint16, little-endian: names what an evaluation read."""
+        digest = hashlib.sha256()
+        for start in range(0, count, 1 << 20):
+            digest.update(self.read([start], min(1 << 20, count - start)).astype("<u2").data)
+        return digest.hexdigest()
+
+
+class Mix:
+    """A split of several datasets as one stream, one behind the other. `parts` is [(Tokens, weight), ...]."""
+
+    def __init__(self, parts):
+        self.parts = parts
+        self.folder = ", ".join(str(tokens.folder) for tokens, _ in parts)
+        self.bases = np.concatenate(([0], np.cumsum([len(tokens) for tokens, _ in parts], dtype=np.int64)))
+
+    def __len__(self):
+        return int(self.bases[-1])
+
+    def read(self, starts, length):
+        """Rows of `length` tokens from each of `starts`, within one dataset each. -> uint16 (len(starts), length)"""
+        starts = np.asarray(starts, dtype=np.int64)
+        rows, owner = np.empty((len(starts), length), np.uint16), np.searchsorted(self.bases, starts, side="right") - 1
+        for i in np.unique(owner):
+            rows[owner == i] = self.parts[i][0].read(starts[owner == i] - self.bases[i], length)
+        return rows
+
+
+def open_tokens(found, split, vocab_size):
+    """The split of what open_datasets found. -> Tokens, or a Mix"""
+    parts = [(Tokens(folder, split, vocab_size), weight) for folder, weight in found]
+    return parts[0][0] if len(parts) == 1 else Mix(parts)
+
 
 # -----------------------------------------------------------------------------
 # The order
@@ -196,6 +285,35 @@ class Order:
         return starts
 
 
+class MixedOrder:
+    """Position in the run -> first token of its window in a Mix: each dataset's own Order, taken in turns.
+
+    Of any p positions the i-th dataset has floor(p * weight) or one more: the fractions spread as evenly as they can
+    (Beatty's sequences, one dataset against the rest, then the next).
+    """
+
+    def __init__(self, mix, block_size, seed):
+        self.mix, self.orders = mix, []
+        for i, (tokens, _) in enumerate(mix.parts):
+            try:
+                self.orders.append(Order(len(tokens), block_size, f"{seed}/{i}"))
+            except DataError as error:
+                raise DataError(f"{tokens.folder}: {error}") from None
+
+    def starts(self, positions):
+        """First tokens of the windows at `positions`, an array of ints >= 0. -> int64 array of that length."""
+        positions = np.array(positions, dtype=np.int64)  # a copy, which is changed
+        starts, todo, rest = np.empty_like(positions), np.arange(len(positions)), Fraction(1)
+        for i, ((_, weight), order) in enumerate(zip(self.mix.parts, self.orders, strict=True)):
+            share, at = weight / rest, positions[todo]
+            before = at * share.numerator // share.denominator  # of the positions before, how many are its own
+            mine = (at + 1) * share.numerator // share.denominator > before
+            starts[todo[mine]] = self.mix.bases[i] + order.starts(before[mine])
+            positions[todo[~mine]] -= before[~mine]
+            todo, rest = todo[~mine], rest - weight
+        return starts
+
+
 # -----------------------------------------------------------------------------
 # Batches
 
@@ -206,22 +324,24 @@ def to_batch(rows):
 
 
 class Loader:
-    """Training batches in order, read ahead by a background thread.
+    """Training batches in order, read ahead by background threads: `prefetch` batches, by `threads` of them.
 
     Step s takes positions [s G, (s + 1) G) of the order, G = batch_size * accumulation * world; micro-step m of
     rank r takes the rows of micro-batch m * world + r. Iterating gives (x, y), int64 (batch_size, block_size),
     micro-step after micro-step from first_step on, for ever; with `pin` in page-locked memory, from which a GPU copies
-    while it computes. An error in the thread is raised where the batch is asked for.
+    while it computes. An error in a thread is raised where the batch is asked for.
     """
 
     def __init__(self, tokens, block_size, batch_size, *, accumulation=1, seed=0, rank=0, world=1, first_step=0,
-                 prefetch=4, pin=False):
-        self.tokens, self.order = tokens, Order(len(tokens), block_size, seed)
+                 prefetch=4, threads=1, pin=False):
+        mixed = isinstance(tokens, Mix)
+        self.tokens = tokens
+        self.order = MixedOrder(tokens, block_size, seed) if mixed else Order(len(tokens), block_size, seed)
         self.block_size, self.batch_size, self.accumulation = block_size, batch_size, accumulation
         self.rank, self.world, self.pin = rank, world, pin
-        self.ready, self.stopped = queue.Queue(maxsize=max(1, prefetch)), threading.Event()
-        self.thread = threading.Thread(target=self._read_ahead, args=(first_step,), daemon=True)
-        self.thread.start()
+        self.numbers = ((step, micro) for step in itertools.count(first_step) for micro in range(accumulation))
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self.ahead = deque(self.pool.submit(self.batch, *next(self.numbers)) for _ in range(max(1, prefetch)))
 
     def positions(self, step, micro):
         first = ((step * self.accumulation + micro) * self.world + self.rank) * self.batch_size
@@ -232,36 +352,17 @@ class Loader:
         x, y = to_batch(self.tokens.read(self.order.starts(self.positions(step, micro)), self.block_size + 1))
         return (x.pin_memory(), y.pin_memory()) if self.pin else (x, y)
 
-    def _read_ahead(self, step):
-        while not self.stopped.is_set():
-            for micro in range(self.accumulation):
-                try:
-                    item = self.batch(step, micro)
-                except Exception as e:  # handed over, and raised in the thread that asks
-                    item = e
-                while not self.stopped.is_set():
-                    try:
-                        self.ready.put(item, timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if isinstance(item, Exception):
-                    return
-            step += 1
-
     def __iter__(self):
         return self
 
     def __next__(self):
-        item = self.ready.get()
-        if isinstance(item, Exception):
-            self.ready.put(item)  # the thread has ended: whoever asks again is told again
-            raise item
-        return item
+        batch = self.ahead[0].result()  # an error stays in front: whoever asks again is told again
+        self.ahead.popleft()
+        self.ahead.append(self.pool.submit(self.batch, *next(self.numbers)))
+        return batch
 
     def close(self):
-        self.stopped.set()
-        self.thread.join()
+        self.pool.shutdown(wait=True, cancel_futures=True)
 
 
 def fixed_batches(tokens, block_size, batch_size, limit=0):

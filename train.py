@@ -24,7 +24,7 @@ from configurator import configure, fail
 from device import autocast, can_compile, memory_gb, peak_flops, pick_device, pick_dtype
 from eval import evaluate
 from infer import stream
-from loader import DataError, Loader, Tokens, find_dataset, keyed, read_manifest
+from loader import DataError, Loader, keyed, open_datasets, open_tokens, verify_shards
 from model import GPT, GPTConfig, pick_attention
 from monitor import Run, StepTimer, environment
 from optim import Optimizers, lr_at
@@ -40,11 +40,13 @@ max_iters = 600000            # updates in all
 eval_only = False             # evaluate once and stop
 
 # data
-dataset = "openwebtext"       # a name under data/, or a folder of shards
+dataset = "openwebtext"       # a name under data/, a folder of shards, or a mix of them with weights: a:0.7,b:0.3
+verify_data = False           # check every shard's sha256 before the first step (sizes are checked always)
 batch_size = 12               # sequences per micro-step
 gradient_accumulation_steps: int | None = None  # micro-steps per update over all ranks; none: 1, or by tokens_per_step
 tokens_per_step = 0           # tokens per update; when set, decides gradient_accumulation_steps
 prefetch = 4                  # batches read ahead
+loader_threads = 1            # threads that read them
 context_start = 0             # context at first, doubling up to block_size, the tokens of a step staying the same;
                               # 0: block_size throughout
 context_iters = 0             # updates after which the context is block_size; 0: half of max_iters
@@ -150,16 +152,18 @@ def main(config):
         # ---- the data, the model, and where they stand ---------------------------------------
         accumulation = micro_steps()
         resumed = what_to_resume()
-        source = find_dataset(dataset)
-        manifest, dataset_sha256 = read_manifest(source)
-        tokenizer, vocab = vocabulary(source, manifest)
+        found, manifest, dataset_sha256 = open_datasets(dataset)
+        source = ", ".join(str(folder) for folder, _ in found)
+        tokenizer, vocab = vocabulary(found[0][0], manifest)
         sizes = {f.name: config[f.name] for f in fields(GPTConfig)}
         model_config = GPTConfig(**{**sizes, "vocab_size": vocab_size or vocab})
         if tokenizer and model_config.vocab_size < vocab:
             fail(f"vocab_size={vocab_size} is too small for {source}, which has {vocab} token ids; 0 takes that")
         if tokenizer and sample_tokens and not tokenizer.encode(sample_start):
             fail("sample_start is empty: a sample needs at least one character to start from")
-        train_tokens, val_tokens = (Tokens(source, split, model_config.vocab_size) for split in ("train", "val"))
+        for folder, _ in found if verify_data else ():
+            verify_shards(folder)
+        train_tokens, val_tokens = (open_tokens(found, split, model_config.vocab_size) for split in ("train", "val"))
         if len(val_tokens) < 2:
             fail(f"{source}: {len(val_tokens)} validation tokens are too few: at least 2")
         state = {
@@ -205,7 +209,7 @@ def main(config):
     # ---- the run folder and the summary ------------------------------------------------
     with one_line_errors():
         loader = Loader(train_tokens, block_size, batch_size, accumulation=accumulation, seed=seed,
-                        first_step=state["step"], prefetch=prefetch, pin=where.type == "cuda")
+                        first_step=state["step"], prefetch=prefetch, threads=loader_threads, pin=where.type == "cuda")
         run = Run(out_dir)
         run.open(config, environment(where, dataset_sha256), state["metrics_bytes"])
         if tokenizer:
@@ -252,12 +256,12 @@ def main(config):
         return loss.detach()
 
     def validate():
-        loss = evaluate_now(model, val_tokens, context)["loss"]
-        if sample_tokens and tokenizer and math.isfinite(loss):
+        result = evaluate_now(model, val_tokens, context)
+        if sample_tokens and tokenizer and math.isfinite(result["loss"]):
             text = sample(model, tokenizer, context)
             run.event("sample", step=state["step"], text=text)
             print(f"---- sample at step {state['step']}\n{text}\n----")
-        return loss
+        return {"val_loss": result["loss"], "val_tokens": result["tokens"], "val_sha256": result["tokens_sha256"]}
 
     def diverged(step, what):
         """Says that the run is lost from `step` on, and saves nothing. -> the exit code"""
@@ -355,14 +359,14 @@ def main(config):
                 run.metrics({"step": at, "tokens": at * per_step, "wall_s": round(state["wall_s"], 3), "loss": loss,
                              "grad_norm": grad_norm})
                 return diverged(at, "the gradient" if math.isfinite(loss) else "the loss")
-        val_loss = validate() if eval_due else None
+        evaluated = validate() if eval_due else {}
+        val_loss = evaluated.get("val_loss")
         if log_due or eval_due:
             tok_per_s = per_step / (sum(parts.values()) / 1000)
             mfu = tok_per_s * model.train_flops(context_at(step - 1)) / peak if peak else None
             record = {
                 "step": step, "tokens": step * per_step, "wall_s": round(state["wall_s"], 3), "loss": loss,
-                **({"val_loss": val_loss} if eval_due else {}), "lr": lr, "grad_norm": grad_norm,
-                "tok_per_s": round(tok_per_s), "mfu": mfu,
+                **evaluated, "lr": lr, "grad_norm": grad_norm, "tok_per_s": round(tok_per_s), "mfu": mfu,
                 "mem_gb": memory_gb(where), **{part: round(ms, 3) for part, ms in parts.items()},
             }
             run.metrics(record)
@@ -399,7 +403,8 @@ def check_settings():
     at_least = {"max_iters": 1, "batch_size": 1, "block_size": 1, "gradient_accumulation_steps": 1,
                 "tokens_per_step": 0, "warmup_iters": 0, "lr_decay_iters": 0, "context_start": 0, "context_iters": 0,
                 "eval_interval": 1, "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
-                "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "sample_tokens": 0, "threads": 0, "prefetch": 1}
+                "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "sample_tokens": 0, "threads": 0, "prefetch": 1,
+                "loader_threads": 1}
     for key, least in at_least.items():
         if globals()[key] is not None and globals()[key] < least:
             fail(f"{key}={globals()[key]} must be at least {least}")

@@ -5,9 +5,10 @@ import unicodedata
 from collections import Counter
 
 import pytest
-from cleaning import clean, fix_mojibake, normalize, repair_utf8, strip_controls, text_of
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cleaning import clean, fix_mojibake, normalize, repair_utf8, strip_controls, text_of
 from reading import Reject
 
 GOOD = [
@@ -80,5 +81,6 @@ def test_what_is_refused_has_a_name(line, reason):
 
 def test_the_key_and_the_spellings_of_json():
     stats = Counter()
-    assert text_of(b'{"body": "\\u00e9\\ud83d\\ude42 caf\xe9 \t", "text": "x"}', "jsonl", "body", stats) == "é🙂 caf\ufffd \t"
+    line = b'{"body": "\\u00e9\\ud83d\\ude42 caf\xe9 \t", "text": "x"}'
+    assert text_of(line, "jsonl", "body", stats) == "é🙂 caf\ufffd \t"
     assert stats == {"utf8": 1}

@@ -1,8 +1,10 @@
 """Loss over fixed windows: every target counts once and the same."""
 
+import hashlib
 import json
 import math
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from checkpoint import file_sha256, load_model_tensors, own_sha256
 from data.common import shard_header, write_dataset
 from eval import evaluate
-from loader import Tokens, read_manifest
+from loader import Mix, Tokens, read_manifest
 from model import GPT, GPTConfig
 from tokenizer import CharTokenizer
 
@@ -160,3 +162,17 @@ def test_errors_are_one_line(tiny_run, tmp_path, monkeypatch, call_script, argum
 def test_help(call_script):
     code, out, _ = call_script("eval.py", "--help")
     assert code == 0 and "--eval_iters=0" in out
+
+
+def test_a_mix_is_weighed_and_every_result_says_what_was_read(model, tokens, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    ids = np.random.default_rng(1).integers(0, 30, 200).astype("<u2")
+    (other / "val_000000.bin").write_bytes(shard_header(200) + ids.tobytes())
+    other = Tokens(other, "val", 30)
+    one, two = (evaluate(model, part, 16, 2, eval_iters=1) for part in (tokens, other))
+    both = evaluate(model, Mix([(tokens, Fraction(3, 4)), (other, Fraction(1, 4))]), 16, 2, eval_iters=1)
+    assert both["loss"] == pytest.approx(0.75 * one["loss"] + 0.25 * two["loss"]) and both["tokens"] == 64
+    assert one["tokens_sha256"] == hashlib.sha256(tokens.read([0], 33).tobytes()).hexdigest()
+    assert len({one["tokens_sha256"], two["tokens_sha256"], both["tokens_sha256"]}) == 3
+    assert evaluate(model, tokens, 16, 2)["tokens_sha256"] == tokens.sha256_of(54)

@@ -15,8 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loader
-from data.common import shard_header
-from loader import DataError, Loader, Order, Tokens, find_dataset, fixed_batches, keyed, permute, read_manifest
+from data.common import shard_header, write_dataset
+from loader import (
+    DataError,
+    Loader,
+    MixedOrder,
+    Order,
+    Tokens,
+    find_dataset,
+    fixed_batches,
+    keyed,
+    open_datasets,
+    open_tokens,
+    parse_mix,
+    permute,
+    read_manifest,
+    verify_shards,
+)
+from tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -200,14 +216,14 @@ def test_ranks_share_one_order(counting, world, accumulation):
         each.close()
 
 
-def test_the_thread_ends_on_close(counting):
+def test_the_threads_end_on_close(counting):
     before = set(threading.enumerate())
     loader = Loader(counting, 16, 2)
     next(loader)
-    assert loader.thread in set(threading.enumerate()) - before
+    assert {t.name.split('_')[0] for t in set(threading.enumerate()) - before} == {"loader"}
     loader.close()
     loader.close()
-    assert not loader.thread.is_alive() and set(threading.enumerate()) <= before
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("error", [DataError("damaged"), OSError("gone")])
@@ -450,3 +466,128 @@ def test_memory_stays_flat_over_ten_thousand_batches(tmp_path):
     growth, control = map(float, done.stdout.split())
     assert growth < 50
     assert control > 100  # the file is large enough for the fault to show
+
+
+# -----------------------------------------------------------------------------
+# A mix of datasets
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Three datasets, told apart by their tokens: 0 to 999, 2000 to 2499, 4000 to 4299; weights 7 : 2 : 1."""
+    sizes = (("a", 0, 1000, "0.7"), ("b", 2000, 500, "0.2"), ("c", 4000, 300, "0.1"))
+    for name, first, n, _ in sizes:
+        write_shards(tmp_path / name, "train", np.arange(first, first + n), cuts=(n // 3,))
+    found, _, _ = open_datasets(",".join(f"{tmp_path / name}:{weight}" for name, _, _, weight in sizes))
+    return open_tokens(found, "train", 65536)
+
+
+@pytest.mark.parametrize("text", ["owt", "data/a,b", "C:\\data", "a:b", "x:1e3"])
+def test_what_names_one_dataset_is_no_mix(text):
+    assert parse_mix(text) == [(text, 1)]
+
+
+def test_weights_are_shares():
+    assert [(name, float(weight)) for name, weight in parse_mix("a:3, b:1.0")] == [("a", 0.75), ("b", 0.25)]
+    assert parse_mix("a:.2") == [("a", 1)]
+    for wrong in ("a:0.5,b", "a:0,b:1", "a:1,a:2"):
+        refused(lambda wrong=wrong: parse_mix(wrong), wrong)
+
+
+def test_a_mix_is_drawn_from_by_its_weights_at_any_point(mixed):
+    order = MixedOrder(mixed, 16, seed=1)
+    for first, n in ((0, 1000), (123, 77), (10**11, 500)):
+        which = mixed.read(order.starts(np.arange(first, first + n)), 17)[:, 0] // 2000
+        for i, weight in enumerate((0.7, 0.2, 0.1)):
+            assert abs((which == i).sum() - n * weight) <= 2, "evenly, not by chance"
+
+
+def test_each_dataset_of_a_mix_keeps_its_own_order(mixed):
+    """Each window once an epoch of its own, whatever the others do; and a position is found without those before it."""
+    order = MixedOrder(mixed, 16, seed=1)
+    rows = mixed.read(order.starts(np.arange(2000)), 17)
+    assert (np.diff(rows.astype(int), axis=1) == 1).all(), "no window spans two datasets"
+    for i, (tokens, _) in enumerate(mixed.parts):
+        alone = Order(len(tokens), 16, f"1/{i}")
+        here = rows[rows[:, 0] // 2000 == i]
+        assert np.array_equal(here, tokens.read(alone.starts(np.arange(len(here))), 17))
+    shuffled = np.random.default_rng(0).permutation(2000)
+    assert np.array_equal(order.starts(shuffled), order.starts(np.arange(2000))[shuffled])
+
+
+def test_a_loader_of_a_mix_resumes_and_shares_out_as_any(mixed):
+    whole = Loader(mixed, 16, 4, seed=3, accumulation=2)
+    batches = [next(whole)[0] for _ in range(8)]
+    later = Loader(mixed, 16, 4, seed=3, accumulation=2, first_step=2)
+    assert all(torch.equal(next(later)[0], batch) for batch in batches[4:])
+    for each in (whole, later):
+        each.close()
+
+
+def test_a_mix_of_different_tokenizers_or_too_few_tokens_is_refused(mixed, tmp_path):
+    for name, text in (("x", "abc" * 50), ("y", "abd" * 50)):
+        tokenizer = CharTokenizer.from_text(text)
+        ids = tokenizer.encode_array(text)
+        write_dataset(tmp_path / name, {"train": ids, "val": ids}, tokenizer, {}, {}, {"read": 1, "kept": 1})
+    refused(lambda: open_datasets(f"{tmp_path / 'x'}:1,{tmp_path / 'y'}:1"), tmp_path / "y", "another tokenizer")
+    refused(lambda: MixedOrder(mixed, 400, 0), tmp_path / "c", "300 tokens")
+
+
+def test_the_data_has_one_name_that_its_weights_are_part_of(tiny_dataset, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_dataset, other)
+    names = {open_datasets(text)[2] for text in (
+        str(tiny_dataset), f"{tiny_dataset}:1,{other}:1", f"{tiny_dataset}:2,{other}:1", f"{other}:2,{tiny_dataset}:1")}
+    assert len(names) == 3, "the last two have the same content"
+    assert open_datasets(f"{tiny_dataset}:5")[2] == read_manifest(tiny_dataset)[1]
+
+
+# -----------------------------------------------------------------------------
+# Threads, and what was written
+
+
+@pytest.mark.parametrize("threads, prefetch", [(1, 1), (4, 2), (3, 16)])
+def test_threads_and_depth_change_nothing(counting, threads, prefetch):
+    loader = Loader(counting, 16, 3, accumulation=2, seed=2, threads=threads, prefetch=prefetch)
+    found = [next(loader) for _ in range(100)]
+    assert all(torch.equal(x, loader.batch(i // 2, i % 2)[0]) for i, (x, _) in enumerate(found))
+    assert len(loader.ahead) == prefetch
+    loader.close()
+
+
+def test_a_changed_shard_is_named(tiny_dataset, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_dataset, folder)
+    verify_shards(folder)
+    shard = folder / "val_000000.bin"
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1
+    shard.write_bytes(data)
+    refused(lambda: verify_shards(folder), shard, "changed")
+    assert len(Tokens(folder, "val")) > 0  # which sizes do not show
+    (folder / "manifest.json").unlink()
+    refused(lambda: verify_shards(folder), "no manifest.json")
+
+
+def test_what_was_read_has_a_name(counting, tmp_path):
+    import hashlib
+
+    first = np.arange(700, dtype="<u2")
+    assert counting.sha256_of(700) == hashlib.sha256(first.tobytes()).hexdigest()
+    other = Tokens(write_shards(tmp_path / "cut", "train", np.arange(1000), cuts=(3, 650)), "train")
+    assert other.sha256_of(700) == counting.sha256_of(700) != counting.sha256_of(701)
+
+
+def test_the_order_of_ten_billion_tokens_takes_no_memory():
+    """A position far into a run is found without the others: what is allocated does not depend on the corpus."""
+    import tracemalloc
+
+    peaks = []
+    for tokens in (10**6, 10**10):
+        order = Order(tokens, 1024, seed=1)
+        tracemalloc.start()
+        starts = order.starts(np.arange(order.windows * 3 - 32, order.windows * 3 + 32))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(set(starts.tolist())) == 64 and starts.max() <= tokens - 1025
+    assert peaks[1] < 2 * peaks[0] < 1_000_000

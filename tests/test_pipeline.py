@@ -1,4 +1,4 @@
-"""A corpus to a dataset: the same bytes however it is read, shared out or interrupted, and one line for what is wrong."""
+"""A corpus to a dataset: the same bytes however it is read, shared out or interrupted; one line for what is wrong."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def test_every_format_and_any_chunk_give_the_same_shards(prepare, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_workers_chunks_and_parts_change_nothing(count, prepare, tmp_path):
-    """One file shared out by chunks, or five by files; also with parts that run out of order and one that is missing."""
+    """One file shared out by chunks, or five by files; also parts out of order, and one that is missing."""
     corpus, texts = tmp_path / "corpus", documents(100)
     for i in range(count):
         (corpus / str(i)).mkdir(parents=True)
@@ -313,8 +313,9 @@ def test_what_a_scan_left_damaged_is_found_and_done_again(prepare, tmp_path):
 
 def test_the_hub_is_streamed_and_its_commit_recorded(tmp_path, monkeypatch, capsys):
     """Against the library's own stream of local parquet files: what the Hub's are, but for the way there."""
-    import common
     import huggingface_hub
+
+    import common
     import scan
     from openwebtext import prepare
 

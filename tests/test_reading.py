@@ -8,9 +8,10 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import reading
 from hypothesis import given
 from hypothesis import strategies as st
+
+import reading
 from reading import MARK, Damaged, Reject, find_files, list_files, read_chunks, read_documents, split_stream
 
 TEXTS = ["first\nof two lines", "second – ünïcode 文字", "<|endoftext", "x" * 300, "last"]

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import pickle
+import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -303,3 +305,30 @@ def test_ids_are_those_of_tiktokens_gpt2():
     )  # fmt: skip
     text = "It's 1984,\t\tand I'll\n\n  see: Größe, 日本語, עברית, 🙂👍🏽  \r\n x\u00a0y  "
     assert ours.encode(text) == theirs.encode_ordinary(text)
+
+
+@needs_ranks
+def test_long_runs_of_white_space_are_encoded(monkeypatch):
+    """tiktoken's expressions exhaust their stack near a million; cut there, the ids are those of shorter runs."""
+    import tokenizer as module
+
+    ours = load_tokenizer(RANKS)
+    for text in ("a" + " " * 1_100_000 + "word", "\n \t" * 400_000, "x\n" + "\u3000" * 1_200_000 + " y  "):
+        assert ours.decode(ours.encode(text)) == text
+    monkeypatch.setattr(module, "SPACE", re.compile(module.SPACE.pattern.replace(str(module.LONGEST_SPACE), "5")))
+    monkeypatch.setattr(module, "LONGEST_SPACE", 5)
+    rng = random.Random(1)
+    for _ in range(3000):
+        text = "".join(rng.choices("    \n\t\x1c\u00a0aé1!'s", k=rng.randint(0, 30)))
+        assert ours.encode(text) == ours._bpe.encode_ordinary(text), repr(text)
+
+
+def test_special_tokens_in_a_text_on_request():
+    specials = ("<|x|>", "<|x|>y", "<|endoftext|>")
+    bpe = BPETokenizer(PIECES, specials=specials)
+    ids = bpe.encode("a<|x|>yb<|endoftext|><|x|>", special=True)
+    assert ids == [*bpe.encode("a"), 262, *bpe.encode("b"), 263, 261]
+    assert bpe.decode(ids, skip_special=False) == "a<|x|>yb<|endoftext|><|x|>"
+    assert not {261, 262, 263} & set(bpe.encode("a<|x|>yb<|endoftext|>"))
+    chars = CharTokenizer("ab<|>eos")
+    assert chars.encode("a<|eos|>b", special=True) == [0, chars.eos, 1] and len(chars.encode("a<|eos|>b")) == 9

@@ -273,7 +273,7 @@ def test_the_run_folder(finished, words):
     every = {"step", "tokens", "wall_s", "loss", "lr", "grad_norm", "tok_per_s", "mfu", "mem_gb",
              "data_ms", "forward_ms", "backward_ms", "optim_ms"}
     for r in lines:
-        assert r.keys() == every | ({"val_loss"} if r["step"] in (4, 8, 12) else set())
+        assert r.keys() == every | ({"val_loss", "val_tokens", "val_sha256"} if r["step"] in (4, 8, 12) else set())
     walls = [r["wall_s"] for r in lines]
     assert walls == sorted(walls)
     env = json.loads((finished / "env.json").read_text())
@@ -646,3 +646,25 @@ def test_a_bug_keeps_its_traceback(tiny, tmp_path):
     bug = "import optim\ndef step(self):\n    raise ValueError('a bug')\noptim.Optimizers.step = step"
     done = tiny(tmp_path, before=bug)
     assert done.code == 1 and "Traceback" in done.err and "a bug" in done.err
+
+
+def test_a_mix_trains_and_resumes_and_a_changed_shard_is_refused(tiny_dataset, tiny_settings, tmp_path, call_script):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_dataset, other)
+    mix = f"--dataset={tiny_dataset}:0.7,{other}:0.3"
+    settings = [word for word in tiny_settings if not word.startswith("--dataset")]
+    code, out, err = call_script("train.py", *settings, mix, f"--out_dir={tmp_path / 'whole'}", "--verify_data")
+    assert code == 0, err
+    half = [*settings, mix, f"--out_dir={tmp_path / 'half'}"]
+    assert call_script("train.py", *half, "--max_iters=3", "--lr_decay_iters=6")[0] == 0
+    assert call_script("train.py", *half, "--init_from=resume", "--loader_threads=3")[0] == 0
+    losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("whole", "half")]
+    assert losses[0] == losses[1]
+    code, out, err = call_script("train.py", *half, "--init_from=resume", "--max_iters=9", f"--dataset={tiny_dataset}")
+    assert code == 2 and "dataset_sha256" in err
+    assert call_script("eval.py", f"--out_dir={tmp_path / 'whole'}")[0] == 0
+
+    shard = other / "train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\x01\x00")
+    code, out, err = call_script("train.py", *settings, mix, f"--out_dir={tmp_path / 'new'}", "--verify_data")
+    assert code == 2 and err.count("\n") == 1 and str(shard) in err and not (tmp_path / "new").exists()
