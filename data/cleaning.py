@@ -7,11 +7,10 @@ characters were composed (Unicode's normalization form C). Text that is good alr
 Refused: `bad_json`, `no_text` (no string under the key), `too_short`, `too_long`.
 """
 
-import json
 import re
 import unicodedata
 
-from reading import Reject
+from reading import Reject, json_text
 
 # A byte of UTF-8's first byte and one of its others, as Latin-1 or Windows-1252 would show them: "Ã©" for "é"
 MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u0160\u2039"
@@ -23,16 +22,7 @@ ASCII_CONTROLS = bytes({*range(32), 127} - {ord("\t"), ord("\n")})
 def text_of(document, kind, text_key, stats):
     """The text of a document as reading.py gives it: of a .jsonl the line, of others the text itself. -> str"""
     text = repair_utf8(document, stats)
-    if kind != "jsonl":
-        return text
-    try:
-        record = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        raise Reject("bad_json") from None
-    text = record.get(text_key) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise Reject("no_text")
-    return repair_utf8(text, stats)
+    return repair_utf8(json_text(text, text_key), stats) if kind == "jsonl" else text
 
 
 def repair_utf8(text, stats):

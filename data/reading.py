@@ -18,11 +18,13 @@ import itertools
 import json
 import os
 import re
+import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import sha256
+from common import file_sha256, sha256
 from configurator import fail
 from tokenizer import END_OF_TEXT
 
@@ -283,30 +285,72 @@ def read_text(path):
         )
 
 
-def read_texts(path):
-    """The text of a file, or of each *.txt file under a folder that is not empty.
+def read_texts(path, text_key="text"):
+    """The text of a file, or of each file under a folder that list_files knows: of a .jsonl or .parquet, each document.
 
+    A text stands as it is, not cut at <|endoftext|>. A document without text is counted and passed over.
     -> (list of str, the manifest's source, its documents)
     """
     path = Path(path)
     if not path.exists():
         fail(f"--input={path}: there is no such file or folder")
-    paths = find_files(path, (".txt",)) if path.is_dir() else [path]
-    texts, digests, size, changed = [], [], 0, 0
-    for file in paths:
-        text, raw = read_text(file)
-        digests.append(sha256(raw))
-        size += len(raw)
-        changed += raw.startswith(b"\xef\xbb\xbf")
-        if text:
-            texts.append(text)
+    paths = find_files(path) if path.is_dir() else [path]
+    texts, digests, size, read, changed, dropped = [], [], 0, 0, 0, Counter(empty=0)
+    for file in (InputFile(p.name, p.stat().st_size, p) for p in paths):
+        if file.ending == ".txt":
+            text, raw = read_text(file.path)
+            digests.append(sha256(raw))
+            changed += raw.startswith(b"\xef\xbb\xbf")
+            found = [text]
+        else:
+            with open(file.path, "rb") as raw:
+                digests.append(file_sha256(raw))
+            found = list(strict_texts(file, text_key))
+        size += file.size
+        read += len(found)
+        texts += [text for text in found if text and not isinstance(text, Reject)]
+        dropped.update(str(text) if isinstance(text, Reject) else "empty" for text in found if not text or
+                       isinstance(text, Reject))
     if not texts:
-        fail(f"{path} has no text: {f'{len(paths)} *.txt files, all empty' if path.is_dir() else 'it is empty'}")
-    source = {"name": os.path.basename(os.path.abspath(path)), "bytes": size, "sha256": digests[0]}
+        held = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        fail(f"{path} has no text: {f'of {len(paths)} files, {held}' if path.is_dir() or read > 1 else 'it is empty'}")
+    source = {"name": os.path.basename(os.path.abspath(path)), "bytes": size, "sha256": (digests or [""])[0]}
     if path.is_dir():  # the digest of what sha256sum would print: changes with any file's content, name or presence
         names = [file.relative_to(path).as_posix() for file in paths]
         listing = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
         source |= {"files": len(paths), "sha256": sha256(listing.encode("utf-8", "surrogateescape"))}
-    dropped = {"empty": len(paths) - len(texts)}
-    documents = {"read": len(paths), "kept": len(texts), "changed": changed, "dropped": dropped}
+    documents = {"read": read, "kept": len(texts), "changed": changed, "dropped": dict(dropped)}
     return texts, source, documents
+
+
+def strict_texts(file, text_key):
+    """The texts of a packed file, a .jsonl or a .parquet, as str or Reject. Ends the script where it is damaged."""
+    try:
+        if file.kind == "txt":
+            with open_binary(file) as (stream, _):
+                yield stream.read().decode().removeprefix("\ufeff")
+            return
+        for _, document in read_documents(file, text_key, sys.maxsize):
+            try:
+                if isinstance(document, Reject):
+                    raise document
+                text = document.decode()
+                yield json_text(text, text_key) if file.kind == "jsonl" else text
+            except Reject as reject:
+                yield reject
+    except UnicodeDecodeError as error:
+        fail(f"{file.path} is not UTF-8: {error}")
+    except (Damaged, EOFError, zlib.error, OSError) as error:
+        fail(f"{file.path} is damaged: {error}")
+
+
+def json_text(line, text_key):
+    """The text of a JSON object. Raises Reject."""
+    try:
+        record = json.loads(line, strict=False)
+    except (ValueError, RecursionError):
+        raise Reject("bad_json") from None
+    text = record.get(text_key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise Reject("no_text")
+    return text

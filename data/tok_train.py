@@ -71,7 +71,7 @@ def main():
         fail(f"vocab_size={vocab_size} must lie between {least} (the bytes and special tokens) and {MAX_VOCAB}")
 
     texts, source, documents = read_texts(input)
-    print(f"{input}: {documents['kept']:,} of {documents['read']:,} files, {source['bytes']:,} bytes")
+    print(f"{input}: {documents['kept']:,} of {documents['read']:,} texts, {source['bytes']:,} bytes")
     text = "".join(texts)
     cut = int(len(text) * (1 - val_fraction))
     if not cut or cut == len(text):

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_pipeline import manifest
+from test_reading import write_corpus
 from test_tokenizer import BPE, RANKS, needs_ranks
 
 import data.common as common
 from loader import Tokens
+from reading import ENDINGS
 from tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "text" / "prepare.py"
@@ -65,6 +68,40 @@ def test_documents_of_a_folder_end(prepare, tmp_path):
     ids = stream(tmp_path / "made", "train") + stream(tmp_path / "made", "val")
     first = BPE.encode(f"the {common.BESIDE} <|endoftext|>")
     assert ids == [*first, BPE.eos, *BPE.encode("the second"), BPE.eos] and BPE.eos not in first
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_any_kind_of_file(ending, prepare, tmp_path):
+    """The documents of a file that has several, one text as it stands of a packed .txt; in a folder, each of them."""
+    texts = ["the first", "the <|endoftext|> second 🙂", "the third"]
+    path = write_corpus(tmp_path, texts, ending)
+    done = prepare(input=path.name, tokenizer=tmp_path / "bpe.json", val_fraction=0.3)
+    assert done.returncode == 0, done.stderr
+    ids = stream(tmp_path / "made", "train") + stream(tmp_path / "made", "val")
+    if ending.startswith(".txt"):
+        assert BPE.decode(ids) == "".join(f"<|endoftext|>\n{text}\n" for text in texts).removeprefix("<|endoftext|>\n")
+    else:
+        assert ids == [i for text in texts for i in [*BPE.encode(text), BPE.eos]]
+    (tmp_path / "all").mkdir()
+    path.rename(tmp_path / "all" / path.name)
+    (tmp_path / "all" / "z.txt").write_text("the last", encoding="utf-8")
+    done = prepare(input="all", tokenizer=tmp_path / "bpe.json", out_dir=tmp_path / "both", val_fraction=0.3)
+    assert done.returncode == 0, done.stderr
+    assert manifest(tmp_path / "both")["documents"]["kept"] == (2 if ending.startswith(".txt") else 4)
+
+
+def test_documents_without_text_are_counted_and_what_is_damaged_is_named(prepare, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "the one"}\n{"body": ""}\n{"text": "x"}\nno\n{"body": "the two"}\n')
+    assert prepare(input="a.jsonl", tokenizer=tmp_path / "bpe.json", text_key="body", val_fraction=0.5).returncode == 0
+    found = manifest(tmp_path / "made")["documents"]
+    assert found == {"read": 5, "kept": 2, "changed": 0, "dropped": {"empty": 1, "no_text": 1, "bad_json": 1}}
+    for name, raw, named in (("b.jsonl.gz", b"\x1f\x8bno", "damaged"), ("c.parquet", b"PAR1", "damaged"),
+                             ("d.txt.gz", b"no", "damaged"), ("e.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+                             ("f.jsonl", b"{}\n", "no text")):
+        (tmp_path / name).write_bytes(raw)
+        done = prepare(input=name, tokenizer=tmp_path / "bpe.json", out_dir=tmp_path / "no")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and name in done.stderr and named in done.stderr
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

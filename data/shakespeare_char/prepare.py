@@ -108,7 +108,7 @@ def main():
 
     if input:
         texts, source, documents = read_texts(input)
-        print(f"{input}: {documents['kept']:,} of {documents['read']:,} files, {source['bytes']:,} bytes")
+        print(f"{input}: {documents['kept']:,} of {documents['read']:,} texts, {source['bytes']:,} bytes")
     else:
         text, source = shakespeare()
         texts = [text]

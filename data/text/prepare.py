@@ -4,9 +4,10 @@ Any text of your own, as byte-level BPE or characters.
     python data/text/prepare.py --input=my_book.txt --out_dir=data/my_book
     python data/text/prepare.py --input=my_folder --tokenizer=char --out_dir=data/my_folder
 
-A single file is split as nanoGPT splits Shakespeare, by characters: the first 90% for training, the rest for
-validation. Of a folder, each *.txt file becomes a document with the tokenizer's end behind it (<|endoftext|>;
-characters have a beginning, too), and the split is by tokens.
+A single text is split as nanoGPT splits Shakespeare, by characters: the first 90% for training, the rest for
+validation. Several, the files of a folder or the documents of a .jsonl or .parquet (.gz and .zst are unpacked), become
+documents with the tokenizer's end behind each (<|endoftext|>; characters have a beginning, too), and the split is by
+tokens. All of it is held in memory, and nothing is cleaned: for a large corpus there is data/openwebtext/prepare.py.
 GPT-2's ranks are looked for in MINICHAT_MIRROR (a folder or a base URL), in the cache, at tiktoken's own address, and
 last in the source package `openai-whisper`, which a Python package index has.
 """
@@ -24,8 +25,9 @@ from reading import read_texts  # noqa: E402
 from tokenizer import CharTokenizer, load_tokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
-input = ""          # a UTF-8 text file, or a folder of *.txt
+input = ""          # a UTF-8 text file, .jsonl or .parquet, or a folder of such files
 out_dir = ""        # where the dataset goes; empty: the folder of this script
+text_key = "text"   # where a document of a .jsonl or .parquet has its text
 tokenizer = "gpt2"  # gpt2 | char | a file or folder of another dataset's or run's tokenizer
 val_fraction = 0.1  # the share at the end of the text that is held out for validation
 # -----------------------------------------------------------------------------
@@ -77,9 +79,9 @@ def main():
     if not 0 < val_fraction < 1:
         fail(f"val_fraction is a share between 0 and 1, not {val_fraction}")
     if not input:
-        fail("--input is missing: a UTF-8 text file, or a folder of *.txt")
-    texts, source, documents = read_texts(input)
-    print(f"{input}: {documents['kept']:,} of {documents['read']:,} files, {source['bytes']:,} bytes")
+        fail("--input is missing: a UTF-8 text file, a .jsonl or .parquet, or a folder of such files")
+    texts, source, documents = read_texts(input, text_key)
+    print(f"{input}: {documents['kept']:,} of {documents['read']:,} texts, {source['bytes']:,} bytes")
     chosen = pick_tokenizer(tokenizer, texts)
     build(Path(out_dir) if out_dir else HERE, texts, chosen, source, documents, val_fraction)
 
