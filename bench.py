@@ -1,27 +1,50 @@
 """
-Benchmarks, as a user would run the thing: the same commands, timed, over several seeds.
+Benchmarks, as a user would run the thing: the same commands, timed.
 
     python bench.py train --config=config/shakespeare_char_cpu.py --seeds=1,2,3
+    python bench.py data --input=documents.jsonl.gz     # any file that data/openwebtext/prepare.py reads
+    python bench.py loader --config=config/shakespeare_char_cpu.py
 
 `train` runs train.py on the config once per seed, each in a fresh folder under out_dir, then eval.py on the whole
-validation split in fp32. It prints a table and, as the last line, one JSON object.
+validation split in fp32. `data` makes corpora of several sizes from the lines of a file and prepares them, by number
+of workers, beside nanoGPT's recipe, and watches the memory. `loader` reads batches as fast as it can, beside nanoGPT's
+way, and trains for a while to see how long a step waits. Each prints a table and, as the last line, one JSON object.
 """
 
 import json
+import os
+import random
+import shutil
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
-from configurator import configure, fail
-from monitor import git
+import numpy as np
+import torch
+
+from configurator import configure, fail, read_file, read_keys
+from loader import Loader, Tokens, find_dataset
+from monitor import cpu_name, git
 
 # -----------------------------------------------------------------------------
-what = "train"              # train
-config = "config/shakespeare_char_cpu.py"  # the run to time
-seeds = (1, 2, 3)           # one run each
-overrides: tuple[str, ...] = ()  # more keys of train.py, such as --overrides=max_iters=100,device=cuda
+what = "train"              # train | data | loader
 out_dir = "out/bench"       # where the run folders go; those of an earlier benchmark must be gone
+
+# train and loader
+config = "config/shakespeare_char_cpu.py"  # the run to time
+seeds = (1, 2, 3)           # train: one run each
+overrides: tuple[str, ...] = ()  # more keys of train.py, such as --overrides=max_iters=100,device=cuda
+batches = 2000              # loader: batches read in each round
+
+# data
+input = ""                  # a file of documents, of whose lines the corpora are made
+english = True              # only of its documents that are ASCII to 99 %, as OpenWebText's are
+sizes = (50, 150, 500)      # megabytes of text in each corpus; speed is measured on the second
+workers = (1, 2)            # numbers of processes
+rounds = 3                  # data and loader: times each thing is measured, in turns
 # -----------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
@@ -39,11 +62,33 @@ def run(script, *args):
     return line
 
 
+def new_folder(path):
+    if Path(path).exists():
+        fail(f"{path} exists: a benchmark starts from nothing; remove it or give another --out_dir")
+    return Path(path)
+
+
+def machine():
+    """What a figure that is no training run's depends on."""
+    dirty = bool(git("status", "--porcelain"))
+    return {"commit": git("rev-parse", "HEAD"), "dirty": dirty, "cpu": cpu_name(), "cores": os.cpu_count()}
+
+
+def table(rows, columns):
+    """Print `rows` (dicts) as a table."""
+    print("  ".join(f"{column:>12}" for column in columns))
+    for row in rows:
+        shown = [f"{row[c]:.1f}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        print("  ".join(f"{text:>12}" for text in shown))
+
+
+# -----------------------------------------------------------------------------
+# train
+
+
 def train_once(seed):
     """One training run: its figures as a dict."""
-    folder = Path(out_dir) / f"{Path(config).stem}_seed{seed}"
-    if folder.exists():
-        fail(f"{folder} exists: a benchmark starts from nothing; remove it or give another --out_dir")
+    folder = new_folder(Path(out_dir) / f"{Path(config).stem}_seed{seed}")
     run("train.py", config, f"--seed={seed}", f"--out_dir={folder}", *(f"--{key}" for key in overrides))
     evaluated = json.loads(run("eval.py", f"--out_dir={folder}"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -68,9 +113,7 @@ def train_once(seed):
     }
 
 
-def main(settings):
-    if not Path(config).exists():
-        fail(f"no config file {config}")
+def bench_train():
     if not seeds:
         fail("--seeds is empty: it takes the seed of each run, such as --seeds=1,2,3")
     rows = []
@@ -89,9 +132,209 @@ def main(settings):
         summary[column] = {"mean": statistics.mean(values), "stdev": spread, "min": min(values), "max": max(values)}
         print(f"{column}: mean {statistics.mean(values):.4f}, standard deviation {spread:.4f}, "
               f"{min(values):.4f} to {max(values):.4f}")
-    print(json.dumps({"benchmark": what, "settings": settings, **summary, "runs": rows}))
+    return {**summary, "runs": rows}
+
+
+# -----------------------------------------------------------------------------
+# data
+
+# What nanoGPT's data/openwebtext/prepare.py does with a corpus that is on disk: tokens by datasets.map in `procs`
+# processes, then 1,024 slices into a memmap. Its arguments: corpus, folder, procs, our tokenizer.json (the same ranks).
+RECIPE = """
+import json, os, sys, time
+import numpy as np
+corpus, folder, procs, tokenizer, root = sys.argv[1:]
+os.environ["HF_HOME"] = folder
+sys.path.insert(0, root)
+import datasets
+from tokenizer import load_tokenizer
+bpe = load_tokenizer(tokenizer)._bpe
+def encode(row):
+    ids = bpe.encode_ordinary(row["text"]) + [bpe.eot_token]
+    return {"ids": ids, "len": len(ids)}
+loaded = datasets.load_dataset("json", data_files=corpus, split="train", cache_dir=folder)
+split = loaded.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+began = time.perf_counter()
+done = split.map(encode, remove_columns=["text"], num_proc=int(procs))
+mapped = time.perf_counter()
+for name, rows in done.items():
+    total = int(np.sum(rows["len"], dtype=np.uint64))
+    out = np.memmap(os.path.join(folder, name + ".bin"), dtype=np.uint16, mode="w+", shape=(total,))
+    at, slices = 0, min(1024, len(rows))
+    for i in range(slices):
+        ids = np.concatenate(rows.shard(num_shards=slices, index=i, contiguous=True).with_format("numpy")["ids"])
+        out[at : at + len(ids)] = ids
+        at += len(ids)
+    out.flush()
+print(json.dumps({"map_s": mapped - began, "write_s": time.perf_counter() - mapped}))
+"""
+
+
+def make_corpus(path, texts, megabytes, seed=1):
+    """A .jsonl of documents of about 4,500 characters, each of lines drawn from one text, so of one language."""
+    rng, size, texts = random.Random(seed), 0, [text.split("\n") for text in texts if len(text) >= 15_000]
+    with open(path, "w", encoding="utf-8") as file:
+        while size < megabytes * 1e6:
+            lines, document, length = rng.choice(texts), [], 0
+            while length < 4500:
+                document.append(rng.choice(lines))
+                length += len(document[-1]) + 1
+            text = "\n".join(document)
+            size += len(text.encode())
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+
+def watched(command):
+    """Run a command in a session of its own. -> (seconds, most resident memory of all its processes in MB, stdout)
+
+    Memory is read from /proc every 20 ms, and is None where there is no /proc.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    most, ended, page = [0], threading.Event(), os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+
+    def resident(stat):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            return int(fields[21]) * page if int(fields[3]) == process.pid else 0  # fields 24 and 6 of proc(5)
+        except (OSError, ValueError, IndexError):  # it ended meanwhile
+            return 0
+
+    def watch():
+        while not ended.wait(0.02):
+            most[0] = max(most[0], sum(map(resident, Path("/proc").glob("[0-9]*/stat"))))
+
+    began = time.perf_counter()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    out = process.communicate()[0].decode()
+    seconds = time.perf_counter() - began
+    ended.set()
+    watcher.join()
+    if process.returncode:
+        fail(f"{' '.join(map(str, command[1:4]))} ... exited with {process.returncode}")
+    return seconds, most[0] / 1e6 or None, out
+
+
+def prepare_once(corpus, dedup, count):
+    """Prepare a corpus. -> (seconds, MB of memory, tokens)"""
+    made = Path(out_dir) / "made"
+    shutil.rmtree(made, ignore_errors=True)
+    command = [sys.executable, ROOT / "data" / "openwebtext" / "prepare.py", f"--input={corpus}", f"--out_dir={made}",
+               f"--dedup={dedup}", f"--workers={count}", "--val_fraction=0.01"]
+    seconds, memory, _ = watched(command)
+    manifest = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
+    return seconds, memory, sum(split["tokens"] for split in manifest["splits"].values())
+
+
+def recipe_once(corpus, procs):
+    """nanoGPT's recipe. -> (seconds without loading the corpus, MB of memory, 0)"""
+    folder = Path(out_dir) / "recipe"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tokenizer = Path(out_dir) / "made" / "tokenizer.json"
+    _, memory, out = watched([sys.executable, "-c", RECIPE, corpus, folder, str(procs), tokenizer, ROOT])
+    times = json.loads(out.splitlines()[-1])
+    return times["map_s"] + times["write_s"], memory, 0
+
+
+def bench_data():
+    sys.path.insert(0, str(ROOT / "data"))
+    from reading import read_texts
+
+    if not input:
+        fail("--input is missing: a file of documents, such as .jsonl.gz, to make the corpora of")
+    folder = new_folder(out_dir)
+    folder.mkdir(parents=True)
+    texts = [text for text in read_texts(input)[0] if not english or sum(map(str.isascii, text)) >= 0.99 * len(text)]
+    corpora = [folder / f"corpus_{size}.jsonl" for size in sizes]
+    for path, size in zip(corpora, sizes, strict=True):
+        make_corpus(path, texts, size)
+
+    main = corpora[min(1, len(corpora) - 1)]
+    megabytes = main.stat().st_size / 1e6
+    most = max(workers)
+    cases = {f"{dedup}, {count} workers": (lambda d=dedup, c=count: prepare_once(main, d, c))
+             for dedup in ("none", "exact", "near") for count in workers}
+    cases["nanoGPT's recipe"] = lambda: recipe_once(main, most)
+    found = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            found[name].append(case())
+            print(f"    {name}: {megabytes / found[name][-1][0]:.1f} MB/s", file=sys.stderr)
+    rows = []
+    for name, times in found.items():
+        seconds = statistics.median(t[0] for t in times)
+        rows.append({"what": name, "seconds": seconds, "MB/s": megabytes / seconds,
+                     "Mtokens/s": times[0][2] / seconds / 1e6, "peak MB": max(t[1] or 0 for t in times),
+                     "all_s": [t[0] for t in times]})
+    memory = []
+    for path, size in zip(corpora, sizes, strict=True):
+        seconds, peak, _ = prepare_once(path, "near", most)
+        speed = path.stat().st_size / 1e6 / seconds
+        memory.append({"corpus MB": size, "seconds": seconds, "MB/s": speed, "peak MB": peak})
+    print(f"{megabytes:.0f} MB of text, whole command, median of {rounds}; the recipe without loading the corpus")
+    for row in rows:
+        print(f"{row['what']:>20}  {row['seconds']:7.1f} s  {row['MB/s']:6.1f} MB/s  {row['peak MB']:7.0f} MB at most")
+    print(f"near, {most} workers, by size of the corpus")
+    table(memory, ("corpus MB", "seconds", "MB/s", "peak MB"))
+    recipe = rows[-1]["seconds"]
+    ratios = {row["what"]: recipe / row["seconds"] for row in rows[:-1]}
+    print("times as fast as the recipe: " + ", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
+    return {"machine": machine(), "megabytes": megabytes, "rows": rows, "memory": memory, "ratios": ratios}
+
+
+# -----------------------------------------------------------------------------
+# loader
+
+
+def crops(path, block_size, batch_size):
+    """nanoGPT's batches: a memmap anew each time, a random crop for each row. Yields (x, y), int64 (B, T)."""
+    while True:
+        data = np.memmap(path, dtype=np.uint16, mode="r", offset=1024)
+        at = torch.randint(len(data) - block_size, (batch_size,)).tolist()
+        x = torch.stack([torch.from_numpy(data[i : i + block_size].astype(np.int64)) for i in at])
+        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + block_size].astype(np.int64)) for i in at])
+        yield x, y
+
+
+def bench_loader():
+    keys = read_keys(ROOT / "train.py")
+    values = {name: key.default for name, key in keys.items()} | read_file(config, keys)
+    for pair in overrides:
+        name, _, text = pair.partition("=")
+        if name not in keys:
+            fail(f"--overrides: train.py has no key {name}")
+        values[name] = keys[name].check(text, f"--overrides={pair}", parse=True)
+    block_size, batch_size = values["block_size"], values["batch_size"]
+    tokens = Tokens(find_dataset(values["dataset"]), "train")
+
+    def tokens_per_s(source):
+        began = time.perf_counter()
+        for _ in range(batches):
+            next(source)
+        return batches * batch_size * block_size / (time.perf_counter() - began)
+
+    speeds = {"minichat": [], "nanoGPT": []}
+    for _ in range(rounds):
+        loader = Loader(tokens, block_size, batch_size, prefetch=values["prefetch"], threads=values["loader_threads"])
+        speeds["minichat"].append(tokens_per_s(loader))
+        loader.close()
+        speeds["nanoGPT"].append(tokens_per_s(crops(tokens.paths[0], block_size, batch_size)))
+    folder = new_folder(Path(out_dir) / f"{Path(config).stem}_loader")
+    run("train.py", config, f"--out_dir={folder}", *(f"--{key}" for key in overrides))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    waiting, whole = (sum(r[p] for r in records for p in parts) for parts in (("data_ms",), PARTS))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    print(f"{config}: batches of {batch_size} x {block_size}, median of {rounds} rounds of {batches:,}")
+    for name, speed in medians.items():
+        print(f"{name:>10}: {speed / 1e6:8.2f} million tokens/s")
+    print(f"a training step waits for data {waiting / whole:.3%} of its time ({records[-1]['step']:,} steps)")
+    return {"machine": machine(), "tokens_per_s": medians, "all": speeds, "waiting": waiting / whole}
 
 
 if __name__ == "__main__":
-    settings = configure(globals(), verb="what", verbs=("train",))
-    main(settings)
+    settings = configure(globals(), verb="what", verbs=("train", "data", "loader"))
+    if what != "data" and not Path(config).exists():
+        fail(f"no config file {config}")
+    figures = {"train": bench_train, "data": bench_data, "loader": bench_loader}[what]()
+    print(json.dumps({"benchmark": what, "settings": settings, **figures}))

@@ -32,6 +32,13 @@ KEPT, EXACT, NEAR = 0, 1, 2
 UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF),
             (0x20000, 0x3FFFF))
 
+PIECE = 1 << 18  # characters at a time; a word that is cut in two there counts as two
+FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so it has an inverse
+POWERS, INVERSES = (
+    np.cumprod(np.append(np.uint64(1), np.full(PIECE - 1, x, dtype=np.uint64)))
+    for x in (int(FACTOR), pow(int(FACTOR), -1, 2**64))
+)
+
 
 # -----------------------------------------------------------------------------
 # Signatures
@@ -56,20 +63,23 @@ def mix(x):
 
 def words(text):
     """A hash of each word of `text` in lower case. -> uint64 (n,)"""
-    codes = np.frombuffer(text.lower().encode("utf-32-le"), dtype="<u4")
-    kind = word_table()[codes]
-    letter = kind == 1
-    before = np.concatenate(([False], letter[:-1]))
-    starts = np.flatnonzero((letter & ~before) | (kind == 2))
+    text = text.lower()
+    return np.concatenate([words_of_piece(text[i : i + PIECE]) for i in range(0, len(text) or 1, PIECE)])
+
+
+def words_of_piece(text):
+    """A word's hash is the sum of its characters' code points times the powers 0, 1, ... of FACTOR, modulo 2^64."""
+    encoding, kind = ("ascii", np.uint8) if text.isascii() else ("utf-32-le", "<u4")
+    codes = np.frombuffer(text.encode(encoding), dtype=kind)
+    kind = word_table().take(codes)
+    starts = kind == 1
+    starts[1:] &= kind[:-1] != 1
+    starts = np.flatnonzero(starts | (kind == 2))
     if not len(starts):
         return np.empty(0, dtype=np.uint64)
-    # a word's hash is the sum of mix(character, place in the word): the difference of two running sums
-    place = np.arange(len(codes), dtype=np.uint64)
-    first = np.zeros(len(codes), dtype=np.uint64)
-    first[starts] = starts.astype(np.uint64)
-    place -= np.maximum.accumulate(first)
-    values = np.where(kind > 0, mix(codes.astype(np.uint64) << np.uint64(32) | place), np.uint64(0))
-    return np.add.reduceat(values, starts)  # what lies between two words adds nothing
+    values = codes * POWERS[: len(codes)]  # of the place in the text: all words at once, each put right after its sum
+    values *= kind != 0
+    return np.add.reduceat(values, starts) * INVERSES[starts]
 
 
 def shingles(text):
@@ -79,8 +89,8 @@ def shingles(text):
     if not size:
         return hashes
     total = np.zeros(len(hashes) - size + 1, dtype=np.uint64)
-    for i in range(size):  # 31 * x + y as in any string's hash, with a larger factor
-        total = total * np.uint64(0x9E3779B97F4A7C15) + hashes[i : i + len(total)]
+    for i in range(size):
+        total = total * FACTOR + hashes[i : i + len(total)]
     return mix(total)
 
 
@@ -109,7 +119,7 @@ def band_hashes(signature, bands, rows):
     for band in range(bands):
         total = np.full(len(signature), band + 1, dtype=np.uint64)
         for column in signature[:, band * rows : (band + 1) * rows].T:
-            total = mix(total * np.uint64(0x9E3779B97F4A7C15) + column)
+            total = mix(total * FACTOR + column)
         out[:, band] = total
     return out
 
