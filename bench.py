@@ -187,7 +187,7 @@ def make_corpus(path, texts, megabytes, seed=1):
 def watched(command):
     """Run a command in a session of its own. -> (seconds, most resident memory of all its processes in MB, stdout)
 
-    Memory is read from /proc every 20 ms, and is None where there is no /proc.
+    Memory is read from /proc ten times a second, and is None where there is no /proc.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     most, ended, page = [0], threading.Event(), os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
@@ -200,7 +200,7 @@ def watched(command):
             return 0
 
     def watch():
-        while not ended.wait(0.02):
+        while not ended.wait(0.1):
             most[0] = max(most[0], sum(map(resident, Path("/proc").glob("[0-9]*/stat"))))
 
     began = time.perf_counter()
