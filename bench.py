@@ -337,4 +337,5 @@ if __name__ == "__main__":
     if what != "data" and not Path(config).exists():
         fail(f"no config file {config}")
     figures = {"train": bench_train, "data": bench_data, "loader": bench_loader}[what]()
+    settings["input"] = Path(input).name  # where it lies is this machine's own affair
     print(json.dumps({"benchmark": what, "settings": settings, **figures}))
