@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -21,6 +22,9 @@ import numpy as np
 import torch
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's and modded-nanogpt's uint16 shards
+MOST_FILES = 64  # shards that are open at once
+AT_ONCE = 4096  # positions whose windows are found together, at the cost of a few alone
+ROWS_AT_ONCE = 256  # of small batches, several are read at once: less Python runs beside the step, which waits for it
 
 
 class DataError(ValueError):
@@ -117,6 +121,7 @@ class Tokens:
 
     def __init__(self, folder, split, vocab_size=65536):
         self.folder, self.split, self.vocab_size = Path(folder), split, vocab_size
+        self.files, self.lock = {}, threading.Lock()
         self.paths = sorted(self.folder.glob(f"{split}_[0-9]*.bin"))
         if self.paths:
             self.skip = HEADER_BYTES
@@ -170,25 +175,34 @@ class Tokens:
     def read(self, starts, length):
         """Rows of `length` consecutive tokens from each of `starts`. -> uint16 (len(starts), length).
 
-        Shards are mapped anew at each call, so that pages once read do not pile up in this process's memory.
+        Read, not mapped: pages of a mapping would pile up in this process's memory.
         """
-        rows = np.empty((len(starts), length), dtype=np.uint16)
-        maps = {}
-        for row, start in zip(rows, starts, strict=True):
-            filled, shard = 0, int(np.searchsorted(self.starts, start, side="right")) - 1
-            while filled < length:
-                if shard not in maps:
-                    maps[shard] = np.memmap(self.paths[shard], dtype="<u2", mode="r", offset=self.skip)
-                at = int(start) + filled - int(self.starts[shard])
-                part = maps[shard][at : at + length - filled]
-                row[filled : filled + len(part)] = part
-                filled, shard = filled + len(part), shard + 1
+        rows = np.empty((len(starts), length), dtype="<u2")
+        shards = (np.searchsorted(self.starts, starts, side="right") - 1).tolist()
+        with self.lock:
+            for row, start, shard in zip(rows, np.asarray(starts).tolist(), shards, strict=True):
+                filled = 0
+                while filled < length:
+                    at, end = start + filled, int(self.starts[shard + 1])
+                    part, file = row[filled : filled + end - at], self.file(shard)
+                    file.seek(self.skip + 2 * (at - int(self.starts[shard])))
+                    if file.readinto(part.data) != part.nbytes:
+                        raise DataError(f"{self.paths[shard]} became shorter: prepare the dataset again")
+                    filled, shard = filled + len(part), shard + 1
         if rows.size and int(rows.max()) >= self.vocab_size:
             raise DataError(
                 f"{self.folder}: the {self.split} split holds token {int(rows.max())}, but vocab_size is "
                 f"{self.vocab_size}: set vocab_size above it, or prepare the dataset with this model's tokenizer"
             )
         return rows
+
+    def file(self, shard):
+        """An open file, of the few that are kept so."""
+        if shard not in self.files:
+            if len(self.files) >= MOST_FILES:
+                self.files.pop(next(iter(self.files))).close()
+            self.files[shard] = open(self.paths[shard], "rb", buffering=0)
+        return self.files[shard]
 
     @property
     def parts(self):
@@ -324,7 +338,7 @@ def to_batch(rows):
 
 
 class Loader:
-    """Training batches in order, read ahead by background threads: `prefetch` batches, by `threads` of them.
+    """Training batches in order, at least `prefetch` of them read ahead by background threads.
 
     Step s takes positions [s G, (s + 1) G) of the order, G = batch_size * accumulation * world; micro-step m of
     rank r takes the rows of micro-batch m * world + r. Iterating gives (x, y), int64 (batch_size, block_size),
@@ -339,27 +353,46 @@ class Loader:
         self.order = MixedOrder(tokens, block_size, seed) if mixed else Order(len(tokens), block_size, seed)
         self.block_size, self.batch_size, self.accumulation = block_size, batch_size, accumulation
         self.rank, self.world, self.pin = rank, world, pin
+        self.block = lru_cache(maxsize=8)(lambda i: self.order.starts(np.arange(i * AT_ONCE, (i + 1) * AT_ONCE)))
         self.numbers = ((step, micro) for step in itertools.count(first_step) for micro in range(accumulation))
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
-        self.ahead = deque(self.pool.submit(self.batch, *next(self.numbers)) for _ in range(max(1, prefetch)))
+        self.group = max(1, ROWS_AT_ONCE // batch_size)  # batches read together
+        self.ready = deque()
+        self.ahead = deque(self.read_on() for _ in range(-(-max(1, prefetch) // self.group)))
 
     def positions(self, step, micro):
         first = ((step * self.accumulation + micro) * self.world + self.rank) * self.batch_size
         return np.arange(first, first + self.batch_size)
 
+    def starts(self, positions):
+        """What the order says, kept for the neighbours."""
+        blocks = [self.block(i) for i in range(positions[0] // AT_ONCE, positions[-1] // AT_ONCE + 1)]
+        return np.concatenate(blocks)[positions - positions[0] // AT_ONCE * AT_ONCE]
+
     def batch(self, step, micro=0):
         """The batch of any micro-step, from nothing but its number."""
-        x, y = to_batch(self.tokens.read(self.order.starts(self.positions(step, micro)), self.block_size + 1))
-        return (x.pin_memory(), y.pin_memory()) if self.pin else (x, y)
+        return self.batches([(step, micro)])[0]
+
+    def batches(self, numbers):
+        """The batches of some (step, micro-step) in order, read together."""
+        starts = self.starts(np.concatenate([self.positions(*number) for number in numbers]))
+        x, y = to_batch(self.tokens.read(starts, self.block_size + 1))
+        if self.pin:
+            x, y = x.pin_memory(), y.pin_memory()
+        return list(zip(x.split(self.batch_size), y.split(self.batch_size), strict=True))
+
+    def read_on(self):
+        return self.pool.submit(self.batches, list(itertools.islice(self.numbers, self.group)))
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        batch = self.ahead[0].result()  # an error stays in front: whoever asks again is told again
-        self.ahead.popleft()
-        self.ahead.append(self.pool.submit(self.batch, *next(self.numbers)))
-        return batch
+        if not self.ready:
+            self.ready.extend(self.ahead[0].result())  # an error stays in front: whoever asks again is told again
+            self.ahead.popleft()
+            self.ahead.append(self.read_on())
+        return self.ready.popleft()
 
     def close(self):
         self.pool.shutdown(wait=True, cancel_futures=True)

@@ -61,12 +61,14 @@ def prepare(folder, files, source, tokenizer, settings):
     with only_writer(work):
         chunks = all_chunks(work, files)
         documents, digest = statistics(chunks, work, files)
+        print(f"resolve: looking for duplicates among {documents['read']:,} documents ...", flush=True)
         fate = resolve(work, chunks, settings)
         documents["dropped"]["exact_duplicate"] = int((fate == dedup.EXACT).sum())
         documents["dropped"]["near_duplicate"] = int((fate == dedup.NEAR).sum())
         documents["kept"] = int((fate == dedup.KEPT).sum())
         if not documents["kept"]:
             fail(f"no document is left of {documents['read']:,} read: {nothing_left(documents, settings)}")
+        print(f"write: {documents['kept']:,} documents ...", flush=True)
         source = source | {"files": len(files), "bytes": sum(file.size for file in files), "sha256": digest}
         changed = write(folder, chunks, fate, tokenizer, source, preprocessing_of(plan), documents, settings)
     (work / "plan.json").unlink()  # first: without it the rest is nothing to go on from

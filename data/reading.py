@@ -194,8 +194,15 @@ def hub_files(dataset, name, revision, plan):
 
 def hub_documents(file, text_key, limit):
     """Rows of a shard of the Hub; offsets count characters of text."""
-    at = 0
-    for row in file.rows:
+    at, rows = 0, iter(file.rows)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # the network's; none of it says that the corpus ends here
+            fail(f"{file.name}: the Hub broke off ({type(error).__name__}: {error}): run the same command again, "
+                 "which goes on from here")
         text = row.get(text_key)
         known = isinstance(text, str)
         yield at, text if known and len(text) <= limit else Reject("too_long" if known else "no_text")

@@ -1,9 +1,12 @@
 """Benchmarks: the figures are those of the run folders, and nothing is measured over what is there."""
 
 import json
+import random
 import statistics
 
+import numpy as np
 import pytest
+from test_tokenizer import RANKS, needs_ranks
 
 KEYS = ("seed", "val_loss", "train_s", "step_ms", "data_ms", "forward_ms", "backward_ms", "optim_ms", "tok_per_s")
 
@@ -20,6 +23,7 @@ def bench(run_script, tiny_settings, tmp_path_factory):
     def bench(seeds, out_dir, *words):
         return run_script("bench.py", "train", f"--config={config}", f"--seeds={seeds}", f"--out_dir={out_dir}", *words)
 
+    bench.config = config
     return bench
 
 
@@ -60,3 +64,55 @@ def test_mistakes_are_named(seeds, words, named, bench, tmp_path):
     done = bench(seeds, tmp_path / "out", *words)
     assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Documents as long as those of a real corpus."""
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 9))) for _ in range(2000)]
+    texts = ["\n".join(" ".join(rng.choices(words, k=12)) for _ in range(300)) for _ in range(5)] + ["é" * 20_000]
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@needs_ranks
+@pytest.mark.slow
+def test_preparing_data_is_timed_beside_the_recipe(corpus, run_script, tmp_path):
+    words = [f"--input={corpus}", "--sizes=1,2", "--workers=1,2", "--rounds=1", f"--out_dir={tmp_path / 'out'}"]
+    done = run_script("bench.py", "data", *words, MINICHAT_MIRROR=str(RANKS.parent))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["settings"]["input"] == "documents.jsonl" and 2 < result["megabytes"] < 2.2
+    names = [f"{dedup}, {n} workers" for dedup in ("none", "exact", "near") for n in (1, 2)] + ["nanoGPT's recipe"]
+    assert [row["what"] for row in result["rows"]] == names and set(result["ratios"]) == set(names[:-1])
+    for row in result["rows"]:
+        assert row["MB/s"] == pytest.approx(result["megabytes"] / row["seconds"]) and row["peak MB"] > 20
+    assert [row["corpus MB"] for row in result["memory"]] == [1, 2]
+    ours, theirs = (np.fromfile(path, dtype="<u2") for path in (
+        tmp_path / "out" / "made" / "train_000000.bin", tmp_path / "out" / "recipe" / "train.bin"))
+    made = json.loads((tmp_path / "out" / "made" / "manifest.json").read_text(encoding="utf-8"))
+    total = sum(split["tokens"] for split in made["splits"].values())
+    both = len(theirs) + (tmp_path / "out" / "recipe" / "test.bin").stat().st_size // 2
+    assert total == both and len(ours) > 1000, "the recipe makes the same tokens of the same text"
+    again = run_script("bench.py", "data", *words)
+    assert again.returncode == 2 and "exists" in again.stderr
+
+
+def test_the_loader_is_timed_and_its_wait_is_a_share(bench, run_script, tmp_path):
+    config = bench.config
+    done = run_script("bench.py", "loader", f"--config={config}", "--batches=20", "--rounds=2", f"--out_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    lines = (tmp_path / "tiny_loader" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    parts = ("data_ms", "forward_ms", "backward_ms", "optim_ms")
+    whole = sum(r[part] for r in records for part in parts)
+    assert result["waiting"] == pytest.approx(sum(r["data_ms"] for r in records) / whole)
+    assert all(len(result["all"][name]) == 2 and result["tokens_per_s"][name] > 0 for name in ("minichat", "nanoGPT"))
+
+
+def test_a_recipe_needs_documents(run_script, tmp_path):
+    done = run_script("bench.py", "data", f"--out_dir={tmp_path / 'out'}")
+    assert done.returncode == 2 and "--input is missing" in done.stderr and not (tmp_path / "out").exists()

@@ -240,16 +240,39 @@ def test_the_readmes_figures_are_those_of_the_results():
     assert results
     for path in results:
         result = json.loads(read(path).splitlines()[-1])
-        loss, seconds = result["val_loss"], result["train_s"]
-        row = next(line for line in measured.splitlines() if f"/{path.name})" in line)
-        assert row.startswith(f"| `{result['settings']['config']}`")
-        assert all(key in row for key in result["settings"]["overrides"])
-        n = len(result["runs"])
-        spread = f" ± {loss['stdev']:.4f}" if n > 1 else ""  # of one run there is none
-        assert f"| {loss['mean']:.4f}{spread} ({n}) |" in row
-        assert f"| {seconds['mean']:.1f} s |" in row
-        assert not any(run["dirty"] for run in result["runs"])
-        assert len({run["commit"] for run in result["runs"]}) == 1
+        rows = [line for line in measured.splitlines() if f"/{path.name})" in line]
+        assert rows, f"{path.name} is in no row"
+        {"train": holds_train, "data": holds_data, "loader": holds_loader}[result["benchmark"]](rows, result)
+        made = result.get("runs") or [result["machine"]]
+        assert not any(run["dirty"] for run in made) and len({run["commit"] for run in made}) == 1
+
+
+def holds_train(rows, result):
+    loss, seconds, n = result["val_loss"], result["train_s"], len(result["runs"])
+    assert rows[0].startswith(f"| `{result['settings']['config']}`")
+    assert all(key in rows[0] for key in result["settings"]["overrides"])
+    spread = f" ± {loss['stdev']:.4f}" if n > 1 else ""  # of one run there is none
+    assert f"| {loss['mean']:.4f}{spread} ({n}) |" in rows[0]
+    assert f"| {seconds['mean']:.1f} s |" in rows[0]
+
+
+def holds_data(rows, result):
+    """A row for each case that is told of, and one for the memory by size of the corpus."""
+    cases = {row["what"]: row for row in result["rows"]}
+    told = [row for line in rows for what, row in cases.items() if line.startswith(f"| {what} |")]
+    assert len(told) >= 3
+    for row in told:
+        ratio = result["ratios"].get(row["what"], 1.0)
+        figures = f"| {row['what']} | {row['MB/s']:.1f} MB/s | {ratio:.2f} | {row['peak MB']:.0f} MB |"
+        assert any(line.startswith(figures) for line in rows), figures
+    memory = ", ".join(f"{row['peak MB']:.0f} MB for {row['corpus MB']} MB" for row in result["memory"])
+    assert any(memory in line for line in rows), memory
+
+
+def holds_loader(rows, result):
+    speed = result["tokens_per_s"]
+    figures = f"| {speed['minichat'] / 1e6:.2f} | {speed['nanoGPT'] / 1e6:.2f} | {result['waiting']:.2%} |"
+    assert rows[0].startswith(f"| `{result['settings']['config']}` {figures}"), figures
 
 
 @pytest.mark.slow

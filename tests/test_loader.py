@@ -236,7 +236,7 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(counting,
         return read(starts, length)
 
     monkeypatch.setattr(counting, "read", fails_at_the_third)
-    loader = Loader(counting, 16, 2)
+    loader = Loader(counting, 16, 300)  # more rows than are read together
     next(loader), next(loader)
     for _ in range(2):  # who asks again does not wait for ever
         with pytest.raises(type(error), match=str(error)):
@@ -551,8 +551,11 @@ def test_threads_and_depth_change_nothing(counting, threads, prefetch):
     loader = Loader(counting, 16, 3, accumulation=2, seed=2, threads=threads, prefetch=prefetch)
     found = [next(loader) for _ in range(100)]
     assert all(torch.equal(x, loader.batch(i // 2, i % 2)[0]) for i, (x, _) in enumerate(found))
-    assert len(loader.ahead) == prefetch
+    assert len(loader.ahead) == 1, "85 batches of three rows are read together"
     loader.close()
+    deep = Loader(counting, 16, 200, threads=threads, prefetch=prefetch)
+    assert len(deep.ahead) == prefetch
+    deep.close()
 
 
 def test_a_changed_shard_is_named(tiny_dataset, tmp_path):

@@ -16,6 +16,7 @@ from test_reading import write_corpus
 from test_tokenizer import BPE, RANKS, needs_ranks
 
 from loader import Tokens
+from reading import InputFile, read_chunks
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -359,6 +360,25 @@ def test_the_hub_is_streamed_and_its_commit_recorded(tmp_path, monkeypatch, caps
     assert run(f"--out_dir={tmp_path / 'no'}", "--hub=gone") == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "no network" in line and "--input=FOLDER" in line
+
+
+def test_a_hub_that_breaks_off_is_no_end_of_the_corpus(capsys):
+    def rows():
+        yield {"text": "x" * 10}
+        raise ConnectionError("timed\nout")
+
+    file = InputFile("shard 1 of 2", rows=rows())
+    with pytest.raises(SystemExit) as end:
+        list(read_chunks(file, lambda i: True, 100, "text", 100))
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and "shard 1 of 2" in line and "goes on" in line
+    assert file.fault is None and not file.chunks
+
+
+def test_fineweb_has_the_keys_and_a_corpus_and_folder_of_its_own(run_script):
+    done = run_script("data/fineweb/prepare.py", "--help")
+    assert done.returncode == 0 and "--hub=HuggingFaceFW/fineweb-edu" in done.stdout
+    assert "--hub_name=sample-10BT" in done.stdout and str(ROOT / "data" / "fineweb") in done.stdout
 
 
 @needs_ranks
