@@ -151,7 +151,7 @@ def print_needs(folder, files, settings, workers):
     tokens, scanned = size / 4, size / 2 * (1 + 2 * near)  # a token stands for about 4 bytes, and takes 2
     place = next(place for place in (folder, *folder.resolve().parents) if place.exists())
     free = shutil.disk_usage(place).free
-    memory = 0.15 + workers * 0.3
+    memory = 0.1 + workers * 0.15  # as bench.py data finds it
     if size:
         print(f"{len(files):,} files, about {size / 1e6:,.0f} MB of text, {tokens / 1e6:,.0f} million tokens")
         print(f"disk: about {tokens * 2 / 1e9:.2f} GB for the shards and {scanned / 1e9:.2f} GB more until they are "
