@@ -1,21 +1,34 @@
 """
-From a checkpoint to text: load it, choose the next token, stream.
+From a checkpoint to text: a generation engine with a paged key-value cache.
 
-    model, tokenizer, state, folder = load("out/shakespeare_char")
-    decode = tokenizer.stream_decoder()
-    for token in stream(model, tokenizer.encode("ROMEO:"), 200):
-        print(decode(token), end="")
+    engine = Engine.load("out/shakespeare_char")
+    print(engine.generate("ROMEO:", max_new_tokens=200).text)
+    for piece in engine.stream("ROMEO:", temperature=0.8, seed=1):
+        print(piece, end="")
+
+Requests join and leave at any step (continuous batching, Yu et al. 2022, "Orca"); keys and values lie in blocks that
+are handed out from one pool (PagedAttention, Kwon et al. 2023, arXiv:2309.06180); a long prompt is read in chunks
+beside the others' tokens (Sarathi, Agrawal et al. 2023, arXiv:2308.16369). All tokens of a step go through the model as
+one row, so each weight is read once; attention is per request. A request has its own cache and random numbers: what it
+draws does not depend on what is computed beside it, but for rounding.
+
+`stream` is the plain way, which reads the whole context for every token: what the tests hold the engine to.
 """
 
-import math
 import sys
+from collections import deque
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from checkpoint import CheckpointError, find, load_model
-from model import GPT, GPTConfig
+from device import pick_device, pick_dtype
+from model import GPT, GPTConfig, rope_tables
+from sampling import Sampling, StopText, penalise, probabilities
 from tokenizer import load_tokenizer
+from weights import convert
 
 
 def load(out_dir, which="latest", device="cpu"):
@@ -40,53 +53,344 @@ def load(out_dir, which="latest", device="cpu"):
     return model.to(device).eval(), tokenizer, state, folder
 
 
-def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Logits (..., vocab_size) -> the distribution to draw from, fp32, same shape.
-
-    temperature 0 puts everything on the most likely token (the lowest id on a tie). top_k keeps exactly k tokens, on
-    ties too; top_p, of those, the fewest that have at least that share of the probability (Holtzman et al. 2020,
-    arXiv:1904.09751).
-    Raises ValueError naming a parameter that has no meaning.
-    """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or above, and finite")
-    if not (isinstance(top_k, int) and top_k >= 0):
-        raise ValueError(f"top_k={top_k} must be a whole number; 0: all tokens")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie in (0, 1]; 1: all tokens")
-    logits = logits.float()
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits - logits.max(-1, keepdim=True).values  # a low temperature must not make it infinite
-    probs = torch.softmax(logits / temperature, -1)
-    if (top_k and top_k < logits.size(-1)) or top_p < 1:
-        ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
-        if top_k:
-            ranked[..., top_k:] = 0.0
-        before = ranked.cumsum(-1) - ranked  # probability of all that are more likely
-        ranked[before >= top_p * ranked.sum(-1, keepdim=True)] = 0.0
-        probs = torch.zeros_like(probs).scatter_(-1, ids, ranked / ranked.sum(-1, keepdim=True))
-    return probs
+# -----------------------------------------------------------------------------
+# The plain way
 
 
 @torch.no_grad()
-def stream(model, prompt, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, seed=0, eos=None):
+def stream(model, prompt, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+           seed=0, eos=None):
     """Yield up to max_new_tokens token ids that follow `prompt` (at least one id), ending before `eos`.
 
     The same seed gives the same tokens. Past block_size the model sees the last block_size tokens.
     """
-    if not prompt:
-        raise ValueError("the prompt is empty: it needs at least one token, such as the tokenizer's bos")
-    if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-        raise ValueError(f"the prompt has a token outside the model's vocabulary of {model.config.vocab_size}")
+    check_prompt(prompt, model.config)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
     ids = torch.tensor([prompt], dtype=torch.long, device=device)
     for _ in range(max_new_tokens):
         logits, _ = model(ids[:, -model.config.block_size :], last_only=True)
-        probs = probabilities(logits[0, -1].cpu(), temperature, top_k, top_p)
+        logits = penalise(logits[0, -1].float().cpu(), ids[0].tolist(), repetition_penalty)
+        probs = probabilities(logits, temperature, top_k, top_p, min_p)
         token = int(torch.multinomial(probs, 1, generator=generator))
         if token == eos:
             return
         yield token
         ids = torch.cat((ids, torch.tensor([[token]], device=device)), dim=1)
+
+
+def check_prompt(prompt, config):
+    if not prompt:
+        raise ValueError("the prompt is empty: it needs at least one token, such as the tokenizer's bos")
+    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        raise ValueError(f"the prompt has a token outside the model's vocabulary of {config.vocab_size}")
+
+
+# -----------------------------------------------------------------------------
+# The cache
+
+
+class Blocks:
+    """Which blocks of the cache are whose. A block may be shared by requests whose prompts begin alike."""
+
+    def __init__(self, count):
+        self.users = [0] * count
+        self.free = count
+        self.known = {}  # all tokens up to the end of a block -> the block that holds the last of them
+        self.names = {}  # and back
+
+    def take(self, count):
+        """Blocks of one's own: the first run of neighbours where there is one, as a view needs no copy. -> list"""
+        assert count <= self.free, "asked for more than there is"
+        run = 0
+        for i, users in enumerate(self.users):
+            run = 0 if users else run + 1
+            if run == count:
+                chosen = list(range(i + 1 - count, i + 1))
+                break
+        else:
+            chosen = [i for i, users in enumerate(self.users) if not users][:count]
+        for i in chosen:
+            self.users[i] = 1
+        self.free -= count
+        return chosen
+
+    def share(self, tokens, size):
+        """Blocks that hold the beginning of `tokens` already, less the last token. They are this request's, too."""
+        found = []
+        while (end := (len(found) + 1) * size) < len(tokens) and tuple(tokens[:end]) in self.known:
+            found.append(self.known[tuple(tokens[:end])])
+        for i in found:
+            self.users[i] += 1
+        return found
+
+    def publish(self, tokens, block):
+        """`block` holds the last of `tokens`, and they will not change."""
+        if tokens not in self.known and block not in self.names:
+            self.known[tokens], self.names[block] = block, tokens
+
+    def release(self, blocks):
+        for i in blocks:
+            self.users[i] -= 1
+            if not self.users[i]:
+                self.free += 1
+                self.known.pop(self.names.pop(i, None), None)
+
+
+class StepCache:
+    """What model.forward gets for one step: its tokens' positions, and attention over what each request has."""
+
+    def __init__(self, engine, parts):
+        """`parts`: (request, tokens) in the order of the step's row; the request's `cached` is still what it was."""
+        device, self.engine, self.parts, at, places, self.rows = engine.device, engine, [], 0, [], []
+        slots = []
+        for request, tokens in parts:
+            first, n = request.cached, len(tokens)
+            places += range(first, first + n)
+            slots += [request.slot(place) for place in range(first, first + n)]
+            self.parts.append((at, n, first, request.view(first + n)))
+            at += n
+            if first + n == len(request.ids):
+                self.rows.append(at - 1)
+        self.positions = torch.tensor(places, device=device)
+        self.slots = torch.tensor(slots, device=device)
+        self.rope = None
+        if engine.rope is not None:
+            self.rope = tuple(table[self.positions][:, None] for table in engine.rope)
+
+    def attend(self, layer, q, k, v):
+        """Keep k and v (1, N, n_kv, D); softmax(q k^T / sqrt(D)) v for q (1, N, n_q, D), each request by itself."""
+        keys, values = self.engine.keys[layer], self.engine.values[layer]
+        keys.index_copy_(0, self.slots, k[0].to(keys.dtype))
+        values.index_copy_(0, self.slots, v[0].to(values.dtype))
+        out = [attend_one(q[0, at : at + n], keys[view], values[view], first) for at, n, first, view in self.parts]
+        return out[0][None] if len(out) == 1 else torch.cat(out)[None]
+
+
+def attend_one(q, k, v, first):
+    """Attention of q (T, n_q, D), at positions first, first + 1, ..., over k and v (L, n_kv, D). -> (T, n_q, D)
+
+    The query heads that share one key and value head are so many more rows: keys and values are never repeated.
+    """
+    T, n_q, D = q.shape
+    group = n_q // k.size(1)
+    q = q.view(T, k.size(1), group, D).permute(1, 2, 0, 3).reshape(1, k.size(1), group * T, D)
+    k, v, mask = k.transpose(0, 1)[None], v.transpose(0, 1)[None], None
+    causal = T > 1 and first == 0 and group == 1
+    if T > 1 and not causal:
+        mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril(first).repeat(group, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return y.view(n_q // group, group, T, D).permute(2, 0, 1, 3).reshape(T, n_q, D)
+
+
+# -----------------------------------------------------------------------------
+# The engine
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and what follows it so far."""
+
+    ids: list  # the prompt's tokens, then those that were drawn
+    sampling: Sampling
+    prompt_tokens: int = 0
+    text: str = ""  # what follows the prompt, up to a stop string
+    logprobs: list = field(default_factory=list)
+    finish: str = ""  # why it ended: length | eos | stop | cancelled; empty while it goes on
+    cached: int = 0  # tokens whose keys and values are kept
+    blocks: list = field(default_factory=list)
+
+    @property
+    def tokens(self):
+        return self.ids[self.prompt_tokens :]
+
+    def place(self, blocks, size, window):
+        """Where in the cache it lives: `blocks` of `size` tokens, which go round where a window slides."""
+        self.blocks, self.size, self.window = blocks, size, window
+        self.run = all(b == a + 1 for a, b in zip(blocks, blocks[1:], strict=False))
+
+    def slot(self, place):
+        place %= self.window
+        return self.blocks[place // self.size] * self.size + place % self.size
+
+    def view(self, count):
+        """Index of its first `count` tokens (of a window that went round, all of it): a slice, or a list."""
+        count = min(count, self.window)
+        if self.run:
+            return slice(self.blocks[0] * self.size, self.blocks[0] * self.size + count)
+        return [self.slot(place) for place in range(count)]
+
+
+class Engine:
+    """Requests in, tokens out. `submit` and `step`, or `generate` and `stream`, which do both.
+
+    max_tokens: how many tokens' keys and values are held at most, over all requests. A request that could never fit is
+    refused by `submit`; one that does not fit now waits, and has all the room that it may need once it starts.
+    slide: past block_size go on with the last block_size tokens (RoPE alone: positions are relative); else a request
+    that would get there is refused.
+    """
+
+    def __init__(self, model, tokenizer=None, *, max_tokens=0, block=16, chunk=512, max_requests=32, slide=False):
+        self.model, self.tokenizer, self.slide = model.eval(), tokenizer, slide
+        self.max_requests, self.block = max_requests, block
+        config, weight = model.config, model.transformer.wte.weight
+        if slide and config.pos != "rope":
+            raise ValueError("slide needs pos='rope': learned positions end with the context")
+        self.device, self.dtype, self.chunk = weight.device, weight.dtype, max(chunk, max_requests)
+        count = -(-(max_tokens or 4 * config.block_size) // block)
+        self.blocks = Blocks(count)
+        shape = (count * block, config.kv_heads, config.head_dim)
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(config.n_layer)] for _ in range(2)
+        )
+        self.rope = None
+        self.extend_rope(config.block_size)
+        self.waiting, self.running = deque(), []
+
+    @classmethod
+    def load(cls, out_dir, which="latest", device="auto", dtype="auto", quantize="", **options):
+        """The engine of a run's checkpoint. dtype and quantize as in weights.convert."""
+        where = pick_device(device)[0]
+        model, tokenizer, _, _ = load(out_dir, which, where)
+        return cls(convert(model, pick_dtype(dtype, where)[0], quantize), tokenizer, **options)
+
+    def extend_rope(self, count):
+        if self.model.config.pos == "rope" and (self.rope is None or len(self.rope[0]) < count):
+            tables = rope_tables(self.model.config, torch.arange(count))
+            self.rope = tuple(table.to(self.device) for table in tables)
+
+    @property
+    def kv_bytes(self):
+        """Bytes of the cache, used or not."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def submit(self, prompt, sampling=None, **changes):
+        """Queue a prompt (a string, or a list of ids). -> Request; raises ValueError for one that cannot be served."""
+        sampling = replace(sampling or Sampling(), **changes)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this model has no tokenizer: give the prompt as a list of ids")
+            prompt = self.tokenizer.encode(prompt) if prompt else [self.tokenizer.bos]
+            if prompt == [None]:
+                raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a text")
+        check_prompt(prompt, self.model.config)
+        window, total = self.model.config.block_size, len(prompt) + sampling.max_new_tokens - 1
+        if len(prompt) > window or total > window and not self.slide:
+            raise ValueError(f"{len(prompt)} tokens of prompt and {sampling.max_new_tokens} new ones do not fit the "
+                             f"context of {window}: shorten one of them")
+        needs = -(-min(total, window) // self.block)
+        if needs > len(self.blocks.users):
+            raise ValueError(f"a request of {min(total, window)} tokens never fits into max_tokens="
+                             f"{len(self.blocks.users) * self.block}")
+        request = Request(list(prompt), sampling, len(prompt))
+        request.needs, request.generator = needs, torch.Generator().manual_seed(sampling.seed)
+        request.decode = self.tokenizer.stream_decoder() if self.tokenizer else lambda i: ""
+        request.until = StopText(sampling.stop)
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request):
+        """End a request now; its room is free for others."""
+        if not request.finish:
+            self.end(request, "cancelled")
+
+    def end(self, request, why):
+        request.finish = why
+        request.text += "" if request.until.stopped else request.until(request.decode(None), last=True)
+        if request in self.running:
+            self.running.remove(request)
+            self.blocks.release(request.blocks)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def admit(self):
+        """Start waiting requests, in their order, for as long as there is room for all they may need."""
+        while self.waiting and len(self.running) < self.max_requests:
+            request = self.waiting[0]
+            shared = [] if self.slide else self.blocks.share(request.ids, self.block)
+            if request.needs - len(shared) > self.blocks.free:
+                self.blocks.release(shared)
+                return
+            own = self.blocks.take(request.needs - len(shared))
+            window = self.model.config.block_size if self.slide else len(self.blocks.users) * self.block
+            request.place(shared + own, self.block, window)
+            request.cached = len(shared) * self.block
+            self.running.append(self.waiting.popleft())
+
+    @torch.no_grad()
+    def step(self):
+        """One pass of the model over each request's next token or piece of its prompt. -> those that got a token"""
+        self.admit()
+        room, parts = self.chunk, []
+        for request in sorted(self.running, key=lambda r: len(r.ids) - r.cached):  # who waits for one token goes first
+            n = min(len(request.ids) - request.cached, max(room, 1 if not parts else 0))
+            if n:
+                parts.append((request, request.ids[request.cached : request.cached + n]))
+                room -= n
+        if not parts:
+            return []
+        self.extend_rope(max(request.cached + len(tokens) for request, tokens in parts))
+        cache = StepCache(self, parts)
+        idx = torch.tensor([[token for _, tokens in parts for token in tokens]], device=self.device)
+        logits = self.model(idx, cache=cache)[0][0].float().cpu()  # (rows, vocab_size)
+        for request, tokens in parts:
+            self.keep(request, len(tokens))
+        ready = [request for request, _ in parts if request.cached == len(request.ids)]
+        for request, row in zip(ready, logits, strict=True):
+            self.draw(request, row)
+        return ready
+
+    def keep(self, request, n):
+        """`n` more tokens are in the cache; whole blocks of a prompt may be shared from now on."""
+        before, request.cached = request.cached, request.cached + n
+        if not self.slide:
+            for i in range(before // self.block, min(request.cached, request.prompt_tokens) // self.block):
+                self.blocks.publish(tuple(request.ids[: (i + 1) * self.block]), request.blocks[i])
+
+    def draw(self, request, logits):
+        """Choose a request's next token, and see whether that ends it."""
+        want = request.sampling
+        raw, logits = logits, penalise(logits, request.ids, want.repetition_penalty)
+        if want.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            probs = probabilities(logits, want.temperature, want.top_k, want.top_p, want.min_p)
+            token = int(torch.multinomial(probs, 1, generator=request.generator))
+        if token in want.stop_tokens or not want.ignore_eos and self.tokenizer and token == self.tokenizer.eos:
+            return self.end(request, "stop" if token in want.stop_tokens else "eos")
+        request.ids.append(token)
+        if want.logprobs:
+            request.logprobs.append(float(torch.log_softmax(raw, -1)[token]))
+        request.text += request.until(request.decode(token))
+        if request.until.stopped:
+            self.end(request, "stop")
+        elif len(request.ids) - request.prompt_tokens == want.max_new_tokens:
+            self.end(request, "length")
+
+    def generate(self, prompts, sampling=None, **changes):
+        """The finished Request of a prompt, or of each of a list; `sampling` may be a list, one for each."""
+        several = isinstance(prompts, (list, tuple)) and not (prompts and isinstance(prompts[0], int))
+        prompts = prompts if several else [prompts]
+        each = sampling if isinstance(sampling, (list, tuple)) else [sampling] * len(prompts)
+        requests = []
+        try:
+            for prompt, want in zip(prompts, each, strict=True):
+                requests.append(self.submit(prompt, want, **changes))
+            while not all(request.finish for request in requests):
+                self.step()
+        finally:  # also where one was refused, or Ctrl-C
+            for request in requests:
+                self.cancel(request)
+        return requests if several else requests[0]
+
+    def stream(self, prompt, sampling=None, **changes):
+        """Yield the text that follows a prompt, as it becomes certain. Other requests go on beside it."""
+        request, shown = self.submit(prompt, sampling, **changes), 0
+        try:
+            while not request.finish:
+                self.step()
+                if len(request.text) > shown:
+                    yield request.text[shown:]
+                    shown = len(request.text)
+        finally:
+            self.cancel(request)

@@ -17,6 +17,7 @@ The model is pure: it knows no device, rank, file or dataset. It imports torch a
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -117,10 +118,12 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
-def rope_tables(config):
-    """Cosine and signed sine of every rotary angle, for apply_rope. -> two tensors (block_size, head_dim), fp32."""
+def rope_tables(config, positions=None):
+    """Cosine and signed sine of the rotary angles of `positions` (T,), those of the context by default, for apply_rope.
+    -> two tensors (T, head_dim), fp32."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), config.rope_theta**-half)
+    positions = torch.arange(config.block_size) if positions is None else positions
+    angle = torch.outer(positions.double(), config.rope_theta**-half)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -150,7 +153,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.attn = config.attn
 
-    def forward(self, x, rope=None):
+    def forward(self, x, rope=None, attend_cached=None):
         B, T, _ = x.shape
         qkv = self.c_attn(x)  # (B, T, (n_q + 2 n_kv) * head_dim)
         heads = qkv.size(-1) // self.head_dim
@@ -168,7 +171,10 @@ class Attention(nn.Module):
             qk = apply_rope(qk, *rope)
         q, k = qk.split((n_q, n_kv), dim=2)  # (B, T, n_q, head_dim), (B, T, n_kv, head_dim)
 
-        y = attend(q, k, v, self.attn, self.dropout if self.training else 0.0)
+        if attend_cached is not None:
+            y = attend_cached(q, k, v)
+        else:
+            y = attend(q, k, v, self.attn, self.dropout if self.training else 0.0)
         y = self.c_proj(y.reshape(B, T, n_q * self.head_dim))  # (B, T, n_embd)
         return F.dropout(y, self.dropout, self.training)
 
@@ -242,8 +248,8 @@ class Block(nn.Module):
         self.ln_2 = Norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None):
-        x = x + self.attn(self.ln_1(x), rope)
+    def forward(self, x, rope=None, attend_cached=None):
+        x = x + self.attn(self.ln_1(x), rope, attend_cached)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -290,14 +296,14 @@ class GPT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def embed(self, idx):
-        """Token ids (B, T), int32 or int64 -> residual stream (B, T, n_embd)."""
+    def embed(self, idx, positions=None):
+        """Token ids (B, T), int32 or int64, at `positions` (T,) or 0, 1, ... -> residual stream (B, T, n_embd)."""
         T = idx.size(1)
-        if T > self.config.block_size:
+        if positions is None and T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
         x = self.transformer.wte(idx)
         if self.config.pos == "learned":
-            x = x + self.transformer.wpe.weight[:T]
+            x = x + (self.transformer.wpe.weight[:T] if positions is None else self.transformer.wpe(positions))
         if self.config.norm_embed:
             x = self.transformer.ln_e(x)
         return F.dropout(x, self.config.dropout, self.training)
@@ -315,13 +321,20 @@ class GPT(nn.Module):
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits
 
-    def forward(self, idx, targets=None, *, loss_only=False, last_only=False):
+    def forward(self, idx, targets=None, *, loss_only=False, last_only=False, cache=None):
         """Token ids to logits and loss.
 
-        idx (B, T) ids; targets (B, T) ids, -1 where there is nothing to predict.
+        idx (B, T) ids; targets (B, T) ids, -1 where there is nothing to predict. A cache (infer.py) holds what was
+        before: `positions` (T,) of idx, their `rope`, attend(layer, q, k, v) in place of attend here, and `rows`, those
+        of T whose logits are wanted.
         Returns (logits, loss): logits (B, T, vocab_size), or (B, 1, vocab_size) with last_only; loss is the mean in
         nats per target, or None without targets. With loss_only the logits are None and never held whole in fp32.
         """
+        if cache is not None:
+            x = self.embed(idx, cache.positions)
+            for i, block in enumerate(self.transformer.h):
+                x = block(x, cache.rope, partial(cache.attend, i))
+            return self.head(x[:, cache.rows]), None
         x = self.embed(idx)
         rope = self.rope(idx.size(1))
         for block in self.transformer.h:

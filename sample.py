@@ -3,6 +3,9 @@ Text from a checkpoint, streamed as it is drawn.
 
     python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=3
     echo "To be" | python sample.py --out_dir=out/shakespeare_char --start=-
+    python sample.py --out_dir=out/shakespeare_char --interactive
+
+All samples are drawn together (infer.py), and shown one after another.
 """
 
 import os
@@ -10,11 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from configurator import configure, fail
-from device import autocast, can_compile, pick_device, pick_dtype
-from infer import load, probabilities, stream
+from device import can_compile, pick_device, pick_dtype
+from infer import Engine, check_prompt, load, stream
+from sampling import StopText, sampling_from
+from weights import convert
 
 # -----------------------------------------------------------------------------
 init_from = "resume"        # nanoGPT's key; resume: the checkpoint in out_dir
@@ -22,88 +25,154 @@ out_dir = "out"             # run folder, or one checkpoint's folder
 ckpt = "latest"             # which checkpoint: latest | best | a step
 start = "\n"                # the prompt; FILE:prompt.txt reads a file, - reads stdin; empty: the beginning of a
                             # document, which only data of several documents has taught
-num_samples = 10            # samples to draw
+prompts = ""                # a file with a prompt in each line, in place of start
+interactive = False         # ask for prompts, one line each, until the end of the input
+num_samples = 10            # samples to draw, of each prompt
 max_new_tokens = 500        # tokens in each, the prompt not counted
 temperature = 0.8           # below 1: bolder about what is likely; 0: greedy, always the most likely token
 top_k = 200                 # draw among the k most likely tokens; 0: among all
 top_p = 1.0                 # draw among the fewest tokens with at least this probability; 1: among all
+min_p = 0.0                 # draw among tokens at least this share as likely as the likeliest; 0: among all
+repetition_penalty = 1.0    # above 1: less of what was there before
+stop: tuple[str, ...] = ()  # strings that end a sample, and are not shown
 seed = 1337                 # of the first sample; the next ones take seed + 1, seed + 2, ...
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
+quantize = ""               # int8: weights as 8-bit integers; empty: as dtype says
 compile = False             # torch.compile the model
 # -----------------------------------------------------------------------------
 
+CUT = "---------------"  # after each sample
+TOGETHER = 16  # samples drawn at once
 
-def read_prompt():
-    """The prompt that `start` names. Raises ValueError for what cannot be read as UTF-8 text."""
+
+def read_prompts():
+    """The prompts that `start` or `prompts` name. Raises ValueError for what cannot be read as UTF-8 text."""
+    name = f"--prompts={prompts}" if prompts else f"--start={start}"
     try:
+        if prompts:
+            lines = Path(prompts).read_bytes().decode("utf-8").splitlines()
+            if not lines:
+                raise ValueError(f"{name} has no line")
+            return lines
         if start == "-":
-            return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+            return [sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")]
         if start.startswith("FILE:"):
-            return Path(start[5:]).read_bytes().decode("utf-8")
+            return [Path(start[5:]).read_bytes().decode("utf-8")]
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"--start={start} cannot be read: {getattr(e, 'strerror', None) or e}") from None
-    return start
+        raise ValueError(f"{name} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    return [start]
 
 
-def compile_trouble(model, prompt, context):
-    """Compile `model` in place and draw one token; why that failed, with the model as it was, or None."""
-    model.compile(dynamic=True)
-    try:
-        with context():
-            next(stream(model, prompt, 1))
-    except Exception as e:
-        model._compiled_call_impl = None  # what Module.compile sets
-        return str(e).strip().partition("\n")[0] or type(e).__name__
-    return None
+def encode(tokenizer, text):
+    if not text and tokenizer.bos is None:
+        raise ValueError("the prompt is empty, and this run's tokenizer has no token for the beginning of a text")
+    return tokenizer.encode(text) if text else [tokenizer.bos]
 
 
-def main():
+def plain(model, tokenizer, text, want, count):
+    """Samples of a model whose positions end with its context: past it, all of the context is read for each token."""
+    drawn = 0
+    for i in range(count):
+        print(text, end="", flush=True)
+        decode, until = tokenizer.stream_decoder(), StopText(want.stop)
+        for token in stream(model, encode(tokenizer, text), want.max_new_tokens, temperature=want.temperature,
+                            top_k=want.top_k, top_p=want.top_p, min_p=want.min_p, seed=want.seed + i,
+                            repetition_penalty=want.repetition_penalty, eos=tokenizer.eos):
+            print(until(decode(token)), end="", flush=True)
+            drawn += 1
+            if until.stopped:
+                break
+        print("" if until.stopped else until(decode(None), last=True), CUT, sep="\n", flush=True)
+    return drawn
+
+
+def draw(engine, text, want, count):
+    """`count` samples that follow `text`, drawn together, shown in order. -> tokens drawn"""
+    prompt, requests = encode(engine.tokenizer, text), []
+    for i in range(count):
+        requests.append(engine.submit(prompt, want, seed=want.seed + i))
+    for request in requests:
+        print(text, end="", flush=True)
+        shown = 0
+        while True:
+            print(request.text[shown:], end="", flush=True)
+            shown = len(request.text)
+            if request.finish:
+                break
+            engine.step()
+        print("", CUT, sep="\n", flush=True)
+    return sum(len(request.tokens) for request in requests)
+
+
+def main(settings):
     if init_from != "resume":
         fail(f"--init_from={init_from}: sample.py reads a run of this project; name its folder with --out_dir")
-    if num_samples < 1 or max_new_tokens < 1:
-        fail("num_samples and max_new_tokens must be at least 1")
+    if num_samples < 1:
+        fail("num_samples must be at least 1")
     try:
         where, device_why = pick_device(device)
         precision, dtype_why = pick_dtype(dtype, where)
-        context = autocast(where, precision)
-        probabilities(torch.zeros(1), temperature, top_k, top_p)  # what is wrong with these is said first
+        want = sampling_from(settings)  # what is wrong with it is said first
         model, tokenizer, state, folder = load(out_dir, ckpt, where)
-        text = read_prompt()
         if tokenizer is None:
             raise ValueError(f"{out_dir} has no tokenizer, so its tokens cannot be turned into text")
-        if not text and tokenizer.bos is None:
-            raise ValueError("start is empty, and this run's tokenizer has no token for the beginning of a text")
-        prompt = tokenizer.encode(text) if text else [tokenizer.bos]
+        texts = [] if interactive else read_prompts()
+        encoded = [encode(tokenizer, text) for text in texts]
+        for prompt in encoded:
+            check_prompt(prompt, model.config)
+        convert(model, precision, quantize)
     except (ValueError, OSError) as e:  # CheckpointError is a ValueError
         fail(e)
     val_loss = f"val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else "not evaluated"
     print(f"{folder}: step {state['step']}, {val_loss}", file=sys.stderr)
     print(f"{where} ({device_why}), {str(precision).removeprefix('torch.')} ({dtype_why})", file=sys.stderr)
-    if compile and (trouble := can_compile(where) or compile_trouble(model, prompt, context)):
-        print(f"warning: torch.compile does not work here ({trouble}); running uncompiled", file=sys.stderr)
+
+    window = model.config.block_size
+    slide = model.config.pos == "rope"
+    room = min(num_samples, TOGETHER) * (window + 16)
+    engine = Engine(model, tokenizer, slide=slide, max_tokens=room, max_requests=TOGETHER)
+    if compile:
+        trouble = can_compile(where) or compile_trouble(engine, [0])
+        if trouble:
+            print(f"warning: torch.compile does not work here ({trouble}); running uncompiled", file=sys.stderr)
 
     drawn, clock = 0, time.perf_counter()
-    for i in range(num_samples):
-        print(text, end="", flush=True)
-        decode = tokenizer.stream_decoder()
-        tokens = stream(model, prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                        seed=seed + i, eos=tokenizer.eos)
+    while texts or interactive:
+        if interactive:
+            print("> ", end="", flush=True, file=sys.stderr)
+            line = sys.stdin.readline()
+            if not line:
+                break
+            texts = [line.removesuffix("\n")]
+        text = texts.pop(0)
         try:
-            with context():
-                for token in tokens:
-                    print(decode(token), end="", flush=True)
-                    drawn += 1
+            prompt = encode(tokenizer, text)
+            too_long = len(prompt) > window or len(prompt) + max_new_tokens - 1 > window and not slide
+            drawn += plain(model, tokenizer, text, want, num_samples) if too_long else \
+                draw(engine, text, want, num_samples)
         except ValueError as e:
-            fail(e)
-        print(decode(None), "---------------", sep="\n", flush=True)
+            if not interactive:
+                fail(e)
+            print(f"error: {e}", file=sys.stderr)
     print(f"{drawn / (time.perf_counter() - clock):.1f} tokens/s", file=sys.stderr)
 
 
-if __name__ == "__main__":
-    configure(globals())
+def compile_trouble(engine, prompt):
+    """Compile the model in place and draw two tokens; why that failed, with the model as it was, or None."""
+    engine.model.compile(dynamic=True)
     try:
-        main()
+        engine.generate(prompt, max_new_tokens=2)
+    except Exception as e:
+        engine.model._compiled_call_impl = None  # what Module.compile sets
+        return str(e).strip().partition("\n")[0] or type(e).__name__
+    return None
+
+
+if __name__ == "__main__":
+    settings = configure(globals())
+    try:
+        main(settings)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # | head

@@ -393,7 +393,8 @@ def test_real_documents_and_the_owt_config(tmp_path, run_script):
     assert done.returncode == 0, done.stderr
     found = manifest(made)["documents"]
     assert found["read"] == 512 and found["dropped"] == {"exact_duplicate": 0, "near_duplicate": 5, "too_short": 1}
-    done = run_script("train.py", "config/owt_124m.py", "--max_iters=1", "--device=cpu", "--batch_size=1",
+    done = run_script("train.py", ROOT / "config" / "owt_124m.py", "--max_iters=1", "--device=cpu", "--batch_size=1",
                       "--gradient_accumulation_steps=2", f"--dataset={made}", f"--out_dir={out}", "--eval_iters=1",
-                      "--n_layer=2", "--compile=false")
+                      "--block_size=128",
+                      "--n_layer=1", "--n_embd=96", "--n_head=2", "--compile=false")
     assert done.returncode == 0, done.stderr

@@ -147,3 +147,35 @@ def test_a_reader_that_has_enough(tiny_run):
     assert "Traceback" not in err and "Error" not in err and "ignored" not in err
     assert process.returncode == 0
     assert "tokens/s" not in err  # it stopped there, and not after ten times 3,000 tokens
+
+
+def test_a_file_of_prompts_and_an_interactive_session(sample, tmp_path):
+    alone = [sample(f"--start={text}")[1] for text in ("To be", "or not")]
+    (tmp_path / "prompts.txt").write_text("To be\nor not\n", encoding="utf-8")
+    assert sample(f"--prompts={tmp_path / 'prompts.txt'}")[1] == "".join(alone)
+    code, out, err = sample("--interactive", stdin=b"To be\n\xc3\xa9\nor not\n")
+    assert code == 0 and out == "".join(alone), "a prompt that cannot be encoded is said, and the session goes on"
+    assert err.count("> ") == 4 and "cannot encode" in err
+    (tmp_path / "none.txt").write_bytes(b"")
+    code, out, err = sample(f"--prompts={tmp_path / 'none.txt'}")
+    assert code == 2 and "has no line" in err and out == ""
+
+
+def test_a_cache_where_it_fits_and_a_stop_string(sample):
+    """Within the context of 16 the engine draws, past it the plain way: the same text as far as both go."""
+    short = sample("--start=To", "--max_new_tokens=12")[1].removesuffix(CUT)
+    long = sample("--start=To", "--max_new_tokens=40")[1]
+    assert long.startswith(short) and len(short) > 5
+    stop = short[-3:]
+    out = sample("--start=To", "--max_new_tokens=12", f"--stop={stop}")[1]
+    assert out == short[: short.index(stop, 2)] + CUT
+    assert sample("--start=To", "--max_new_tokens=40", f"--stop={stop}")[1] == out
+
+
+def test_other_weights_and_ways_to_choose(sample):
+    for more in ("--quantize=int8", "--dtype=bfloat16", "--min_p=0.2", "--repetition_penalty=1.3"):
+        code, out, err = sample("--max_new_tokens=10", more)
+        assert code == 0 and out.startswith("To be") and out.endswith(CUT), err
+    for more, named in (("--quantize=int4", "int4"), ("--min_p=2", "min_p"), ("--repetition_penalty=0", "repetition")):
+        code, out, err = sample(more)
+        assert code == 2 and named in err and err.count("\n") == 1 and out == ""

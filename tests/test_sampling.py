@@ -1,0 +1,82 @@
+"""What is drawn, and where a text ends. The distribution itself is held to brute force in test_infer.py."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sampling import Sampling, StopText, most_likely, probabilities
+
+
+def kept(probs):
+    return probs.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("min_p, n", [(0.0, 4), (0.2, 4), (0.26, 2), (0.5, 2), (0.51, 1), (1.0, 1)])
+def test_min_p_is_a_share_of_the_likeliest(min_p, n):
+    logits = torch.tensor([1 / 8, 1 / 2, 1 / 8, 1 / 4]).log()
+    assert kept(probabilities(logits, min_p=min_p)) == sorted([1, 3, 0, 2][:n])
+
+
+@pytest.mark.parametrize("k", [1, 3, 50, 4999])
+def test_the_most_likely_are_those_of_a_stable_sort(k):
+    probs = torch.randint(0, 40, (5000,), generator=torch.Generator().manual_seed(k)).float()  # ties everywhere
+    expected = probs.sort(descending=True, stable=True).indices[:k].sort().values
+    assert torch.equal(most_likely(probs, k), expected)
+
+
+def test_draws_follow_the_distribution():
+    """Chi squared over 20,000 draws, against the exact softmax cut by top_k, top_p and min_p."""
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 2
+    for how in ({}, {"temperature": 0.7}, {"top_k": 10}, {"top_p": 0.8}, {"min_p": 0.1}):
+        probs = probabilities(logits, **how)
+        draws = torch.multinomial(probs, 20_000, replacement=True, generator=torch.Generator().manual_seed(1))
+        counts, expected = torch.bincount(draws, minlength=50), probs * 20_000
+        assert not counts[probs == 0].any()
+        often = expected > 5
+        chi2 = float(((counts - expected)[often] ** 2 / expected[often]).sum())
+        free = int(often.sum()) - 1
+        assert chi2 < free + 5 * math.sqrt(2 * free) + 5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0},
+     {"repetition_penalty": math.inf}, {"temperature": -1}, {"top_k": 2.5}, {"top_p": 0}],
+)
+def test_parameters_without_a_meaning_are_named(wrong):
+    (name, value), = wrong.items()
+    with pytest.raises(ValueError, match=f"^{name}={value} "):
+        Sampling(**wrong)
+    for stop in ("text", ("",), (1,)):
+        with pytest.raises(ValueError, match="^stop="):
+            Sampling(stop=stop)
+
+
+@given(st.lists(st.text("ab\n", max_size=3)), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
+def test_nothing_of_a_stop_string_leaks_however_the_text_is_cut(pieces, stops):
+    """Also where stop strings overlap, contain each other, or lie across pieces: what comes out is the text before the
+    first of them to be complete; of two that are complete at once, before the one that begins first."""
+    until, out = StopText(tuple(stops)), ""
+    for piece in pieces:
+        out += until(piece)
+        if until.stopped:
+            break
+    else:
+        out += until("", last=True)
+    text = "".join(pieces)
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    assert until.stopped == bool(found)
+    assert text.startswith(out) and not any(stop in out for stop in stops)
+    if not found:
+        assert out == text
+    elif len(stops) == 1:
+        assert out == text[: found[0]]
+
+
+def test_text_is_held_back_no_longer_than_it_must_be():
+    until = StopText(("User:",))
+    assert [until(piece) for piece in ("Hello U", "se", "ful Us", "er", ": no")] == ["Hello ", "", "Useful ", "", ""]
+    assert until.stopped
