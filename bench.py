@@ -4,13 +4,16 @@ Benchmarks, as a user would run the thing: the same commands, timed.
     python bench.py train --config=config/shakespeare_char_cpu.py --seeds=1,2,3
     python bench.py data --input=documents.jsonl.gz     # any file that data/openwebtext/prepare.py reads
     python bench.py loader --config=config/shakespeare_char_cpu.py
+    python bench.py infer --forms=float32,int8 --batches=1,16
 
 `train` runs train.py on the config once per seed, each in a fresh folder under out_dir, then eval.py on the whole
 validation split in fp32. `data` makes corpora of several sizes from the lines of a file and prepares them, by number
 of workers, beside nanoGPT's recipe, and watches the memory. `loader` reads batches as fast as it can, beside nanoGPT's
-way, and trains for a while to see how long a step waits. Each prints a table and, as the last line, one JSON object.
+way, and trains for a while to see how long a step waits. `infer` decodes with a GPT-2 of random weights, beside the
+plain way and transformers. Each prints a table and, as the last line, one JSON object.
 """
 
+import copy
 import json
 import os
 import random
@@ -26,25 +29,38 @@ import numpy as np
 import torch
 
 from configurator import configure, fail, read_file, read_keys
+from device import memory_gb, pick_device
+from infer import Engine, stream
 from loader import Loader, Tokens, find_dataset
+from model import GPT, GPTConfig
 from monitor import cpu_name, git
+from weights import convert
 
 # -----------------------------------------------------------------------------
-what = "train"              # train | data | loader
+what = "train"              # train | data | loader | infer
 out_dir = "out/bench"       # where the run folders go; those of an earlier benchmark must be gone
 
 # train and loader
 config = "config/shakespeare_char_cpu.py"  # the run to time
 seeds = (1, 2, 3)           # train: one run each
 overrides: tuple[str, ...] = ()  # more keys of train.py, such as --overrides=max_iters=100,device=cuda
-batches = 2000              # loader: batches read in each round
+reads = 2000                # loader: batches read in each round
 
 # data
 input = ""                  # a file of documents, of whose lines the corpora are made
 english = True              # only of its documents that are ASCII to 99 %, as OpenWebText's are
 sizes = (50, 150, 500)      # megabytes of text in each corpus; speed is measured on the second
 workers = (1, 2)            # numbers of processes
-rounds = 3                  # data and loader: times each thing is measured, in turns
+rounds = 3                  # data, loader, infer: times each thing is measured, in turns
+
+# infer
+forms = ("float32", "bfloat16", "int8")  # of the weights
+kv_heads = (12,)            # key and value heads of 12; 1 is multi-query attention
+batches = (1, 4, 8, 16)     # requests at once
+prompts = (16, 512)         # tokens of each prompt
+new_tokens = 24             # tokens drawn after the first
+peers = True                # also the plain way, without a cache, and transformers' generate, where it is installed
+device = "auto"             # auto | cpu | cuda | cuda:N | mps
 # -----------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
@@ -310,9 +326,9 @@ def bench_loader():
 
     def tokens_per_s(source):
         began = time.perf_counter()
-        for _ in range(batches):
+        for _ in range(reads):
             next(source)
-        return batches * batch_size * block_size / (time.perf_counter() - began)
+        return reads * batch_size * block_size / (time.perf_counter() - began)
 
     speeds = {"minichat": [], "nanoGPT": []}
     for _ in range(rounds):
@@ -325,17 +341,133 @@ def bench_loader():
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     waiting, whole = (sum(r[p] for r in records for p in parts) for parts in (("data_ms",), PARTS))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"{config}: batches of {batch_size} x {block_size}, median of {rounds} rounds of {batches:,}")
+    print(f"{config}: batches of {batch_size} x {block_size}, median of {rounds} rounds of {reads:,}")
     for name, speed in medians.items():
         print(f"{name:>10}: {speed / 1e6:8.2f} million tokens/s")
     print(f"a training step waits for data {waiting / whole:.3%} of its time ({records[-1]['step']:,} steps)")
     return {"machine": machine(), "tokens_per_s": medians, "all": speeds, "waiting": waiting / whole}
 
 
+# -----------------------------------------------------------------------------
+# infer
+
+
+def bandwidth(where, size=2**28):
+    """Bytes per second that this device reads, summing `size` floats: the most that decoding could use."""
+    data = torch.ones(size, device=where)
+    return data.nbytes / min(timed(lambda: data.sum().item()) for _ in range(5))
+
+
+def timed(call):
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def decode(engine, batch, length):
+    """One round of requests. -> (seconds to the first token, median seconds of a step after it)"""
+    ids = torch.randint(engine.model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    requests = [engine.submit(row, max_new_tokens=new_tokens + 1, temperature=0) for row in ids.tolist()]
+    began = time.perf_counter()
+    while not all(request.tokens for request in requests):
+        engine.step()
+    first = time.perf_counter() - began
+    steps = [timed(engine.step) for _ in range(new_tokens)]
+    assert all(request.finish for request in requests)
+    return first, statistics.median(steps)
+
+
+def peers_of(model, where, length):
+    """{name: a function that draws new_tokens after a first and -> seconds for each of them}, in the model's dtype."""
+    ids = torch.randint(50257, (1, length), generator=torch.Generator().manual_seed(0))
+    most = 3 if length > 100 else 8  # tokens, of the plain way
+
+    def plain():
+        tokens = stream(model, ids[0].tolist(), most + 1, temperature=0)
+        next(tokens)
+        return timed(lambda: list(tokens)) / most
+
+    found = {"plain": plain}
+    try:
+        import transformers
+    except ImportError:
+        return found
+    # random weights: what they are does not matter to how fast they are read
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(where, next(model.parameters()).dtype)
+
+    def generate(batch):
+        rows = ids.expand(batch, -1).to(where)
+        how = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones_like(rows)}
+
+        def once(n):
+            return timed(lambda: theirs.generate(rows, max_new_tokens=n, min_new_tokens=n, **how))
+
+        return lambda: (once(new_tokens + 1) - once(1)) / new_tokens
+
+    return found | {f"transformers, batch {batch}": generate(batch) for batch in sorted({1, max(batches)})}
+
+
+@torch.no_grad()
+def bench_infer():
+    where = pick_device(device)[0]
+    memory, rows, others = bandwidth(where), [], []
+    for form in forms:
+        for heads in kv_heads:
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(n_kv_head=heads)).eval().to(where)
+            int8 = form == "int8"
+            dtype = torch.float32 if int8 and where.type == "cpu" else getattr(torch, "bfloat16" if int8 else form)
+            beside = {}
+            if peers and not int8 and heads == 12:
+                plain = copy.deepcopy(model).to(dtype)
+                beside = peers_of(plain, where, min(prompts)) | {
+                    f"plain, prompt of {max(prompts)}": peers_of(plain, where, max(prompts))["plain"]}
+            convert(model, dtype, "int8" if int8 else "")
+            layers = [m for m in model.modules() if hasattr(m, "in_features")]
+            row = {n: torch.randn(1, n, device=where, dtype=dtype) for n in {m.in_features for m in layers}}
+            alone = lambda layers=layers, row=row: timed(lambda: [m(row[m.in_features]) for m in layers])  # noqa: E731
+            engine = Engine(model, max_tokens=max(batches) * (max(prompts) + new_tokens + 16))
+            size = sum(weight_bytes(m) for m in layers)
+            cases = [(batch, length) for length in prompts for batch in batches]
+            found, linear = {case: [] for case in cases}, []
+            times = {name: [] for name in beside}
+            for _ in range(rounds):
+                linear += [alone() for _ in range(5)]
+                for case in cases:
+                    found[case].append(decode(engine, *case))
+                for name, call in beside.items():
+                    times[name].append(call())
+            for (batch, length), pairs in found.items():
+                first, each = (statistics.median(column) for column in zip(*pairs, strict=True))
+                read = size + model.kv_cache_bytes(batch * (length + new_tokens // 2), engine.dtype)
+                rows.append({"form": form, "kv_heads": heads, "batch": batch, "prompt": length,
+                             "first_ms": 1000 * first, "token_ms": 1000 * each, "tok_per_s": batch / each,
+                             "bandwidth": read / each / memory, "weights_mb": size / 1e6,
+                             "kv_mb": model.kv_cache_bytes(batch * (length + new_tokens), engine.dtype) / 1e6})
+            others.append({"form": form, "kv_heads": heads, "linear_ms": 1000 * statistics.median(linear),
+                           "kv_pool_mb": engine.kv_bytes / 1e6,
+                           "kv_pool_formula_mb": model.kv_cache_bytes(len(engine.keys[0]), engine.dtype) / 1e6,
+                           **{f"{name}, ms": 1000 * statistics.median(t) for name, t in times.items()}})
+    print(f"GPT-2 124M, random weights, {where} ({cpu_name()}, {torch.get_num_threads()} threads), which reads "
+          f"{memory / 1e9:.1f} GB/s; median of {rounds} rounds of {new_tokens} tokens")
+    table(rows, ("form", "kv_heads", "batch", "prompt", "first_ms", "token_ms", "tok_per_s", "kv_mb"))
+    for other in others:
+        print(", ".join(f"{k}: {v:.1f}" if isinstance(v, float) else f"{k}: {v}" for k, v in other.items()))
+    peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else memory_gb(where) * 1e9
+    return {"machine": machine(), "device": str(where), "read_gb_per_s": memory / 1e9, "peak_gb": peak / 1e9,
+            "rows": rows, "others": others}
+
+
+def weight_bytes(layer):
+    """Bytes that a linear layer reads for one row."""
+    kept = [layer.packed] if hasattr(layer, "packed") else [layer.weight]
+    return sum(w.numel() * w.element_size() for w in kept)
+
+
 if __name__ == "__main__":
-    settings = configure(globals(), verb="what", verbs=("train", "data", "loader"))
-    if what != "data" and not Path(config).exists():
+    settings = configure(globals(), verb="what", verbs=("train", "data", "loader", "infer"))
+    if what in ("train", "loader") and not Path(config).exists():
         fail(f"no config file {config}")
-    figures = {"train": bench_train, "data": bench_data, "loader": bench_loader}[what]()
+    figures = {"train": bench_train, "data": bench_data, "loader": bench_loader, "infer": bench_infer}[what]()
     settings["input"] = Path(input).name  # where it lies is this machine's own affair
     print(json.dumps({"benchmark": what, "settings": settings, **figures}))

@@ -176,7 +176,7 @@ class Attention(nn.Module):
         else:
             y = attend(q, k, v, self.attn, self.dropout if self.training else 0.0)
         y = self.c_proj(y.reshape(B, T, n_q * self.head_dim))  # (B, T, n_embd)
-        return F.dropout(y, self.dropout, self.training)
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
 def pick_attention(attn, device, dtype, T, head_dim):
@@ -235,7 +235,8 @@ class MLP(nn.Module):
             h = F.gelu(h, approximate="tanh")
         else:
             h = F.gelu(h)
-        return F.dropout(self.c_proj(h), self.dropout, self.training)
+        h = self.c_proj(h)
+        return F.dropout(h, self.dropout, self.training) if self.dropout else h
 
 
 class Block(nn.Module):

@@ -69,7 +69,7 @@ def most_likely(probs, k):
 
 
 def penalise(logits, ids, penalty):
-    """Logits (vocab_size,), those of the tokens in `ids` divided by `penalty`, or multiplied where they are negative."""
+    """Logits (vocab_size,), those of the tokens in `ids` divided by `penalty`, or multiplied where negative."""
     if penalty == 1:
         return logits
     seen = torch.tensor(sorted(set(ids)))

@@ -102,7 +102,7 @@ def test_preparing_data_is_timed_beside_the_recipe(corpus, run_script, tmp_path)
 
 def test_the_loader_is_timed_and_its_wait_is_a_share(bench, run_script, tmp_path):
     config = bench.config
-    done = run_script("bench.py", "loader", f"--config={config}", "--batches=20", "--rounds=2", f"--out_dir={tmp_path}")
+    done = run_script("bench.py", "loader", f"--config={config}", "--reads=20", "--rounds=2", f"--out_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     lines = (tmp_path / "tiny_loader" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -116,3 +116,22 @@ def test_the_loader_is_timed_and_its_wait_is_a_share(bench, run_script, tmp_path
 def test_a_recipe_needs_documents(run_script, tmp_path):
     done = run_script("bench.py", "data", f"--out_dir={tmp_path / 'out'}")
     assert done.returncode == 2 and "--input is missing" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_inference_is_timed_beside_the_plain_way(run_script):
+    words = ["--forms=float32,int8", "--kv_heads=12,1", "--batches=1,2", "--prompts=4,8", "--new_tokens=2", "--rounds=1"]
+    done = run_script("bench.py", "infer", *words)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["rows"]) == 16 and result["read_gb_per_s"] > 0
+    for row in result["rows"]:
+        assert row["tok_per_s"] == pytest.approx(1000 * row["batch"] / row["token_ms"]) and row["first_ms"] > 0
+        assert row["kv_mb"] == pytest.approx(
+            2 * 12 * row["kv_heads"] * 64 * 4 * row["batch"] * (row["prompt"] + 2) / 1e6)
+    sizes = {(row["form"], row["kv_heads"]): row["weights_mb"] for row in result["rows"]}
+    assert sizes["float32", 12] == pytest.approx(4 * sizes["int8", 12], rel=0.01)
+    first, *_ = result["others"]
+    assert {"linear_ms", "plain, ms", "plain, prompt of 8, ms", "transformers, batch 1, ms"} <= first.keys()
+    for other in result["others"]:
+        assert other["kv_pool_mb"] == other["kv_pool_formula_mb"]
