@@ -120,8 +120,8 @@ def test_a_recipe_needs_documents(run_script, tmp_path):
 
 @pytest.mark.slow
 def test_inference_is_timed_beside_the_plain_way(run_script):
-    words = ["--forms=float32,int8", "--kv_heads=12,1", "--batches=1,2", "--prompts=4,8", "--new_tokens=2", "--rounds=1"]
-    done = run_script("bench.py", "infer", *words)
+    words = ["--forms=float32,int8", "--kv_heads=12,1", "--batches=1,2", "--prompts=4,8", "--new_tokens=2"]
+    done = run_script("bench.py", "infer", *words, "--rounds=1")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["rows"]) == 16 and result["read_gb_per_s"] > 0

@@ -35,7 +35,10 @@ DATA_FLOORS = [{"common"}, {"reading"}, {"cleaning", "dedup"}, {"scan"}, {"pipel
 DATA_FLOOR = {name: floor for floor, names in enumerate(DATA_FLOORS) for name in names}
 
 MOST_LINES = 450
-LONGER = {"train.py": "a hundred lines of settings above the story", "bench.py": "four benchmarks, each by itself"}  # file: why it is one file all the same
+LONGER = {  # file: why it is one file all the same
+    "train.py": "a hundred lines of settings above the story",
+    "bench.py": "four benchmarks, each by itself",
+}
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 DATA_SCRIPTS = sorted(ROOT.glob("data/*.py")) + sorted(ROOT.glob("data/*/*.py"))
