@@ -60,6 +60,7 @@ batches = (1, 4, 8, 16)     # requests at once
 prompts = (16, 512)         # tokens of each prompt
 new_tokens = 24             # tokens drawn after the first
 peers = True                # also the plain way, without a cache, and transformers' generate, where it is installed
+crowd = 32                  # requests of mixed lengths, all at once and one after another; 0: none
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 # -----------------------------------------------------------------------------
 
@@ -407,6 +408,24 @@ def peers_of(model, where, length):
     return found | {f"transformers, batch {batch}": generate(batch) for batch in sorted({1, max(batches)})}
 
 
+def crowded(engine):
+    """Requests of mixed lengths. -> (seconds one after another, seconds all at once)"""
+    rng = random.Random(0)
+    wants = [([rng.randrange(50257) for _ in range(rng.randint(4, 64))], rng.randint(8, 32)) for _ in range(crowd)]
+
+    def one_by_one():
+        for prompt, n in wants:
+            engine.generate(prompt, max_new_tokens=n, temperature=0)
+
+    def at_once():
+        for prompt, n in wants:
+            engine.submit(prompt, max_new_tokens=n, temperature=0)
+        while engine.waiting or engine.running:
+            engine.step()
+
+    return timed(one_by_one), timed(at_once)
+
+
 @torch.no_grad()
 def bench_infer():
     where = pick_device(device)[0]
@@ -444,7 +463,11 @@ def bench_infer():
                              "first_ms": 1000 * first, "token_ms": 1000 * each, "tok_per_s": batch / each,
                              "bandwidth": read / each / memory, "weights_mb": size / 1e6,
                              "kv_mb": model.kv_cache_bytes(batch * (length + new_tokens), engine.dtype) / 1e6})
-            others.append({"form": form, "kv_heads": heads, "linear_ms": 1000 * statistics.median(linear),
+            mixed = {}
+            if crowd:
+                alone_s, at_once_s = crowded(Engine(model, max_tokens=crowd * 112, max_requests=crowd))
+                mixed = {"crowd": crowd, "one_by_one_s": alone_s, "at_once_s": at_once_s, "gain": alone_s / at_once_s}
+            others.append({"form": form, "kv_heads": heads, **mixed, "linear_ms": 1000 * statistics.median(linear),
                            "kv_pool_mb": engine.kv_bytes / 1e6,
                            "kv_pool_formula_mb": model.kv_cache_bytes(len(engine.keys[0]), engine.dtype) / 1e6,
                            **{f"{name}, ms": 1000 * statistics.median(t) for name, t in times.items()}})

@@ -15,6 +15,7 @@ from device import autocast, pick_device, pick_dtype
 from infer import load
 from loader import fixed_batches, open_datasets, open_tokens, sha256
 from monitor import plain
+from weights import convert
 
 # -----------------------------------------------------------------------------
 out_dir = "out"     # run folder, or one checkpoint's folder
@@ -26,6 +27,7 @@ batch_size = 64     # windows at once
 eval_iters = 0      # batches of windows; 0: the whole split
 device = "auto"     # auto | cpu | cuda | cuda:N | mps
 dtype = "float32"   # float32 | bfloat16 | float16 | auto; fp32 compares between machines
+quantize = ""       # int8: the weights as sample.py would have them; empty: as they are
 # -----------------------------------------------------------------------------
 
 
@@ -72,6 +74,8 @@ def main():
             fail(f"{found[0][0]} was prepared with another tokenizer than {folder} was trained with: their ids differ")
         if not 0 <= block_size <= model.config.block_size:
             fail(f"--block_size={block_size}: the model sees at most {model.config.block_size} tokens")
+        if quantize:
+            convert(model, torch.float32, quantize)
         result = evaluate(model, tokens, block_size or model.config.block_size, batch_size, eval_iters, context)
     except (ValueError, OSError) as e:  # CheckpointError and DataError are ValueErrors
         fail(e)

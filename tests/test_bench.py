@@ -121,7 +121,7 @@ def test_a_recipe_needs_documents(run_script, tmp_path):
 @pytest.mark.slow
 def test_inference_is_timed_beside_the_plain_way(run_script):
     words = ["--forms=float32,int8", "--kv_heads=12,1", "--batches=1,2", "--prompts=4,8", "--new_tokens=2"]
-    done = run_script("bench.py", "infer", *words, "--rounds=1")
+    done = run_script("bench.py", "infer", *words, "--rounds=1", "--crowd=3")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert len(result["rows"]) == 16 and result["read_gb_per_s"] > 0
@@ -132,6 +132,7 @@ def test_inference_is_timed_beside_the_plain_way(run_script):
     sizes = {(row["form"], row["kv_heads"]): row["weights_mb"] for row in result["rows"]}
     assert sizes["float32", 12] == pytest.approx(4 * sizes["int8", 12], rel=0.01)
     first, *_ = result["others"]
+    assert first["gain"] == pytest.approx(first["one_by_one_s"] / first["at_once_s"]) and first["crowd"] == 3
     assert {"linear_ms", "plain, ms", "plain, prompt of 8, ms", "transformers, batch 1, ms"} <= first.keys()
     for other in result["others"]:
         assert other["kv_pool_mb"] == other["kv_pool_formula_mb"]

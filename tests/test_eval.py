@@ -176,3 +176,14 @@ def test_a_mix_is_weighed_and_every_result_says_what_was_read(model, tokens, tmp
     assert one["tokens_sha256"] == hashlib.sha256(tokens.read([0], 33).tobytes()).hexdigest()
     assert len({one["tokens_sha256"], two["tokens_sha256"], both["tokens_sha256"]}) == 3
     assert evaluate(model, tokens, 16, 2)["tokens_sha256"] == tokens.sha256_of(54)
+
+
+def test_int8_is_evaluated_as_it_is_sampled(tiny_run, call_script):
+    losses = []
+    for more in ([], ["--quantize=int8"]):
+        code, out, err = call_script("eval.py", f"--out_dir={tiny_run}", *more)
+        assert code == 0, err
+        losses.append(json.loads(out.splitlines()[-1])["loss"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
+    code, out, err = call_script("eval.py", f"--out_dir={tiny_run}", "--quantize=int3")
+    assert code == 2 and "int3" in err and err.count("\n") == 1
