@@ -46,7 +46,8 @@ def prepare(folder, files, source, tokenizer, settings):
     elif not work.exists() and is_there(folder, plan):
         print(f"already there, unchanged: {folder} (dataset {manifest_hash(folder)[:12]}); --fresh makes it anew")
         return
-    workers = settings["workers"] or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = settings["workers"] or cores
     print_needs(folder, files, settings, workers)
     open_work(work, plan, tokenizer)
 

@@ -245,7 +245,8 @@ def test_the_readmes_figures_are_those_of_the_results():
         result = json.loads(read(path).splitlines()[-1])
         rows = [line for line in measured.splitlines() if f"/{path.name})" in line]
         assert rows, f"{path.name} is in no row"
-        {"train": holds_train, "data": holds_data, "loader": holds_loader}[result["benchmark"]](rows, result)
+        holds = {"train": holds_train, "data": holds_data, "loader": holds_loader, "infer": holds_infer}
+        holds[result["benchmark"]](rows, result)
         made = result.get("runs") or [result["machine"]]
         assert not any(run["dirty"] for run in made) and len({run["commit"] for run in made}) == 1
 
@@ -276,6 +277,17 @@ def holds_loader(rows, result):
     speed = result["tokens_per_s"]
     figures = f"| {speed['minichat'] / 1e6:.2f} | {speed['nanoGPT'] / 1e6:.2f} | {result['waiting']:.2%} |"
     assert rows[0].startswith(f"| `{result['settings']['config']}` {figures}"), figures
+
+
+def holds_infer(rows, result):
+    """A row for each form and number of heads: tokens/s by batch and prompt, then what is beside it."""
+    for other in result["others"]:
+        mine = [row for row in result["rows"] if (row["form"], row["kv_heads"]) == (other["form"], other["kv_heads"])]
+        figures = [f"{row['tok_per_s']:.1f}" for row in mine] + [
+            f"{other[key]:.1f}" for key in sorted(other) if key.startswith(("plain, prompt", "transformers"))]
+        figures += [f"{other['gain']:.2f}"] * ("gain" in other)
+        line = f"| {other['form']}, {other['kv_heads']} heads | " + " | ".join(figures) + " |"
+        assert any(row.startswith(line) for row in rows), line
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ OpenWebText, or any corpus of documents, as GPT-2's tokens: cleaned, without dup
     python data/openwebtext/prepare.py --input=FOLDER --out_dir=data/mine   # .jsonl, .txt (.gz, .zst) or .parquet
 
 Killed at any point, the same command goes on. Over several machines that see one folder: `--part=0/4` ... `--part=3/4`,
-and then `--merge`. Memory does not grow with the corpus; what the disk must hold is printed first.
+and then `--merge`. Memory grows by a byte a document, no more; what the disk must hold is printed first.
 """
 
 import sys
