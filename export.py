@@ -6,7 +6,8 @@ To and from other ecosystems: a checkpoint of nanoGPT, or a Hugging Face folder,
     python export.py out/mine hf/mine                       # to a folder that transformers loads
 
 What comes in is a run like any other: sample.py and eval.py read it, and train.py starts from it with --init_from=.
-No pickle is executed on the way. What goes out is GPT-2's class of transformers, where the model is one it can express.
+No pickle is executed on the way. What goes out is of the class of transformers that can express the model: GPT-2's,
+Llama's, Qwen3's or NanoChat's (RMSNorm without gain, a norm after the embedding, RoPE, QK-norm, ReLU squared).
 """
 
 import json
@@ -174,12 +175,82 @@ def bring_in(source, target):
 # Out
 
 
-def in_the_way(config):
-    """The first field that GPT-2's class cannot express, as field=value, or None."""
-    allowed = {"pos": ("learned",), "norm": ("layernorm",), "norm_embed": (False,), "qk_norm": ("none",),
-               "activation": ("gelu", "gelu_tanh"), "logit_softcap": (0.0,), "n_kv_head": (0, config.n_head)}
-    found = [f"{key}={getattr(config, key)}" for key, values in allowed.items() if getattr(config, key) not in values]
-    return found[0] if found else None
+# Classes of transformers and the fields of ours that each can express
+PLAIN = {"norm_embed": (False,), "logit_softcap": (0.0,)}
+ROTARY = {"pos": ("rope",), "bias": (False,)}
+FAMILIES = {
+    "gpt2": {**PLAIN, "pos": ("learned",), "norm": ("layernorm",), "qk_norm": ("none",), "n_kv_head": ("n_head",),
+             "activation": ("gelu", "gelu_tanh")},
+    "llama": {**PLAIN, **ROTARY, "norm": ("rmsnorm",), "qk_norm": ("none",), "activation": ("swiglu",)},
+    "qwen3": {**PLAIN, **ROTARY, "norm": ("rmsnorm",), "qk_norm": ("rms_gain",), "activation": ("swiglu",)},
+    "nanochat": {**ROTARY, "norm": ("rmsnorm_nogain",), "norm_embed": (True,), "qk_norm": ("rms",),
+                 "activation": ("relu2",)},
+}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM",
+           "nanochat": "NanoChatForCausalLM"}
+
+
+def family_of(config):
+    """(the class that can express a model, or else the nearest; the fields that stand in its way, as field=value)"""
+    own = {**vars(config), "n_kv_head": "n_head" if config.kv_heads == config.n_head else config.kv_heads}
+
+    def obstacles(family):
+        return [f"{key}={getattr(config, key)}" for key, allowed in FAMILIES[family].items() if own[key] not in allowed]
+
+    nearest = min(FAMILIES, key=lambda family: len(obstacles(family)))
+    return nearest, obstacles(nearest)
+
+
+def gpt2_tensors(tensors, config):
+    """Our names and tensors -> those of GPT-2's class, and the fields of its config.json that are its own."""
+    out = {name: (p.T if name.endswith(TRANSPOSED) else p).contiguous() for name, p in tensors.items()}
+    for name, p in list(out.items()):  # every layer of GPT-2's class has a bias
+        layer = name.removesuffix(".weight").removesuffix(".bias")
+        if layer not in ("transformer.wte", "transformer.wpe", "lm_head"):
+            out.setdefault(f"{layer}.bias", torch.zeros(p.size(-1)))
+    return out, {
+        "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_positions": config.block_size,
+        "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.activation],
+        "layer_norm_epsilon": config.norm_eps, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+    }
+
+
+def rotary_tensors(tensors, config, family):
+    """The same for the classes with rotary positions. NanoChat rotates the other way round, so that the halves of each
+    query and key head change places."""
+    names = {"ln_1.weight": "input_layernorm.weight", "ln_2.weight": "post_attention_layernorm.weight",
+             "attn.c_proj.weight": "self_attn.o_proj.weight", "attn.q_gain": "self_attn.q_norm.weight",
+             "attn.k_gain": "self_attn.k_norm.weight", "mlp.c_gate.weight": "mlp.gate_proj.weight",
+             "mlp.c_fc.weight": "mlp.up_proj.weight", "mlp.c_proj.weight": "mlp.down_proj.weight"}
+    if family == "nanochat":
+        names |= {"mlp.c_fc.weight": "mlp.fc1.weight", "mlp.c_proj.weight": "mlp.fc2.weight"}
+    whole = {"transformer.wte.weight": "model.embed_tokens.weight", "transformer.ln_f.weight": "model.norm.weight",
+             "lm_head.weight": "lm_head.weight"}
+    out, D = {}, config.head_dim
+    for name, p in tensors.items():
+        layer, _, part = name.removeprefix("transformer.h.").partition(".")
+        if name in whole:
+            out[whole[name]] = p
+        elif part == "attn.c_attn.weight":
+            q, k, v = p.split((config.n_head * D, config.kv_heads * D, config.kv_heads * D))
+            if family == "nanochat":
+                q, k = (t.view(-1, 2, D // 2, t.size(1)).flip(1).reshape(t.shape) for t in (q, k))
+            for letter, t in zip("qkv", (q, k, v), strict=True):
+                out[f"model.layers.{layer}.self_attn.{letter}_proj.weight"] = t
+        else:
+            out[f"model.layers.{layer}.{names[part]}"] = p
+    fields = {
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.kv_heads,
+        "hidden_size": config.n_embd, "intermediate_size": config.mlp_dim, "max_position_embeddings": config.block_size,
+        "rms_norm_eps": config.norm_eps, "hidden_act": {"swiglu": "silu"}.get(config.activation, config.activation),
+        "attention_bias": False, "mlp_bias": False, "attention_dropout": config.dropout, "head_dim": D,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "rope_theta": config.rope_theta,
+    }
+    if family == "nanochat":
+        fields["final_logit_softcapping"] = config.logit_softcap or None
+    return {name: t.contiguous() for name, t in out.items()}, fields
 
 
 def merges_of(pieces):
@@ -237,24 +308,20 @@ def take_out(source, target):
     model, run = GPT(GPTConfig(**{**state["model"], "attn": "auto"})), folder.resolve().parent.parent
     checkpoint.load_model(model, folder)
     found, config = load_tokenizer(run) if (run / "tokenizer.json").exists() else None, model.config
-    if trouble := in_the_way(config):
-        raise ValueError(f"{folder}: {trouble} is nothing that GPT-2's class of transformers can express")
+    family, obstacles = family_of(config)
+    if obstacles:
+        raise ValueError(f"{folder}: no class of transformers can express it; nearest is {CLASSES[family]}, and in its "
+                         f"way {'is' if len(obstacles) == 1 else 'are'} {', '.join(obstacles)}")
     if target.exists() and any(target.iterdir()):
         fail(f"{target} is not empty: give another folder")
-    tensors = {}
-    for name, p in checkpoint.model_tensors(model).items():
-        p = p[: config.vocab_size] if name in ("transformer.wte.weight", "lm_head.weight") else p
-        tensors[name] = (p.T if name.endswith(TRANSPOSED) else p).contiguous()
-    for name, p in list(tensors.items()):  # every layer of GPT-2's class has a bias
-        if name.removesuffix(".weight") not in ("transformer.wte", "transformer.wpe", "lm_head"):
-            tensors.setdefault(name.removesuffix(".weight").removesuffix(".bias") + ".bias", torch.zeros(p.size(-1)))
-    fields = {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": config.n_layer, "n_head": config.n_head,
-        "n_embd": config.n_embd, "n_positions": config.block_size, "vocab_size": config.vocab_size,
-        "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.activation],
-        "layer_norm_epsilon": config.norm_eps, "tie_word_embeddings": config.tie_weights,
-        "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "resid_pdrop": config.dropout,
-        "bos_token_id": found.bos if found else None, "eos_token_id": found.eos if found else None,
+    tables = ("transformer.wte.weight", "lm_head.weight")  # without the rows that pad them
+    tensors = {name: p[: config.vocab_size] if name in tables else p
+               for name, p in checkpoint.model_tensors(model).items()}
+    tensors, fields = gpt2_tensors(tensors, config) if family == "gpt2" else rotary_tensors(tensors, config, family)
+    fields |= {
+        "model_type": family, "architectures": [CLASSES[family]], "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_weights, "bos_token_id": found.bos if found else None,
+        "eos_token_id": found.eos if found else None, "pad_token_id": None,
     }
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})

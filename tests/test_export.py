@@ -77,9 +77,35 @@ def test_there_and_back(changes, tokenizer, tmp_path, call_script):
     assert state["step"] == 0 and state["val_loss"] is None
 
 
+LLAMA = {"pos": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "rope_theta": 5000.0}
+NANOCHAT = {"pos": "rope", "norm": "rmsnorm_nogain", "norm_embed": True, "qk_norm": "rms", "activation": "relu2",
+            "bias": False, "tie_weights": False}
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [("Llama", LLAMA), ("Llama", {**LLAMA, "n_kv_head": 1, "tie_weights": False}),
+     ("Qwen3", {**LLAMA, "qk_norm": "rms_gain", "n_kv_head": 1}), ("NanoChat", {**NANOCHAT, "logit_softcap": 15.0}),
+     ("NanoChat", {**NANOCHAT, "n_kv_head": 1, "norm_eps": 1e-6})],
+)
+def test_the_classes_with_rotary_positions(name, changes, tmp_path, call_script):
+    """A class of transformers, without code of its own: logits to 1e-4 and the same greedy text."""
+    ours = make_run(tmp_path / "run", **changes)
+    code, out, err = call_script("export.py", tmp_path / "run", tmp_path / "hf")
+    assert code == 0, err
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert type(theirs).__name__ == f"{name}ForCausalLM"
+    ids = BPE.encode(TEXT * 2)[:30]
+    assert (logits(ours, ids) - logits(theirs, ids)).abs().max() < 1e-4
+    greedy = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    drawn = theirs.generate(torch.tensor([ids[:5]]), **greedy)
+    assert Engine(ours).generate(ids[:5], max_new_tokens=20, temperature=0).ids == drawn[0].tolist()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").encode(TEXT) == BPE.encode(TEXT)
+
+
 @pytest.mark.parametrize("toggle", ["pos=rope", "norm=rmsnorm", "norm_embed=True", "qk_norm=rms", "activation=relu2",
                                     "logit_softcap=5.0", "n_kv_head=1"])
-def test_what_gpt2_cannot_express_is_named(toggle, tmp_path, call_script):
+def test_what_no_class_can_express_is_named(toggle, tmp_path, call_script):
     key, value = toggle.split("=")
     make_run(tmp_path / "run", **{key: {"True": True, "5.0": 5.0, "1": 1}.get(value, value)})
     code, out, err = call_script("export.py", tmp_path / "run", tmp_path / "hf")

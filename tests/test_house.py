@@ -283,9 +283,9 @@ def holds_infer(rows, result):
     """A row for each form and number of heads: tokens/s by batch and prompt, then what is beside it."""
     for other in result["others"]:
         mine = [row for row in result["rows"] if (row["form"], row["kv_heads"]) == (other["form"], other["kv_heads"])]
-        figures = [f"{row['tok_per_s']:.1f}" for row in mine] + [
-            f"{other[key]:.1f}" for key in sorted(other) if key.startswith(("plain, prompt", "transformers"))]
-        figures += [f"{other['gain']:.2f}"] * ("gain" in other)
+        figures = [f"{row['tok_per_s']:.1f}" for row in mine] + ([f"{other['gain']:.2f}"] if "gain" in other else [])
+        beside = [key for key in sorted(other) if key.startswith(("plain, prompt", "transformers"))]
+        figures += [f"{other[key]:.1f}" for key in beside]
         line = f"| {other['form']}, {other['kv_heads']} heads | " + " | ".join(figures) + " |"
         assert any(row.startswith(line) for row in rows), line
 
