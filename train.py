@@ -449,7 +449,8 @@ def what_to_resume():
             fail(f"nothing to resume: {out_dir} holds no checkpoint; --init_from=scratch begins, auto does either")
         return good
     if init_from != "scratch" and not os.path.isdir(init_from):
-        fail(f"init_from={init_from!r} is none of scratch, resume, auto, nor the folder of a run")
+        fail(f"init_from={init_from!r} is none of scratch, resume, auto, nor the folder of a run; of a model from "
+             "elsewhere (gpt2, a ckpt.pt of nanoGPT's) export.py makes one")
     if found:
         fail(f"{out_dir} already holds a run (step {max(found)}): continue it with --init_from=resume, "
              "or begin in another --out_dir")

@@ -11,6 +11,7 @@ from test_tokenizer import RANKS, needs_ranks
 import checkpoint
 from export import NoOptimizer, bytes_to_unicode, merges_of
 from infer import Engine, load
+from loader import Loader, Tokens
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 
@@ -211,3 +212,22 @@ def test_gpt2s_merges_are_made_of_its_ranks(tmp_path, call_script):
     model, found, _, _ = load(tmp_path / "run")
     assert found.sha256 == ours.sha256
     assert (logits(model, [1, 2, 3]) - logits(theirs, [1, 2, 3])).abs().max() < 1e-4
+
+
+def test_training_goes_on_from_what_came_in(tmp_path, call_script, tiny_dataset):
+    """nanoGPT's checkpoint, made a run, is what train.py starts from: the first loss is its own."""
+    characters = load_tokenizer(tiny_dataset)
+    ours = nanogpt(tmp_path / "ckpt.pt", padded=characters.vocab_size)
+    code, out, err = call_script("export.py", tmp_path / "ckpt.pt", tmp_path / "run", f"--tokenizer={tiny_dataset}")
+    assert code == 0, err
+    words = ["--device=cpu", "--dtype=float32", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16",
+             "--activation=gelu", "--max_iters=2", "--eval_iters=1", "--batch_size=4", f"--dataset={tiny_dataset}"]
+    more = [f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'more'}"]
+    code, out, err = call_script("train.py", *words, *more)
+    assert code == 0, err
+    first = json.loads((tmp_path / "more" / "metrics.jsonl").read_text().splitlines()[0])
+    with torch.no_grad():
+        x, y = Loader(Tokens(tiny_dataset, "train"), 16, 4, seed=1337).batch(0)
+        assert first["loss"] == pytest.approx(float(ours(x, y)[1]), rel=1e-5)
+    code, out, err = call_script("train.py", *words, "--init_from=gpt2", f"--out_dir={tmp_path / 'no'}")
+    assert code == 2 and "export.py makes one" in err and err.count("\n") == 1
