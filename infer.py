@@ -142,8 +142,9 @@ class StepCache:
 
     def __init__(self, engine, parts):
         """`parts`: (request, tokens) in the order of the step's row; the request's `cached` is still what it was."""
-        device, self.engine, self.parts, at, places, self.rows = engine.device, engine, [], 0, [], []
-        slots = []
+        device, self.engine = engine.device, engine
+        self.parts, self.rows = [], []  # of each request: (its first row, rows, position of the first, where its keys lie)
+        places, slots, at = [], [], 0
         for request, tokens in parts:
             first, n = request.cached, len(tokens)
             places += range(first, first + n)

@@ -1,5 +1,5 @@
 """
-What the prepare scripts share: finding a source file, reading texts, writing a dataset folder.
+What the prepare scripts share: finding a source file, GPT-2's tokenizer, writing a dataset folder.
 
 A dataset is a folder with `train_000000.bin`, ..., `val_000000.bin`, ..., `tokenizer.json` and `manifest.json`. It is
 written as one act: while the files of one are being put in place the folder holds a file INCOMPLETE, and the loader
