@@ -143,7 +143,7 @@ class StepCache:
     def __init__(self, engine, parts):
         """`parts`: (request, tokens) in the order of the step's row; the request's `cached` is still what it was."""
         device, self.engine = engine.device, engine
-        self.parts, self.rows = [], []  # of each request: (its first row, rows, position of the first, where its keys lie)
+        self.parts, self.rows = [], []  # a part: (first row, rows, first position, where its keys lie)
         places, slots, at = [], [], 0
         for request, tokens in parts:
             first, n = request.cached, len(tokens)
