@@ -4,13 +4,16 @@ To and from other ecosystems: a checkpoint of nanoGPT, or a Hugging Face folder,
     python export.py out-shakespeare/ckpt.pt out/mine      # nanoGPT's
     python export.py gpt2 out/gpt2                          # the Hub's, or a folder with config.json and safetensors
     python export.py out/mine hf/mine                       # to a folder that transformers loads
+    python export.py out/mine mine.gguf --dtype=q8_0        # to a file that llama.cpp loads
 
-What comes in is a run like any other: sample.py and eval.py read it, and train.py starts from it with --init_from=.
-No pickle is executed on the way. What goes out is of the class of transformers that can express the model: GPT-2's,
-Llama's, Qwen3's or NanoChat's (RMSNorm without gain, a norm after the embedding, RoPE, QK-norm, ReLU squared).
+What comes in is a run like any other: sample.py and eval.py read it, and train.py starts from it with --init_from=,
+as it does from what `read_model` reads without one. No pickle is executed on the way. What goes out is of the class of
+transformers that can express the model: GPT-2's, Llama's, Qwen3's or NanoChat's (RMSNorm without gain, a norm after the
+embedding, RoPE, QK-norm, ReLU squared); llama.cpp has the first three of them.
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +28,10 @@ from model import GPT, GPTConfig
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, load_tokenizer
 
 # -----------------------------------------------------------------------------
-paths: tuple[str, ...] = ()  # from where and to where, as bare words
+paths: tuple[str, ...] = ()  # from where and to where, as bare words; to a name that ends in .gguf: for llama.cpp
 ckpt = "latest"         # of a run that goes out: latest | best | a step
 tokenizer = ""          # of what comes in: a file or folder (nanoGPT's data folder); empty: what lies beside it
+dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat16 | q8_0 (8 bits, a scale for each 32)
 # -----------------------------------------------------------------------------
 
 GPT2_VOCAB = 50257  # which nanoGPT pads to 50304
@@ -149,21 +153,51 @@ def tokenizer_beside(source):
         return None
 
 
-def bring_in(source, target):
-    """Make `target` a run that holds the model at `source`."""
-    if checkpoint.steps(target):
-        fail(f"{target} already holds a run: give another folder")
-    step, loss = 0, None
-    if source.is_dir():
-        config, tensors = from_hugging_face(source)
-    else:
-        config, tensors, step, loss = from_nanogpt(source)
-    model, found = build(config, tensors), tokenizer_beside(source)
+def from_hub(name):
+    """The folder of a model of the Hub: its weights as safetensors, its configuration and vocabulary."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["config.json", "vocab.json", "*.safetensors"]))
+    except Exception as error:  # no package, no network, no such model: none has a class in common
+        fail(f"{name} is neither a file nor a folder, nor to be had from the Hub ({type(error).__name__}: {error})")
+
+
+def read_model(name):
+    """The model of a run's folder, of a ckpt.pt of nanoGPT's, of a Hugging Face folder, or the Hub's of that name.
+    -> (GPT, tokenizer or None, its state: a run's own, else step and val_loss). Raises ValueError, OSError."""
+    source = Path(name) if Path(name).exists() else from_hub(str(name))
+    state = {"step": 0, "val_loss": None}
+    try:
+        if source.is_dir() and (checkpoint.steps(source) or not (source / "config.json").exists()):
+            return read_run(source)
+        if source.is_dir():
+            config, tensors = from_hugging_face(source)
+        else:
+            config, tensors, state["step"], state["val_loss"] = from_nanogpt(source)
+        model, found = build(config, tensors), tokenizer_beside(source)
+    except KeyError as error:
+        raise ValueError(f"{source}: lacks {error}") from None
+    except (TypeError, SafetensorError) as error:
+        raise ValueError(f"{source}: {error}") from None
     if found and found.vocab_size > config.vocab_size:
         raise ValueError(f"the tokenizer has {found.vocab_size:,} tokens, the model only {config.vocab_size:,}")
+    return model, found, state
+
+
+def read_run(source):
+    folder, state = checkpoint.find(source, ckpt, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    model, run = GPT(GPTConfig(**{**state["model"], "attn": "auto"})), folder.resolve().parent.parent
+    checkpoint.load_model(model, folder)
+    return model, load_tokenizer(run) if (run / "tokenizer.json").exists() else None, state
+
+
+def write_run(model, found, state, source, target):
+    """Make `target` a run that holds a model from elsewhere."""
+    if checkpoint.steps(target):
+        fail(f"{target} already holds a run: give another folder")
     origin = {"dataset": "", "init_from": source.name}
-    state = {"step": step, "val_loss": loss, "model": asdict(config), "config": origin}
-    checkpoint.save(target, model, NoOptimizer(), state)
+    checkpoint.save(target, model, NoOptimizer(), {**state, "model": asdict(model.config), "config": origin})
     if found:
         found.save(target)
     said = "its tokenizer is there, too" if found else "without a tokenizer: --tokenizer=FOLDER names one"
@@ -186,23 +220,36 @@ FAMILIES = {
     "nanochat": {**ROTARY, "norm": ("rmsnorm_nogain",), "norm_embed": (True,), "qk_norm": ("rms",),
                  "activation": ("relu2",)},
 }
+# llama.cpp's, by the same names; its gpt2 has no GELU but the tanh form
+LLAMA_CPP = {**{family: FAMILIES[family] for family in ("gpt2", "llama", "qwen3")},
+             "gpt2": {**FAMILIES["gpt2"], "activation": ("gelu_tanh",)}}
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM",
            "nanochat": "NanoChatForCausalLM"}
 
 
-def family_of(config):
-    """(the class that can express a model, or else the nearest; the fields that stand in its way, as field=value)"""
+def family_of(config, families, whose):
+    """The one of `families` that can express a model. Raises ValueError naming the fields in the way of the nearest."""
     own = {**vars(config), "n_kv_head": "n_head" if config.kv_heads == config.n_head else config.kv_heads}
+    obstacles = {family: [f"{key}={getattr(config, key)}" for key, known in allowed.items() if own[key] not in known]
+                 for family, allowed in families.items()}
+    nearest = min(obstacles, key=lambda family: len(obstacles[family]))
+    if odd := obstacles[nearest]:
+        raise ValueError(f"nothing of {whose} can express this model; nearest is {nearest}, and in its way "
+                         f"{'is' if len(odd) == 1 else 'are'} {', '.join(odd)}")
+    return nearest
 
-    def obstacles(family):
-        return [f"{key}={getattr(config, key)}" for key, allowed in FAMILIES[family].items() if own[key] not in allowed]
 
-    nearest = min(FAMILIES, key=lambda family: len(obstacles(family)))
-    return nearest, obstacles(nearest)
+def tensors_of(model, family):
+    """({name: tensor} as the class of transformers has them, the fields of its config.json that are its own)"""
+    tables = ("transformer.wte.weight", "lm_head.weight")  # without the rows that pad them
+    tensors = {name: p[: model.config.vocab_size] if name in tables else p
+               for name, p in checkpoint.model_tensors(model).items()}
+    rename = gpt2_tensors if family == "gpt2" else rotary_tensors
+    return rename(tensors, model.config, family)
 
 
-def gpt2_tensors(tensors, config):
-    """Our names and tensors -> those of GPT-2's class, and the fields of its config.json that are its own."""
+def gpt2_tensors(tensors, config, family):
+    """tensors_of for GPT-2's class."""
     out = {name: (p.T if name.endswith(TRANSPOSED) else p).contiguous() for name, p in tensors.items()}
     for name, p in list(out.items()):  # every layer of GPT-2's class has a bias
         layer = name.removesuffix(".weight").removesuffix(".bias")
@@ -217,8 +264,8 @@ def gpt2_tensors(tensors, config):
 
 
 def rotary_tensors(tensors, config, family):
-    """The same for the classes with rotary positions. NanoChat rotates the other way round, so that the halves of each
-    query and key head change places."""
+    """tensors_of for the classes with rotary positions. NanoChat rotates the other way round, so that the halves of
+    each query and key head change places."""
     names = {"ln_1.weight": "input_layernorm.weight", "ln_2.weight": "post_attention_layernorm.weight",
              "attn.c_proj.weight": "self_attn.o_proj.weight", "attn.q_gain": "self_attn.q_norm.weight",
              "attn.k_gain": "self_attn.k_norm.weight", "mlp.c_gate.weight": "mlp.gate_proj.weight",
@@ -272,15 +319,20 @@ def merges_of(pieces):
     return pairs
 
 
-def write_tokenizer(found, folder):
-    """Files from which AutoTokenizer makes the same ids."""
+def words_and_merges(found):
+    """Of a BPETokenizer, as GPT-2's files spell them: the tokens, and the pairs that make them. Raises ValueError."""
+    if found.pattern != GPT2_PATTERN:
+        raise ValueError("the tokenizer cuts texts in another way than GPT-2's, which no file there can express")
+    spell = bytes_to_unicode()
+    words = {piece: "".join(spell[byte] for byte in piece) for piece in found.pieces}
+    return [*words.values()], [(words[a], words[b]) for a, b in merges_of(found.pieces)]
+
+
+def tokenizer_files(found):
+    """{name of a file: what it holds}, from which AutoTokenizer makes the same ids. Raises ValueError."""
     options = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if found.kind == "bpe":
-        if found.pattern != GPT2_PATTERN:
-            raise ValueError("the tokenizer cuts texts in another way than GPT-2's, which its class cannot express")
-        spell = bytes_to_unicode()
-        words = ["".join(spell[byte] for byte in piece) for piece in found.pieces]
-        pairs = [[spelled(spell, a), spelled(spell, b)] for a, b in merges_of(found.pieces)]
+        words, pairs = words_and_merges(found)
         model = {"type": "BPE", "vocab": {word: i for i, word in enumerate(words)}, "merges": pairs}
         cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         decoder = {**cut, "type": "ByteLevel"}
@@ -292,68 +344,139 @@ def write_tokenizer(found, folder):
                  "rstrip": False} for name, i in found.special_tokens.items()]
     fields = {"version": "1.0", "added_tokens": specials, "normalizer": None, "pre_tokenizer": cut, "decoder": decoder,
               "post_processor": None, "truncation": None, "padding": None, "model": model}
-    (folder / "tokenizer.json").write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
     names = {i: name for name, i in found.special_tokens.items()}
     options |= {key: names[i] for key, i in (("bos_token", found.bos), ("eos_token", found.eos)) if i in names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(options, indent=1), encoding="utf-8")
+    return {"tokenizer.json": fields, "tokenizer_config.json": options}
 
 
-def spelled(spell, piece):
-    return "".join(spell[byte] for byte in piece)
-
-
-def take_out(source, target):
-    """Make `target` a folder from which transformers loads the model of a run."""
-    folder, state = checkpoint.find(source, ckpt, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-    model, run = GPT(GPTConfig(**{**state["model"], "attn": "auto"})), folder.resolve().parent.parent
-    checkpoint.load_model(model, folder)
-    found, config = load_tokenizer(run) if (run / "tokenizer.json").exists() else None, model.config
-    family, obstacles = family_of(config)
-    if obstacles:
-        raise ValueError(f"{folder}: no class of transformers can express it; nearest is {CLASSES[family]}, and in its "
-                         f"way {'is' if len(obstacles) == 1 else 'are'} {', '.join(obstacles)}")
+def write_hugging_face(model, found, target):
+    """Make `target` a folder from which transformers loads the model."""
+    config = model.config
+    family = family_of(config, FAMILIES, "transformers")
     if target.exists() and any(target.iterdir()):
         fail(f"{target} is not empty: give another folder")
-    tables = ("transformer.wte.weight", "lm_head.weight")  # without the rows that pad them
-    tensors = {name: p[: config.vocab_size] if name in tables else p
-               for name, p in checkpoint.model_tensors(model).items()}
-    tensors, fields = gpt2_tensors(tensors, config) if family == "gpt2" else rotary_tensors(tensors, config, family)
+    tensors, fields = tensors_of(model, family)
     fields |= {
         "model_type": family, "architectures": [CLASSES[family]], "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_weights, "bos_token_id": found.bos if found else None,
         "eos_token_id": found.eos if found else None, "pad_token_id": None,
     }
+    files = (tokenizer_files(found) if found else {}) | {"config.json": fields}
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    if found:
-        write_tokenizer(found, target)
-    (target / "config.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
-    print(f"{folder} is in {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
+    for name, content in files.items():
+        (target / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    print(f"the model is in {target}: transformers.AutoModelForCausalLM.from_pretrained({str(target)!r}) loads it")
 
 
-def from_hub(name):
-    """The folder of a model of the Hub: its weights as safetensors, its configuration and vocabulary."""
+# -----------------------------------------------------------------------------
+# Out, for llama.cpp
+
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # and its names for them
+
+
+def write_gguf(model, found, target):
+    """Make `target` a file that llama.cpp loads, its matrices in `dtype`. Where a row of one does not divide into the
+    32 weights that share a scale in q8_0, that one is float16, as llama.cpp's own conversion has it."""
     try:
-        from huggingface_hub import snapshot_download
+        import gguf
+    except ImportError:
+        fail("a .gguf is written with the package gguf: pip install -c constraints.txt '.[export]'")
+    config, beside = model.config, target.with_name(target.name + ".writing")
+    family = family_of(config, LLAMA_CPP, "llama.cpp")
+    if target.exists():
+        fail(f"{target} is there already: give another name")
+    short = DTYPES[dtype]
+    writer = gguf.GGUFWriter(beside, family)
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_vocab_size(config.vocab_size)
+    if family == "gpt2":
+        writer.add_layer_norm_eps(config.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(config.rope_theta)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if short == "F32" else f"MOSTLY_{short}"])
+    add_tokenizer(writer, found, config.vocab_size)
 
-        return Path(snapshot_download(name, allow_patterns=["config.json", "vocab.json", "*.safetensors"]))
-    except Exception as error:  # no package, no network, no such model: none has a class in common
-        fail(f"{name} is neither a file nor a folder, nor to be had from the Hub ({type(error).__name__}: {error})")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.n_layer)
+    for name, p in tensors_of(model, family)[0].items():
+        if family == "gpt2" and name.endswith(TRANSPOSED):
+            p = p.T
+        elif family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):  # it pairs neighbours, not halves
+            p = p.view(-1, 2, config.head_dim // 2, p.size(1)).transpose(1, 2).reshape(p.shape)
+        kind = "F32" if p.ndim == 1 or "wpe" in name else "F16" if short == "Q8_0" and p.size(1) % 32 else short
+        kind = gguf.GGMLQuantizationType[kind]
+        data = gguf.quants.quantize(p.float().contiguous().numpy(), kind)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+    said = "with its tokenizer" if found else "without a tokenizer, so that it takes ids alone"
+    print(f"the model is in {target}, {said}: llama-cli -m {target} runs it")
+
+
+def add_tokenizer(writer, found, vocab_size):
+    """As llama.cpp's byte-level BPE. Characters are that, too, where each is a byte. Raises ValueError."""
+    if not found:
+        return writer.add_tokenizer_model("none")
+    if found.eos is None:
+        raise ValueError("the tokenizer has no token that ends a text, without which llama.cpp takes its own for one")
+    if found.kind == "bpe":
+        words, pairs = words_and_merges(found)
+        merges = [" ".join(pair) for pair in pairs]
+    else:
+        if wide := [c for c in found.chars if not c.isascii()]:
+            raise ValueError(f"the tokenizer has {wide[0]!r} as a token, which llama.cpp can have of ASCII alone: "
+                             "train on the tokens of a BPE tokenizer instead (data/text/prepare.py)")
+        words = [bytes_to_unicode()[ord(c)] for c in found.chars]
+        merges = []
+    end = [*found.special_tokens][-1]
+    merges = merges or [f"{end} {end}"]  # a list must not be empty, and no text has these in it
+    words += found.special_tokens
+    spare = [f"[PAD{i}]" for i in range(len(words), vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(words + spare)
+    normal, control, unused = 1, 3, 5  # gguf.TokenType
+    specials = len(found.special_tokens)
+    writer.add_token_types([normal] * (len(words) - specials) + [control] * specials + [unused] * len(spare))
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(found.eos if found.bos is None else found.bos)
+    writer.add_eos_token_id(found.eos)
+    writer.add_add_bos_token(False)
 
 
 def main():
     if len(paths) != 2:
         fail("from where to where? python export.py FROM TO")
-    source, target = map(Path, paths)
-    if not source.exists():
-        source = from_hub(paths[0])
+    target = Path(paths[1])
+    to_llama_cpp = target.suffix == ".gguf"
+    known = DTYPES if to_llama_cpp else ("float32",)
+    if dtype not in known:
+        fail(f"dtype={dtype!r} is not one of {', '.join(known)}" + ", as this is no .gguf" * (not to_llama_cpp))
     try:
-        if source.is_file() or (source / "config.json").exists() and not checkpoint.steps(source):
-            bring_in(source, target)
+        model, found, state = read_model(paths[0])
+        if to_llama_cpp:
+            write_gguf(model, found, target)
+        elif "model" in state:
+            write_hugging_face(model, found, target)
         else:
-            take_out(source, target)
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        fail(f"{source}: lacks {error}" if isinstance(error, KeyError) else error)
+            write_run(model, found, state, Path(paths[0]), target)
+    except (ValueError, OSError) as error:
+        fail(error)
 
 
 if __name__ == "__main__":
