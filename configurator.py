@@ -223,11 +223,12 @@ def refuse(word, keys, verbs=()) -> NoReturn:
     fail(f"unknown key {word.partition('=')[0]}{mend}" if word.startswith("-") else f"unexpected word {word!r}{mend}")
 
 
-def configure(namespace, argv=None, *, verb="", verbs=(), paths=""):
+def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None):
     """
     Resolve the keys of the script whose globals are `namespace`, write them back there and return them as a plain dict,
     in source order. `verb` names the key that the first bare word fills, with one of `verbs`; `paths` the tuple of
-    strings that takes the other bare words. A word that ends in .py is a config file.
+    strings that takes the other bare words. A word that ends in .py is a config file. The names of the keys that any of
+    these sets, if only to its default, are added to the set `given`.
     """
     for out in (sys.stdout, sys.stderr):  # a Windows console's code page cannot print every text
         if hasattr(out, "reconfigure"):
@@ -237,8 +238,7 @@ def configure(namespace, argv=None, *, verb="", verbs=(), paths=""):
     if "--help" in words or "-h" in words:
         print_help(namespace, keys, verb, verbs, paths)
         raise SystemExit(0)
-    values = {name: key.default for name, key in keys.items()}
-    bare, verb_open = [], bool(verb)
+    values, bare, verb_open = {}, [], bool(verb)
     while words:
         word = words.pop(0)
         if word.startswith("--"):
@@ -261,6 +261,9 @@ def configure(namespace, argv=None, *, verb="", verbs=(), paths=""):
             values[paths] = keys[paths].check(tuple(bare), word)
         else:
             refuse(word, keys, verbs if verb_open else ())
+    if given is not None:
+        given.update(values)
+    values = {name: key.default for name, key in keys.items()} | values
     if verb and values[verb] not in (*verbs, keys[verb].default):
         fail(f"{verb} is one of {', '.join(verbs)}, not {values[verb]!r}")
     namespace.update(values)

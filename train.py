@@ -20,9 +20,10 @@ from dataclasses import asdict, fields
 import torch
 
 import checkpoint
-from configurator import configure, fail
+from configurator import configure, fail, nearest
 from device import autocast, can_compile, memory_gb, peak_flops, pick_device, pick_dtype
 from eval import evaluate
+from export import read_model
 from infer import stream
 from loader import DataError, Loader, keyed, open_datasets, open_tokens, verify_shards
 from model import GPT, GPTConfig, pick_attention
@@ -34,7 +35,8 @@ from tokenizer import load_tokenizer
 # -----------------------------------------------------------------------------
 # the run
 out_dir = "out"               # where config, metrics and checkpoints go
-init_from = "scratch"         # scratch | resume | auto (resume if there is something to) | a run's folder to start from
+init_from = "scratch"         # scratch | resume | auto (resume if there is something to) | a model to start from: a
+                              # run's folder, nanoGPT's ckpt.pt, a Hugging Face folder, a name of the Hub's (gpt2)
 seed = 1337                   # of initialisation, data order and dropout
 max_iters = 600000            # updates in all
 eval_only = False             # evaluate once and stop
@@ -51,7 +53,7 @@ context_start = 0             # context at first, doubling up to block_size, the
                               # 0: block_size throughout
 context_iters = 0             # updates after which the context is block_size; 0: half of max_iters
 
-# the model: GPTConfig's fields, described in model.py
+# the model: GPTConfig's fields, described in model.py; those not set are those of the model it goes on or starts from
 block_size = 1024             # tokens of context
 vocab_size = 0                # token ids; 0: as the dataset says
 n_layer = 12                  # transformer blocks
@@ -129,7 +131,7 @@ def one_line_errors():
         fail(e)
 
 
-def main(config):
+def main(config, given):
     with one_line_errors():
         # ---- the machine -------------------------------------------------------------
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -150,11 +152,14 @@ def main(config):
             torch.use_deterministic_algorithms(True)
 
         # ---- the data, the model, and where they stand ---------------------------------------
-        accumulation = micro_steps()
         resumed = what_to_resume()
         found, manifest, dataset_sha256 = open_datasets(dataset)
         source = ", ".join(str(folder) for folder, _ in found)
         tokenizer, vocab = vocabulary(found[0][0], manifest)
+        start = None if resumed or init_from in ("scratch", "auto") else read_model(init_from)
+        if resumed or start:
+            adopt(resumed[1]["model"] if resumed else asdict(start[0].config), config, given)
+        accumulation = micro_steps()
         sizes = {f.name: config[f.name] for f in fields(GPTConfig)}
         model_config = GPTConfig(**{**sizes, "vocab_size": vocab_size or vocab})
         if tokenizer and model_config.vocab_size < vocab:
@@ -196,10 +201,13 @@ def main(config):
             if saved["scaler"]:
                 scaler.load_state_dict(saved["scaler"])
             state |= {key: saved[key] for key in ("step", "wall_s", "metrics_bytes")}
-        elif init_from not in ("scratch", "auto"):
-            folder, saved = checkpoint.find(init_from)
-            check_start(folder, saved, state, tokenizer)
-            checkpoint.load_model(model, folder)
+        elif start:
+            check_start(*start[:2], model_config, tokenizer)
+            tensors = start[0].state_dict()
+            if pos == "learned":  # the first of its positions
+                tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:block_size]
+            model.load_state_dict(tensors)
+            del start, tensors
 
     unit = "char" if tokenizer and tokenizer.kind == "char" else "token"
     if eval_only:  # writes nothing
@@ -412,9 +420,6 @@ def check_settings():
         fail("learning_rate and muon_learning_rate must be above 0")
     if decay_lr and not 0 <= min_lr <= learning_rate:
         fail(f"min_lr={min_lr} must lie between 0 and learning_rate={learning_rate}; or set decay_lr=false")
-    doublings = [block_size >> n for n in range(block_size.bit_length()) if block_size % (1 << n) == 0]
-    if context_start and context_start not in doublings:
-        fail(f"context_start={context_start} does not double to block_size={block_size}")
     choices = {"optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
                "lr_schedule": ("cosine", "linear", "wsd")}
     for key, known in choices.items():
@@ -423,7 +428,11 @@ def check_settings():
 
 
 def micro_steps():
-    """Micro-steps per update, from gradient_accumulation_steps or tokens_per_step. Ends the run where they disagree."""
+    """Micro-steps per update, from gradient_accumulation_steps or tokens_per_step. Ends the run where they disagree,
+    or the context does not double to its length."""
+    doublings = [block_size >> n for n in range(block_size.bit_length()) if block_size % (1 << n) == 0]
+    if context_start and context_start not in doublings:
+        fail(f"context_start={context_start} does not double to block_size={block_size}")
     if not tokens_per_step:
         return gradient_accumulation_steps or 1
     micro = batch_size * block_size
@@ -448,9 +457,9 @@ def what_to_resume():
         if good is None and init_from == "resume":
             fail(f"nothing to resume: {out_dir} holds no checkpoint; --init_from=scratch begins, auto does either")
         return good
-    if init_from != "scratch" and not os.path.isdir(init_from):
-        fail(f"init_from={init_from!r} is none of scratch, resume, auto, nor the folder of a run; of a model from "
-             "elsewhere (gpt2, a ckpt.pt of nanoGPT's) export.py makes one")
+    words = ("scratch", "resume", "auto")
+    if init_from not in words and not os.path.exists(init_from) and (mend := nearest(init_from, words)):
+        fail(f"init_from={init_from!r} is no model to start from{mend}")
     if found:
         fail(f"{out_dir} already holds a run (step {max(found)}): continue it with --init_from=resume, "
              "or begin in another --out_dir")
@@ -472,12 +481,23 @@ def check_resume(saved, state):
     return changed
 
 
-def check_start(folder, saved, state, tokenizer):
-    """Ends the run where another run's weights, though of the same shape, would mean something else in this one."""
-    for key, value in state["model"].items():
-        if saved["model"].get(key) != value and key not in ("dropout", "attn", "block_size"):
-            fail(f"init_from={init_from}: that model has {key}={saved['model'].get(key)}, this one {value}")
-    if tokenizer and load_tokenizer(folder.resolve().parent.parent).sha256 != tokenizer.sha256:
+def adopt(sizes, config, given):
+    """Fields of the model that nobody set become those of the model to go on from, here and in `config`."""
+    for key, value in sizes.items():
+        if key not in given and key not in ("dropout", "attn", "vocab_size"):  # the last is for the dataset to say
+            config[key] = globals()[key] = value
+
+
+def check_start(theirs, its_tokenizer, model_config, tokenizer):
+    """Ends the run where another model's weights, though of the same shape, would mean something else in this one."""
+    for key, value in asdict(model_config).items():
+        then = getattr(theirs.config, key)
+        fits = key in ("dropout", "attn") or key == "block_size" and (pos == "rope" or value < then)
+        if then != value and not fits:
+            fail(f"init_from={init_from}: that model has {key}={then}, this one {value}")
+    if tokenizer and not its_tokenizer:
+        print(f"warning: {init_from} says nothing of its tokenizer, which should be that of {dataset}", file=sys.stderr)
+    elif tokenizer and its_tokenizer.sha256 != tokenizer.sha256:
         fail(f"init_from={init_from}: its tokenizer is not that of {dataset}, so the same ids are other text")
 
 
@@ -578,9 +598,10 @@ class StopSignal:
 
 
 if __name__ == "__main__":
-    settings = configure(globals())
+    given = set()
+    settings = configure(globals(), given=given)
     try:
-        sys.exit(main(settings))
+        sys.exit(main(settings, given))
     except KeyboardInterrupt:  # before the loop, which has StopSignal
         sys.exit(130)
     except (checkpoint.CheckpointError, DataError) as e:

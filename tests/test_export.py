@@ -214,20 +214,285 @@ def test_gpt2s_merges_are_made_of_its_ranks(tmp_path, call_script):
     assert (logits(model, [1, 2, 3]) - logits(theirs, [1, 2, 3])).abs().max() < 1e-4
 
 
-def test_training_goes_on_from_what_came_in(tmp_path, call_script, tiny_dataset):
-    """nanoGPT's checkpoint, made a run, is what train.py starts from: the first loss is its own."""
-    characters = load_tokenizer(tiny_dataset)
-    ours = nanogpt(tmp_path / "ckpt.pt", padded=characters.vocab_size)
-    code, out, err = call_script("export.py", tmp_path / "ckpt.pt", tmp_path / "run", f"--tokenizer={tiny_dataset}")
+# -----------------------------------------------------------------------------
+# Training from what comes in
+
+
+def started(out_dir, dataset):
+    """The first record of a run, and what it is for `model`: its loss on the run's first batch."""
+    first = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    config = json.loads((out_dir / "config.json").read_text())
+    x, y = Loader(Tokens(dataset, "train"), config["block_size"], config["batch_size"], seed=1337).batch(0)
+
+    def loss(model):
+        with torch.no_grad():
+            return pytest.approx(float(model(x, y)[1]), rel=1e-5)
+
+    return first, config, loss
+
+
+TRAIN = ["--device=cpu", "--dtype=float32", "--max_iters=2", "--eval_iters=1", "--batch_size=4", "--warmup_iters=0"]
+
+
+def hugging_face(folder, dataset):
+    """GPT-2's class with the characters of a dataset as its vocabulary. -> our model of the same weights"""
+    characters = load_tokenizer(dataset)
+    config = GPTConfig(block_size=16, vocab_size=characters.vocab_size, n_layer=1, n_head=2, n_embd=16)
+    ours = opinionated(GPT(config))
+    theirs = transformers.GPT2Config(n_positions=16, vocab_size=characters.vocab_size, n_layer=1, n_head=2, n_embd=16)
+    theirs = transformers.GPT2LMHeadModel(theirs)
+    tensors = {name: p.detach() for name, p in ours.named_parameters()}
+    tables = {"transformer.wte.weight": tensors["transformer.wte.weight"][: characters.vocab_size]}
+    turned = {name: p.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p
+              for name, p in (tensors | tables).items()}
+    assert not theirs.load_state_dict(turned, strict=False).unexpected_keys
+    theirs.save_pretrained(folder)
+    characters.save(folder)
+    return ours
+
+
+@pytest.mark.parametrize("kind", ["ckpt.pt", "run", "folder", "hub"])
+def test_training_starts_from_a_model_of_any_kind(kind, tmp_path, call_script, tiny_dataset, monkeypatch):
+    """In one word, its sizes come with it: the first loss is its own, config.json has its fields, and nothing but the
+    run is written. It goes on with --init_from=resume, the sizes still unsaid."""
+    came, name = [], tmp_path / "ckpt.pt"
+    if kind in ("ckpt.pt", "run"):
+        ours = nanogpt(name, padded=load_tokenizer(tiny_dataset).vocab_size)
+        if kind == "run":
+            name = tmp_path / "run"
+            words = (tmp_path / "ckpt.pt", name, f"--tokenizer={tiny_dataset}")
+            assert call_script("export.py", *words)[0] == 0
+    else:
+        ours, name = hugging_face(tmp_path / "hf", tiny_dataset), tmp_path / "hf"
+        if kind == "hub":
+            import huggingface_hub
+
+            name = "gpt2"
+            monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda n, **_: came.append(n) or tmp_path / "hf")
+    words = [*TRAIN, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path / 'more'}"]
+    code, out, err = call_script("train.py", *words, f"--init_from={name}")
     assert code == 0, err
-    words = ["--device=cpu", "--dtype=float32", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16",
-             "--activation=gelu", "--max_iters=2", "--eval_iters=1", "--batch_size=4", f"--dataset={tiny_dataset}"]
-    more = [f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'more'}"]
-    code, out, err = call_script("train.py", *words, *more)
+    assert came == (["gpt2"] if kind == "hub" else [])
+    assert ("says nothing of its tokenizer" in err) == (kind == "ckpt.pt")
+    first, config, loss = started(tmp_path / "more", tiny_dataset)
+    assert first == loss(ours)
+    fields = ("block_size", "n_layer", "n_head", "n_embd", "bias", "activation")
+    assert {key: config[key] for key in fields} == {key: getattr(ours.config, key) for key in fields}
+    code, out, err = call_script("train.py", *words, "--init_from=resume", "--max_iters=3")
+    assert code == 0 and sorted(checkpoint.steps(tmp_path / "more")) == [2, 3], err
+
+
+def test_a_start_with_fewer_positions(tmp_path, call_script, tiny_dataset):
+    ours = nanogpt(tmp_path / "ckpt.pt", padded=load_tokenizer(tiny_dataset).vocab_size)
+    words = [*TRAIN, f"--dataset={tiny_dataset}", f"--out_dir={tmp_path / 'run'}", "--block_size=8"]
+    code, out, err = call_script("train.py", *words, f"--init_from={tmp_path / 'ckpt.pt'}")
     assert code == 0, err
-    first = json.loads((tmp_path / "more" / "metrics.jsonl").read_text().splitlines()[0])
-    with torch.no_grad():
-        x, y = Loader(Tokens(tiny_dataset, "train"), 16, 4, seed=1337).batch(0)
-        assert first["loss"] == pytest.approx(float(ours(x, y)[1]), rel=1e-5)
-    code, out, err = call_script("train.py", *words, "--init_from=gpt2", f"--out_dir={tmp_path / 'no'}")
-    assert code == 2 and "export.py makes one" in err and err.count("\n") == 1
+    first, config, loss = started(tmp_path / "run", tiny_dataset)
+    assert config["block_size"] == 8 and first == loss(ours)
+
+
+@pytest.mark.parametrize("said, named", [
+    ("--n_layer=12", "n_layer=2, this one 12"),  # train.py's own default, but said
+    ("--bias=true", "bias=False, this one True"), ("--block_size=32", "block_size=16, this one 32"),
+    ("--context_start=5", "does not double to block_size=16"), ("--init_from=resum", "did you mean resume?"),
+    ("--init_from=gpt3-huge", "gpt3-huge is neither a file nor a folder"), ("--dataset=DATA", "vocab_size=64"),
+])
+def test_a_start_that_does_not_fit_is_one_line(said, named, tmp_path, call_script, tiny_dataset, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    nanogpt(tmp_path / "ckpt.pt", padded=64 if "DATA" in said else load_tokenizer(tiny_dataset).vocab_size)
+    words = [*TRAIN, f"--init_from={tmp_path / 'ckpt.pt'}", f"--out_dir={tmp_path / 'run'}"]
+    code, out, err = call_script("train.py", *words, said.replace("DATA", str(tiny_dataset)),
+                                 *[f"--dataset={tiny_dataset}"] * (said != "--dataset=DATA"))
+    assert code == 2 and named in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_with_other_tokens_is_refused(tmp_path, call_script, tiny_dataset):
+    hugging_face(tmp_path / "hf", tiny_dataset)
+    chars = load_tokenizer(tiny_dataset).chars
+    CharTokenizer(chars[::-1]).save(tmp_path / "hf")
+    words = [*TRAIN, f"--init_from={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'run'}", f"--dataset={tiny_dataset}"]
+    code, out, err = call_script("train.py", *words)
+    assert code == 2 and "its tokenizer is not that of" in err and not (tmp_path / "run").exists()
+
+
+# -----------------------------------------------------------------------------
+# GGUF
+
+
+ASCII = CharTokenizer.from_text("the end of it\n To be!")
+GGUF = {
+    "gpt2": ({}, BPE), "gpt2, no biases": ({"bias": False, "tie_weights": False}, BPE), "gpt2, characters": ({}, ASCII),
+    "llama": ({**LLAMA, "n_kv_head": 1}, BPE), "llama, untied": ({**LLAMA, "tie_weights": False, "n_embd": 64}, BPE),
+    "qwen3": ({**LLAMA, "qk_norm": "rms_gain", "n_kv_head": 1}, BPE),
+}
+NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm", "ln_2": "ffn_norm",
+         "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_gate": "ffn_gate",
+         "mlp.c_proj": "ffn_down", "attn.q_gain": "attn_q_norm.weight", "attn.k_gain": "attn_k_norm.weight"}
+
+
+def as_gguf(model):
+    """{name in a GGUF: tensor} of a model of ours, its queries and keys as we have them."""
+    out, config = {}, model.config
+    for name, p in checkpoint.model_tensors(model).items():
+        short = name.removeprefix("transformer.").replace("h.", "blk.", 1) if ".h." in name else name[12:]
+        for ours, theirs in NAMES.items():
+            short = short.replace(ours, theirs)
+        if name == "lm_head.weight":
+            short = "output.weight"
+        if "attn_qkv" in name or "attn_qkv" in short and config.pos == "rope":
+            parts = p.split([n * config.head_dim for n in (config.n_head, config.kv_heads, config.kv_heads)])
+            out |= {short.replace("qkv", letter): part for letter, part in zip("qkv", parts, strict=True)}
+        else:
+            out[short] = p[: config.vocab_size] if short in ("token_embd.weight", "output.weight") else p
+    return out
+
+
+def read_gguf(path):
+    """-> ({key: value}, {name: tensor, dequantised}, {name: its type})"""
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).view(*t.shape.tolist()[::-1])
+               for t in reader.tensors}
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    return values, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
+
+
+@pytest.mark.parametrize("case", GGUF)
+def test_a_gguf_holds_the_model(case, tmp_path, call_script):
+    """Every tensor under llama.cpp's name, bit for bit; where it rotates neighbours, queries and keys are the same once
+    that is undone; biases that we do not have are zero."""
+    changes, tokenizer = GGUF[case]
+    ours = make_run(tmp_path / "run", tokenizer, **changes)
+    code, out, err = call_script("export.py", tmp_path / "run", tmp_path / "m.gguf")
+    assert code == 0, err
+    values, tensors, types = read_gguf(tmp_path / "m.gguf")
+    family, config = case.split(",")[0], ours.config
+    wanted = as_gguf(ours)
+    for name, p in tensors.items():
+        if name in wanted:
+            if family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+                p = p.view(-1, config.head_dim // 2, 2, config.n_embd).transpose(1, 2).reshape(p.shape)
+            assert torch.equal(p, wanted[name].float()), name
+        else:
+            assert family == "gpt2" and not config.bias and name.endswith(".bias") and not p.any(), name
+    assert wanted.keys() <= tensors.keys() and set(types.values()) == {"F32"}
+    biases = {name.removesuffix("bias") for name in tensors if name.endswith("bias")}
+    assert len(biases) == (6 * config.n_layer + 1 if family == "gpt2" else 0)
+
+    eps, width = "layer_norm_epsilon" if family == "gpt2" else "layer_norm_rms_epsilon", config.n_embd
+    for key, value in {
+        "block_count": 2, "context_length": 32, "embedding_length": width, "feed_forward_length": config.mlp_dim,
+        "attention.head_count": 2, "attention.head_count_kv": config.kv_heads, "vocab_size": config.vocab_size,
+        f"attention.{eps}": pytest.approx(config.norm_eps),
+    }.items():
+        assert values[f"{family}.{key}"] == value, key
+    if family != "gpt2":
+        assert values[f"{family}.rope.freq_base"] == config.rope_theta
+        assert values[f"{family}.rope.dimension_count"] == config.head_dim
+    words = values["tokenizer.ggml.tokens"]
+    assert values["general.architecture"] == family and len(words) == tokenizer.vocab_size == len(set(words))
+    assert values["tokenizer.ggml.model"] == "gpt2" and values["tokenizer.ggml.pre"] == "gpt-2"
+    assert values["tokenizer.ggml.add_bos_token"] is False
+    ends = values["tokenizer.ggml.bos_token_id"], values["tokenizer.ggml.eos_token_id"]
+    assert ends == (tokenizer.bos, tokenizer.eos)
+    normal, special = len(tokenizer.pieces), len(tokenizer.special_tokens)
+    assert values["tokenizer.ggml.token_type"] == [1] * normal + [3] * special
+    if tokenizer is BPE:
+        assert values["tokenizer.ggml.merges"] == ["t h", "th e", "Ġ the", "Ã ©", "Ċ Ċ"]
+        assert words[ord(" ")] == "Ġ" and words[-1] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("dtype, kind", [("float16", "F16"), ("bfloat16", "BF16"), ("q8_0", "Q8_0")])
+def test_a_gguf_of_fewer_bits(dtype, kind, tmp_path, call_script):
+    """Matrices in that type, to its rounding; vectors and positions in float32; what 32 does not divide in float16."""
+    ours = make_run(tmp_path / "run", n_embd=48)  # rows of 48, but of 192 in a layer's last matrix
+    code, out, err = call_script("export.py", tmp_path / "run", tmp_path / "m.gguf", f"--dtype={dtype}")
+    assert code == 0, err
+    _, tensors, types = read_gguf(tmp_path / "m.gguf")
+    wanted = as_gguf(ours)
+    for name, p in tensors.items():
+        plain = p.ndim == 1 or name == "position_embd.weight"
+        expected = "F32" if plain else "F16" if kind == "Q8_0" and "ffn_down" not in name else kind
+        assert types[name] == expected, name
+        bound = {"F32": 0, "F16": 2**-11, "BF16": 2**-8}.get(expected)
+        whole = wanted[name]
+        scale = whole.abs() if bound is not None else whole.view(-1, 32).abs().amax(1, keepdim=True).expand(-1, 32)
+        bound = 0.5 / 127 + 2**-11 if bound is None else bound  # half a step, and the scale is a half float
+        assert ((p - whole).abs() <= bound * scale.reshape(whole.shape) + 1e-7).all(), name
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"activation": "gelu"}, "activation=gelu"), ({**NANOCHAT}, "qk_norm=rms"), ({"pos": "rope"}, "pos=rope"),
+    ({**LLAMA, "logit_softcap": 5.0}, "logit_softcap=5.0"),
+], ids=str)
+def test_what_llama_cpp_cannot_express_is_named(changes, named, tmp_path, call_script):
+    pytest.importorskip("gguf")
+    make_run(tmp_path / "run", **changes)
+    code, out, err = call_script("export.py", tmp_path / "run", tmp_path / "m.gguf")
+    assert code == 2 and named in err and "llama.cpp" in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("m.gguf*"))
+
+
+def test_mistakes_on_the_way_to_a_gguf_are_one_line(tmp_path, call_script):
+    pytest.importorskip("gguf")
+    make_run(tmp_path / "run")
+    make_run(tmp_path / "wide", CHARS)
+    make_run(tmp_path / "endless", CharTokenizer("abcdefghijklmno", ()))
+    make_run(tmp_path / "cut", BPETokenizer(BPE.pieces, r"\w+|\W+"))
+    (tmp_path / "there.gguf").write_text("")
+    for words, named in (
+        (("run", "there.gguf"), "is there already"), (("wide", "m.gguf"), "'é'"),
+        (("endless", "m.gguf"), "ends a text"),
+        (("cut", "m.gguf"), "another way than GPT-2's"), (("run", "m.gguf", "--dtype=int8"), "q8_0"),
+        (("run", "folder", "--dtype=q8_0"), "no .gguf"), (("cut", "folder"), "another way than GPT-2's"),
+        (("run", "none/m.gguf"), "none"),
+    ):
+        words = [str(tmp_path / word) if not word.startswith("--") else word for word in words]
+        code, out, err = call_script("export.py", *words)
+        assert code == 2 and named in err and err.count("\n") == 1, (words, err)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "wide", "endless", "cut", "there.gguf"}
+
+
+def test_a_gguf_of_a_model_from_elsewhere(tmp_path, call_script, tiny_dataset):
+    """Straight from a Hugging Face folder; without its tokenizer, and with a vocabulary larger than that."""
+    ours = hugging_face(tmp_path / "hf", tiny_dataset)
+    small = BPETokenizer([bytes([i]) for i in range(256)])
+    make_run(tmp_path / "run", small, vocab_size=300)
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    code, out, err = call_script("export.py", tmp_path / "hf", tmp_path / "m.gguf")
+    assert code == 0 and "without a tokenizer" in out, err
+    values, tensors, _ = read_gguf(tmp_path / "m.gguf")
+    assert values["tokenizer.ggml.model"] == "none" and values["gpt2.vocab_size"] == ours.config.vocab_size
+    assert torch.equal(tensors["blk.0.attn_qkv.weight"], ours.transformer.h[0].attn.c_attn.weight)
+    code, out, err = call_script("export.py", tmp_path / "run", tmp_path / "n.gguf")
+    assert code == 0, err
+    values, tensors, _ = read_gguf(tmp_path / "n.gguf")
+    assert len(tensors["token_embd.weight"]) == len(values["tokenizer.ggml.tokens"]) == 300
+    assert values["tokenizer.ggml.token_type"] == [1] * 256 + [3] + [5] * 43
+
+
+@pytest.mark.parametrize("case", GGUF)
+def test_llama_cpp_draws_the_same(case, tmp_path, call_script):
+    """Its ids of a text, its logits (its GELU is a table of half floats) and its greedy text are ours."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    changes, tokenizer = GGUF[case]
+    ours = make_run(tmp_path / "run", tokenizer, **changes)
+    code, out, err = call_script("export.py", tmp_path / "run", tmp_path / "m.gguf")
+    assert code == 0, err
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=32, logits_all=True, verbose=False, type_k=0, type_v=0)
+    text = TEXT if tokenizer is BPE else "the end of it\n"
+    ids = tokenizer.encode(text)
+    assert theirs.tokenize(text.encode(), add_bos=False) == ids
+    assert (theirs.token_bos(), theirs.token_eos()) == (tokenizer.bos, tokenizer.eos)
+    drawn = Engine(ours).generate(ids[:5], max_new_tokens=20, temperature=0).ids
+    theirs.eval(ids[:5])
+    for _ in range(20):
+        theirs.eval([int(theirs.scores[theirs.n_tokens - 1].argmax())])
+    assert theirs.input_ids[:25].tolist() == drawn
+    most = 1e-3 if case.startswith("gpt2") else 1e-5
+    assert (logits(ours, drawn) - torch.from_numpy(theirs.scores[:25])).abs().max() < most
+    theirs.close()
