@@ -156,7 +156,7 @@ def tokenizer_beside(source):
 def from_hub(name):
     """The folder of a model of the Hub: its weights as safetensors, its configuration and vocabulary."""
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download  # pip install huggingface-hub
 
         return Path(snapshot_download(name, allow_patterns=["config.json", "vocab.json", "*.safetensors"]))
     except Exception as error:  # no package, no network, no such model: none has a class in common
@@ -373,10 +373,10 @@ def write_hugging_face(model, found, target):
 # Out, for llama.cpp
 
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # and its names for them
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # and what a GGUF calls them
 
 
-def write_gguf(model, found, target):
+def write_gguf(model, found, target, dtype="float32"):
     """Make `target` a file that llama.cpp loads, its matrices in `dtype`. Where a row of one does not divide into the
     32 weights that share a scale in q8_0, that one is float16, as llama.cpp's own conversion has it."""
     try:
@@ -389,23 +389,10 @@ def write_gguf(model, found, target):
         fail(f"{target} is there already: give another name")
     short = DTYPES[dtype]
     writer = gguf.GGUFWriter(beside, family)
-    writer.add_block_count(config.n_layer)
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.mlp_dim)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_vocab_size(config.vocab_size)
-    if family == "gpt2":
-        writer.add_layer_norm_eps(config.norm_eps)
-    else:
-        writer.add_layer_norm_rms_eps(config.norm_eps)
-        writer.add_rope_dimension_count(config.head_dim)
-        writer.add_rope_freq_base(config.rope_theta)
+    add_sizes(writer, config, family)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if short == "F32" else f"MOSTLY_{short}"])
     add_tokenizer(writer, found, config.vocab_size)
-
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.n_layer)
     for name, p in tensors_of(model, family)[0].items():
         if family == "gpt2" and name.endswith(TRANSPOSED):
@@ -423,9 +410,24 @@ def write_gguf(model, found, target):
         writer.close()
         os.replace(beside, target)
     finally:
+        writer.close()  # which Windows wants before a file is removed
         beside.unlink(missing_ok=True)
-    said = "with its tokenizer" if found else "without a tokenizer, so that it takes ids alone"
-    print(f"the model is in {target}, {said}: llama-cli -m {target} runs it")
+
+
+def add_sizes(writer, config, family):
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_vocab_size(config.vocab_size)
+    if family == "gpt2":
+        writer.add_layer_norm_eps(config.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(config.rope_theta)
 
 
 def add_tokenizer(writer, found, vocab_size):
@@ -470,7 +472,9 @@ def main():
     try:
         model, found, state = read_model(paths[0])
         if to_llama_cpp:
-            write_gguf(model, found, target)
+            write_gguf(model, found, target, dtype)
+            said = f"llama-cli -m {target} runs it" if found else "without a tokenizer, so that it takes ids alone"
+            print(f"the model is in {target}: {said}")
         elif "model" in state:
             write_hugging_face(model, found, target)
         else:

@@ -168,6 +168,14 @@ def test_settings_end_at_the_first_definition_or_at_the_call(end):
     assert configure(namespace, []) == {"batch_size": 8}
 
 
+def test_what_was_set_is_known():
+    """Also what was set to its default; by a file as by the command line."""
+    named, source = set(), "a = 1\nb = 2\nc = 3\nd = 4\nkind = ''\nruns: tuple[str, ...] = ()\n"
+    words = (config_file("b = 2"), "--c=3", "train", "x")
+    assert resolve(*words, source=source, verb="kind", verbs=("train",), paths="runs", given=named)["a"] == 1
+    assert named == {"b", "c", "kind", "runs"}
+
+
 def test_argv_is_the_command_line_unless_given(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "--max_iters=7"])
     assert configure(load())["max_iters"] == 7

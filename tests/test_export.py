@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from test_tokenizer import RANKS, needs_ranks
 
 import checkpoint
+from data.common import write_dataset
 from export import NoOptimizer, bytes_to_unicode, merges_of
 from infer import Engine, load
 from loader import Loader, Tokens
@@ -16,6 +18,7 @@ from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parents[1]
 TEXT = "the thé 🙂 the end\n"
 CHARS = CharTokenizer.from_text(TEXT)
 BPE = BPETokenizer([*(bytes([i]) for i in range(256)), b"th", b"the", b" the", "é".encode(), b"\n\n"])
@@ -317,6 +320,34 @@ def test_a_start_with_other_tokens_is_refused(tmp_path, call_script, tiny_datase
     words = [*TRAIN, f"--init_from={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'run'}", f"--dataset={tiny_dataset}"]
     code, out, err = call_script("train.py", *words)
     assert code == 2 and "its tokenizer is not that of" in err and not (tmp_path / "run").exists()
+
+
+@needs_ranks
+def test_gpt2_is_finetuned_by_its_config(tmp_path, call_script, monkeypatch):
+    """config/finetune_shakespeare.py, the Hub's gpt2 being a small one here; vocab.json is the dataset's tokenizer."""
+    ranks, folder = load_tokenizer(RANKS), tmp_path / "hub"
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 32}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    theirs.save_pretrained(folder)
+    spell = bytes_to_unicode()
+    words = {"".join(spell[b] for b in piece): i for i, piece in enumerate(ranks.pieces)} | {"<|endoftext|>": 50256}
+    (folder / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
+    ids = ranks.encode_array("To be, or not to be: that is the question.\n" * 40)
+    (tmp_path / "data").mkdir()
+    split = {"train": ids[:400], "val": ids[400:]}
+    write_dataset(tmp_path / "data", split, ranks, {"name": "tiny"}, {"version": 1}, {"read": 1, "kept": 1})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: folder if name == "gpt2" else None)
+    less = ["--max_iters=2", "--gradient_accumulation_steps=1", f"--dataset={tmp_path / 'data'}", "--dtype=float32"]
+    words = [ROOT / "config" / "finetune_shakespeare.py", *less, "--device=cpu", f"--out_dir={tmp_path / 'run'}"]
+    code, out, err = call_script("train.py", *words)
+    assert code == 0 and "warning" not in err, err
+    first, config, _ = started(tmp_path / "run", tmp_path / "data")
+    x, y = Loader(Tokens(tmp_path / "data", "train"), 32, 1, seed=1337).batch(0)
+    with torch.no_grad():
+        theirs_loss = torch.nn.functional.cross_entropy(theirs(x.long()).logits[0], y[0].long())
+    assert first == pytest.approx(float(theirs_loss), rel=1e-4) and config["bias"] and config["n_layer"] == 1
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rates == [3e-5, 3e-5]
 
 
 # -----------------------------------------------------------------------------
