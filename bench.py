@@ -10,9 +10,10 @@ Benchmarks, as a user would run the thing: the same commands, timed.
 validation split in fp32. `data` makes corpora of several sizes from the lines of a file and prepares them, by number
 of workers, beside nanoGPT's recipe, and watches the memory. `loader` reads batches as fast as it can, beside nanoGPT's
 way, and trains for a while to see how long a step waits. `infer` decodes with a GPT-2 of random weights, beside the
-plain way and transformers. Each prints a table and, as the last line, one JSON object.
+plain way, transformers and llama.cpp (llama-cpp-python). Each prints a table and, as the last line, one JSON object.
 """
 
+import atexit
 import copy
 import json
 import os
@@ -21,6 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -30,6 +32,7 @@ import torch
 
 from configurator import configure, fail, read_file, read_keys
 from device import memory_gb, pick_device
+from export import write_gguf
 from infer import Engine, stream
 from loader import Loader, Tokens, find_dataset
 from model import GPT, GPTConfig
@@ -59,7 +62,7 @@ kv_heads = (12,)            # key and value heads of 12; 1 is multi-query attent
 batches = (1, 4, 8, 16)     # requests at once
 prompts = (16, 512)         # tokens of each prompt
 new_tokens = 24             # tokens drawn after the first
-peers = True                # also the plain way, without a cache, and transformers' generate, where it is installed
+peers = True                # also the plain way, without a cache, and transformers and llama.cpp where installed
 crowd = 32                  # requests of mixed lengths, all at once and one after another; 0: none
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 # -----------------------------------------------------------------------------
@@ -408,6 +411,30 @@ def peers_of(model, where, length):
     return found | {f"transformers, batch {batch}": generate(batch) for batch in sorted({1, max(batches)})}
 
 
+def llama_cpp_of(model, form, length):
+    """{name: a function as those above}: llama.cpp on the same weights through GGUF, int8 being its q8_0."""
+    try:
+        import llama_cpp
+    except ImportError:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(model, None, path, {"int8": "q8_0"}.get(form, form))
+        threads = torch.get_num_threads()
+        theirs = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, use_mmap=False,
+                                 verbose=False)
+    atexit.register(theirs.close)  # before the modules that it needs are gone
+    ids = torch.randint(50257, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def once():
+        theirs.reset()
+        tokens = theirs.generate(ids, temp=0.0, repeat_penalty=1.0)
+        next(tokens)
+        return timed(lambda: [next(tokens) for _ in range(new_tokens)]) / new_tokens
+
+    return {"llama.cpp": once}
+
+
 def crowded(engine):
     """Requests of mixed lengths. -> (seconds one after another, seconds all at once)"""
     rng = random.Random(0)
@@ -436,10 +463,10 @@ def bench_infer():
             model = GPT(GPTConfig(n_kv_head=heads)).eval().to(where)
             int8 = form == "int8"
             dtype = torch.float32 if int8 and where.type == "cpu" else getattr(torch, "bfloat16" if int8 else form)
-            beside = {}
+            beside = llama_cpp_of(model, form, min(prompts)) if peers and heads == 12 else {}
             if peers and not int8 and heads == 12:
                 plain = copy.deepcopy(model).to(dtype)
-                beside = peers_of(plain, where, min(prompts)) | {
+                beside |= peers_of(plain, where, min(prompts)) | {
                     f"plain, prompt of {max(prompts)}": peers_of(plain, where, max(prompts))["plain"]}
             convert(model, dtype, "int8" if int8 else "")
             layers = [m for m in model.modules() if hasattr(m, "in_features")]
@@ -448,37 +475,48 @@ def bench_infer():
             engine = Engine(model, max_tokens=max(batches) * (max(prompts) + new_tokens + 16))
             size = sum(weight_bytes(m) for m in layers)
             cases = [(batch, length) for length in prompts for batch in batches]
-            found, linear = {case: [] for case in cases}, []
+            found, linear, peak = {case: [] for case in cases}, [], {}
             times = {name: [] for name in beside}
             for _ in range(rounds):
                 linear += [alone() for _ in range(5)]
                 for case in cases:
+                    forget_peak(where)
                     found[case].append(decode(engine, *case))
+                    peak[case] = memory_gb(where) * 1e3
                 for name, call in beside.items():
                     times[name].append(call())
             for (batch, length), pairs in found.items():
                 first, each = (statistics.median(column) for column in zip(*pairs, strict=True))
-                read = size + model.kv_cache_bytes(batch * (length + new_tokens // 2), engine.dtype)
+                read = size + model.kv_cache_bytes(batch * (length + new_tokens // 2), engine.kv_dtype)
                 rows.append({"form": form, "kv_heads": heads, "batch": batch, "prompt": length,
                              "first_ms": 1000 * first, "token_ms": 1000 * each, "tok_per_s": batch / each,
                              "bandwidth": read / each / memory, "weights_mb": size / 1e6,
-                             "kv_mb": model.kv_cache_bytes(batch * (length + new_tokens), engine.dtype) / 1e6})
+                             "peak_mb": peak[batch, length],
+                             "kv_mb": model.kv_cache_bytes(batch * (length + new_tokens), engine.kv_dtype) / 1e6})
             mixed = {}
             if crowd:
                 alone_s, at_once_s = crowded(Engine(model, max_tokens=crowd * 112, max_requests=crowd))
                 mixed = {"crowd": crowd, "one_by_one_s": alone_s, "at_once_s": at_once_s, "gain": alone_s / at_once_s}
             others.append({"form": form, "kv_heads": heads, **mixed, "linear_ms": 1000 * statistics.median(linear),
                            "kv_pool_mb": engine.kv_bytes / 1e6,
-                           "kv_pool_formula_mb": model.kv_cache_bytes(len(engine.keys[0]), engine.dtype) / 1e6,
+                           "kv_pool_formula_mb": model.kv_cache_bytes(len(engine.keys[0]), engine.kv_dtype) / 1e6,
                            **{f"{name}, ms": 1000 * statistics.median(t) for name, t in times.items()}})
     print(f"GPT-2 124M, random weights, {where} ({cpu_name()}, {torch.get_num_threads()} threads), which reads "
           f"{memory / 1e9:.1f} GB/s; median of {rounds} rounds of {new_tokens} tokens")
-    table(rows, ("form", "kv_heads", "batch", "prompt", "first_ms", "token_ms", "tok_per_s", "kv_mb"))
+    table(rows, ("form", "kv_heads", "batch", "prompt", "first_ms", "token_ms", "tok_per_s", "bandwidth", "kv_mb",
+                 "peak_mb"))
     for other in others:
         print(", ".join(f"{k}: {v:.1f}" if isinstance(v, float) else f"{k}: {v}" for k, v in other.items()))
-    peak = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else memory_gb(where) * 1e9
-    return {"machine": machine(), "device": str(where), "read_gb_per_s": memory / 1e9, "peak_gb": peak / 1e9,
-            "rows": rows, "others": others}
+    return {"machine": machine(), "device": str(where), "read_gb_per_s": memory / 1e9, "rows": rows, "others": others}
+
+
+def forget_peak(where):
+    """Peak memory, of all that this process holds, counts from now on (proc(5), clear_refs); where it cannot, from the
+    start of the process."""
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def weight_bytes(layer):

@@ -9,8 +9,9 @@ From a checkpoint to text: a generation engine with a paged key-value cache.
 Requests join and leave at any step (continuous batching, Yu et al. 2022, "Orca"); keys and values lie in blocks that
 are handed out from one pool (PagedAttention, Kwon et al. 2023, arXiv:2309.06180); a long prompt is read in chunks
 beside the others' tokens (Sarathi, Agrawal et al. 2023, arXiv:2308.16369). All tokens of a step go through the model as
-one row, so each weight is read once; attention is per request. A request has its own cache and random numbers: what it
-draws does not depend on what is computed beside it, but for rounding.
+one row, so each weight is read once; attention is per request. On CUDA a step of one token each is a graph that is
+replayed, attention of all requests being one kernel over their tables of blocks. A request has its own cache and random
+numbers: what it draws does not depend on what is computed beside it, but for rounding.
 
 `stream` is the plain way, which reads the whole context for every token: what the tests hold the engine to.
 """
@@ -21,14 +22,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from checkpoint import CheckpointError, find, load_model
 from device import pick_device, pick_dtype
+from kvcache import BatchPass, Blocks, StepCache, new_cache, paged_kernel
 from model import GPT, GPTConfig, rope_tables
 from sampling import Sampling, StopText, penalise, probabilities
 from tokenizer import load_tokenizer
-from weights import convert
+from weights import computes_bfloat16, convert
 
 
 def load(out_dir, which="latest", device="cpu"):
@@ -87,104 +88,6 @@ def check_prompt(prompt, config):
 
 
 # -----------------------------------------------------------------------------
-# The cache
-
-
-class Blocks:
-    """Which blocks of the cache are whose. A block may be shared by requests whose prompts begin alike."""
-
-    def __init__(self, count):
-        self.users = [0] * count
-        self.free = count
-        self.known = {}  # all tokens up to the end of a block -> the block that holds the last of them
-        self.names = {}  # and back
-
-    def take(self, count):
-        """Blocks of one's own: the first run of neighbours where there is one, as a view needs no copy. -> list"""
-        assert count <= self.free, "asked for more than there is"
-        run = 0
-        for i, users in enumerate(self.users):
-            run = 0 if users else run + 1
-            if run == count:
-                chosen = list(range(i + 1 - count, i + 1))
-                break
-        else:
-            chosen = [i for i, users in enumerate(self.users) if not users][:count]
-        for i in chosen:
-            self.users[i] = 1
-        self.free -= count
-        return chosen
-
-    def share(self, tokens, size):
-        """Blocks that hold the beginning of `tokens` already, less the last token. They are this request's, too."""
-        found = []
-        while (end := (len(found) + 1) * size) < len(tokens) and tuple(tokens[:end]) in self.known:
-            found.append(self.known[tuple(tokens[:end])])
-        for i in found:
-            self.users[i] += 1
-        return found
-
-    def publish(self, tokens, block):
-        """`block` holds the last of `tokens`, and they will not change."""
-        if tokens not in self.known and block not in self.names:
-            self.known[tokens], self.names[block] = block, tokens
-
-    def release(self, blocks):
-        for i in blocks:
-            self.users[i] -= 1
-            if not self.users[i]:
-                self.free += 1
-                self.known.pop(self.names.pop(i, None), None)
-
-
-class StepCache:
-    """What model.forward gets for one step: its tokens' positions, and attention over what each request has."""
-
-    def __init__(self, engine, parts):
-        """`parts`: (request, tokens) in the order of the step's row; the request's `cached` is still what it was."""
-        device, self.engine = engine.device, engine
-        self.parts, self.rows = [], []  # a part: (first row, rows, first position, where its keys lie)
-        places, slots, at = [], [], 0
-        for request, tokens in parts:
-            first, n = request.cached, len(tokens)
-            places += range(first, first + n)
-            slots += [request.slot(place) for place in range(first, first + n)]
-            self.parts.append((at, n, first, request.view(first + n)))
-            at += n
-            if first + n == len(request.ids):
-                self.rows.append(at - 1)
-        self.positions = torch.tensor(places, device=device)
-        self.slots = torch.tensor(slots, device=device)
-        self.rope = None
-        if engine.rope is not None:
-            self.rope = tuple(table[self.positions][:, None] for table in engine.rope)
-
-    def attend(self, layer, q, k, v):
-        """Keep k and v (1, N, n_kv, D); softmax(q k^T / sqrt(D)) v for q (1, N, n_q, D), each request by itself."""
-        keys, values = self.engine.keys[layer], self.engine.values[layer]
-        keys.index_copy_(0, self.slots, k[0].to(keys.dtype))
-        values.index_copy_(0, self.slots, v[0].to(values.dtype))
-        out = [attend_one(q[0, at : at + n], keys[view], values[view], first) for at, n, first, view in self.parts]
-        return out[0][None] if len(out) == 1 else torch.cat(out)[None]
-
-
-def attend_one(q, k, v, first):
-    """Attention of q (T, n_q, D), at positions first, first + 1, ..., over k and v (L, n_kv, D). -> (T, n_q, D)
-
-    The query heads that share one key and value head are so many more rows: keys and values are never repeated.
-    """
-    T, n_q, D = q.shape
-    group = n_q // k.size(1)
-    q = q.view(T, k.size(1), group, D).permute(1, 2, 0, 3).reshape(1, k.size(1), group * T, D)
-    k, v, mask = k.transpose(0, 1)[None], v.transpose(0, 1)[None], None
-    causal = T > 1 and first == 0 and group == 1
-    if T > 1 and not causal:
-        mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril(first).repeat(group, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return y.view(n_q // group, group, T, D).permute(2, 0, 1, 3).reshape(T, n_q, D)
-
-
-# -----------------------------------------------------------------------------
 # The engine
 
 
@@ -229,20 +132,28 @@ class Engine:
     refused by `submit`; one that does not fit now waits, and has all the room that it may need once it starts.
     slide: past block_size go on with the last block_size tokens (RoPE alone: positions are relative); else a request
     that would get there is refused.
+    block: tokens of a block; 0: 16, or the 256 that flash-attn's kernel asks for, where it is used.
+    batched: a step of one token each is one BatchPass; none: on CUDA.
     """
 
-    def __init__(self, model, tokenizer=None, *, max_tokens=0, block=16, chunk=512, max_requests=32, slide=False):
+    def __init__(self, model, tokenizer=None, *, max_tokens=0, block=0, chunk=512, max_requests=32, slide=False,
+                 batched=None):
         self.model, self.tokenizer, self.slide = model.eval(), tokenizer, slide
-        self.max_requests, self.block = max_requests, block
         config, weight = model.config, model.transformer.wte.weight
         if slide and config.pos != "rope":
             raise ValueError("slide needs pos='rope': learned positions end with the context")
-        self.device, self.dtype, self.chunk = weight.device, weight.dtype, max(chunk, max_requests)
+        self.device, self.dtype = weight.device, weight.dtype
+        self.max_requests, self.chunk = max_requests, max(chunk, max_requests)
+        self.batched, self.passes = self.device.type == "cuda" if batched is None else batched, {}
+        self.kernel = paged_kernel(self.device, self.dtype)
+        self.block = block = block or (256 if self.kernel else 16)
         count = -(-(max_tokens or 4 * config.block_size) // block)
         self.blocks = Blocks(count)
-        shape = (count * block, config.kv_heads, config.head_dim)
+        # a CPU without bfloat16 would convert all keys and values for every token: fp32 takes half the time
+        slow = self.dtype == torch.bfloat16 and self.device.type == "cpu" and not computes_bfloat16()
+        kept = torch.float32 if slow else self.dtype
         self.keys, self.values = (
-            [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(config.n_layer)] for _ in range(2)
+            [new_cache(config, count * block, kept, self.device) for _ in range(config.n_layer)] for _ in range(2)
         )
         self.rope = None
         self.extend_rope(config.block_size)
@@ -257,8 +168,14 @@ class Engine:
 
     def extend_rope(self, count):
         if self.model.config.pos == "rope" and (self.rope is None or len(self.rope[0]) < count):
-            tables = rope_tables(self.model.config, torch.arange(count))
+            more = count if self.rope is None else 2 * count  # than needed, where a window slides on and on
+            tables = rope_tables(self.model.config, torch.arange(more))
             self.rope = tuple(table.to(self.device) for table in tables)
+            self.passes.clear()  # whose graphs read the tables that were
+
+    @property
+    def kv_dtype(self):
+        return self.keys[0].dtype
 
     @property
     def kv_bytes(self):
@@ -331,15 +248,25 @@ class Engine:
         if not parts:
             return []
         self.extend_rope(max(request.cached + len(tokens) for request, tokens in parts))
-        cache = StepCache(self, parts)
-        idx = torch.tensor([[token for _, tokens in parts for token in tokens]], device=self.device)
-        logits = self.model(idx, cache=cache)[0][0].float().cpu()  # (rows, vocab_size)
+        logits = self.forward(parts)
         for request, tokens in parts:
             self.keep(request, len(tokens))
         ready = [request for request, _ in parts if request.cached == len(request.ids)]
         for request, row in zip(ready, logits, strict=True):
             self.draw(request, row)
         return ready
+
+    def forward(self, parts):
+        """Logits (rows, vocab_size), fp32 on the CPU, of each request whose tokens are all in `parts`, in their order.
+        Their keys and values are in the cache."""
+        if self.batched and all(request.cached + 1 == len(request.ids) for request, _ in parts):
+            needed = max(-(-min(len(request.ids), request.window) // self.block) for request, _ in parts)
+            rows, blocks = (1 << (n - 1).bit_length() for n in (len(parts), needed))  # few shapes serve all steps
+            if (rows, blocks) not in self.passes:
+                self.passes[rows, blocks] = BatchPass(self, rows, blocks)
+            return self.passes[rows, blocks]([request for request, _ in parts])
+        idx = torch.tensor([[token for _, tokens in parts for token in tokens]], device=self.device)
+        return self.model(idx, cache=StepCache(self, parts))[0][0].float().cpu()
 
     def keep(self, request, n):
         """`n` more tokens are in the cache; whole blocks of a prompt may be shared from now on."""

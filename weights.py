@@ -53,6 +53,11 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def computes_bfloat16():
+    """Whether this CPU has instructions for bfloat16 that oneDNN uses."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def can_pack(model):
     """Whether oneDNN has a layout of its own for these weights here."""
     weight = model.transformer.wte.weight

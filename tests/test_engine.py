@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import infer
-from infer import Blocks, Engine, stream
+import kvcache
+from infer import Engine, stream
 from model import GPT, GPTConfig
 from sampling import Sampling
 from tokenizer import CharTokenizer
@@ -65,7 +65,8 @@ def test_greedy_with_a_cache_is_greedy_without(toggles, monkeypatch):
         draw(self, request, logits)
 
     monkeypatch.setattr(Engine, "draw", drawn)
-    for options in ({}, {"block": 5, "chunk": 4, "max_requests": 3}, {"block": 1, "max_tokens": 40}):
+    for options in ({}, {"block": 5, "chunk": 4, "max_requests": 3}, {"block": 1, "max_tokens": 40},
+                    {"batched": True, "block": 5}):
         found = Engine(model, **options).generate(prompts, max_new_tokens=new, temperature=0)
         assert [request.tokens for request in found] == expected, options
     for ids, logits in seen[:: max(1, len(seen) // 40)]:
@@ -181,8 +182,8 @@ def test_the_cache_takes_what_the_formula_says_and_mqa_divides_it():
 
 def test_keys_and_values_of_few_heads_are_never_repeated(monkeypatch):
     sizes = []
-    kernel = infer.F.scaled_dot_product_attention
-    monkeypatch.setattr(infer.F, "scaled_dot_product_attention",
+    kernel = kvcache.F.scaled_dot_product_attention
+    monkeypatch.setattr(kvcache.F, "scaled_dot_product_attention",
                         lambda q, k, v, **how: (sizes.append((k.size(1), v.size(1))), kernel(q, k, v, **how))[1])
     Engine(make(n_kv_head=1)).generate(some_prompts(), max_new_tokens=5)
     assert set(sizes) == {(1, 1)}
@@ -259,15 +260,6 @@ def test_an_engine_is_of_use_after_a_mistake_and_after_ctrl_c(model, monkeypatch
     assert not engine.running and engine.generate([1, 2], max_new_tokens=4).finish == "length"
 
 
-def test_blocks_are_neighbours_where_they_can_be():
-    blocks = Blocks(8)
-    a, b, c = blocks.take(2), blocks.take(2), blocks.take(2)
-    blocks.release(b)
-    assert blocks.take(2) == [2, 3] and (a, c) == ([0, 1], [4, 5])
-    blocks.release(a)
-    assert blocks.take(4) == [0, 1, 6, 7], "scattered, where there is no run"
-
-
 def test_half_precision_and_int8_say_nearly_the_same(tiny_run):
     """They promise less: the log-probabilities of a text are close, and every form loads by name."""
     engines = [Engine.load(tiny_run, device="cpu", dtype=dtype, quantize=quantize)
@@ -276,5 +268,5 @@ def test_half_precision_and_int8_say_nearly_the_same(tiny_run):
     for engine in engines:
         request = engine.generate("To be", max_new_tokens=1, logprobs=True, temperature=0)
         scores.append(request.logprobs[0])
-        assert engine.keys[0].dtype == engine.dtype
+        assert engine.kv_dtype in (engine.dtype, torch.float32)
     assert all(math.isclose(score, scores[0], abs_tol=0.1) for score in scores)

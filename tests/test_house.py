@@ -19,7 +19,7 @@ from configurator import read_file, read_keys  # noqa: E402
 
 FLOORS = [
     {"model", "configurator", "tokenizer", "device"},
-    {"loader", "optim", "checkpoint", "monitor", "plan", "sampling", "weights"},
+    {"loader", "optim", "checkpoint", "monitor", "plan", "sampling", "weights", "kvcache"},
     {"parallel", "infer", "export"},
     {"eval"},
     {"train"},
@@ -285,7 +285,7 @@ def holds_infer(rows, result):
     for other in result["others"]:
         mine = [row for row in result["rows"] if (row["form"], row["kv_heads"]) == (other["form"], other["kv_heads"])]
         figures = [f"{row['tok_per_s']:.1f}" for row in mine] + ([f"{other['gain']:.2f}"] if "gain" in other else [])
-        beside = [key for key in sorted(other) if key.startswith(("plain, prompt", "transformers"))]
+        beside = [key for key in sorted(other) if key.startswith(("llama", "plain, prompt", "transformers"))]
         figures += [f"{other[key]:.1f}" for key in beside]
         line = f"| {other['form']}, {other['kv_heads']} heads | " + " | ".join(figures) + " |"
         assert any(row.startswith(line) for row in rows), line
