@@ -86,7 +86,7 @@ beta2 = 0.95                  # AdamW's
 grad_clip = 1.0               # largest global gradient norm; 0: no clipping
 
 # the learning rate
-decay_lr = True               # false: constant after the warm-up
+decay_lr = True               # false: constant from the first step on
 lr_schedule = "cosine"        # cosine | linear | wsd (flat, then linear)
 warmup_iters = 2000           # updates of linear warm-up
 lr_decay_iters = 0            # update at which min_lr is reached; 0: max_iters
@@ -513,7 +513,8 @@ def vocabulary(source, manifest):
 def learning_rate_at(step):
     return lr_at(
         step, learning_rate=learning_rate, min_lr=min_lr, schedule=lr_schedule if decay_lr else "constant",
-        warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters or max_iters, decay_frac=wsd_decay_frac,
+        warmup_iters=warmup_iters if decay_lr else 0, lr_decay_iters=lr_decay_iters or max_iters,
+        decay_frac=wsd_decay_frac,
     )
 
 

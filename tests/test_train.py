@@ -668,3 +668,11 @@ def test_a_mix_trains_and_resumes_and_a_changed_shard_is_refused(tiny_dataset, t
     shard.write_bytes(shard.read_bytes()[:-2] + b"\x01\x00")
     code, out, err = call_script("train.py", *settings, mix, f"--out_dir={tmp_path / 'new'}", "--verify_data")
     assert code == 2 and err.count("\n") == 1 and str(shard) in err and not (tmp_path / "new").exists()
+
+
+def test_a_constant_learning_rate_has_no_warm_up(run_script, tiny_settings, tmp_path):
+    """decay_lr=False as nanoGPT means it: its config/finetune_shakespeare.py sets no warm-up and takes 20 steps."""
+    done = run_script("train.py", *tiny_settings, f"--out_dir={tmp_path / 'run'}", "--decay_lr=false")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["lr"] for line in lines] == [1e-2] * 6
