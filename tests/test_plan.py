@@ -158,7 +158,7 @@ MEASURED = {
     "logits in chunks": ({**GPT2, "vocab_size": 50257, "n_layer": 3}, 4, torch.float32),
     "weights": ({**GPT2, "n_head": 8, "n_embd": 512}, 1, torch.float32),
     "llama": ({**GPT2, **LLAMA}, 4, torch.float32),
-    "bfloat16": (GPT2, 4, torch.bfloat16),
+    "bfloat16": ({**GPT2, "block_size": 128, "n_layer": 3}, 2, torch.bfloat16),
 }
 
 
