@@ -223,17 +223,19 @@ def refuse(word, keys, verbs=()) -> NoReturn:
     fail(f"unknown key {word.partition('=')[0]}{mend}" if word.startswith("-") else f"unexpected word {word!r}{mend}")
 
 
-def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None):
+def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None, also=""):
     """
     Resolve the keys of the script whose globals are `namespace`, write them back there and return them as a plain dict,
     in source order. `verb` names the key that the first bare word fills, with one of `verbs`; `paths` the tuple of
     strings that takes the other bare words. A word that ends in .py is a config file. The names of the keys that any of
-    these sets, if only to its default, are added to the set `given`.
+    these sets, if only to its default, are added to the set `given`. `also` is a script whose keys are taken too, but
+    only returned.
     """
     for out in (sys.stdout, sys.stderr):  # a Windows console's code page cannot print every text
         if hasattr(out, "reconfigure"):
             out.reconfigure(encoding="utf-8", errors="replace")
-    keys = read_keys(namespace["__file__"], namespace)
+    own = read_keys(namespace["__file__"], namespace)
+    keys = {**own, **{name: key for name, key in (read_keys(also) if also else {}).items() if name not in own}}
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
         print_help(namespace, keys, verb, verbs, paths)
@@ -266,5 +268,5 @@ def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None):
     values = {name: key.default for name, key in keys.items()} | values
     if verb and values[verb] not in (*verbs, keys[verb].default):
         fail(f"{verb} is one of {', '.join(verbs)}, not {values[verb]!r}")
-    namespace.update(values)
+    namespace.update({name: values[name] for name in own})
     return values

@@ -572,6 +572,16 @@ def test_verb():
     assert bench("infer", "--what=train")["what"] == "train"
 
 
+def test_also_takes_another_scripts_keys_and_only_returns_them(tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text("steps = 5  # ours wins\nwidth = 64  # of the model\n", encoding="utf-8")
+    script = tmp_path / "script.py"
+    script.write_text("steps = 3  # how many\n", encoding="utf-8")
+    namespace = {"__file__": str(script)}
+    assert configure(namespace, ["--width=8"], also=other) == {"steps": 3, "width": 8}
+    assert namespace["steps"] == 3 and "width" not in namespace
+
+
 def test_wrong_verb(refused):
     options = {"source": BENCH, "verb": "what", "verbs": ("train", "infer")}
     assert refused("trian", **options) == "error: unexpected word 'trian'; did you mean train?\n"

@@ -206,7 +206,7 @@ def faults(words, root):
     wrong = [f"no file {file}" for file in files if not (root / file).is_file()]
     if wrong or not re.fullmatch(r"(.*/)?python[\d.]*", words[0]) or len(words) < 2 or words[1] not in files:
         return wrong
-    keys = read_keys(root / words[1])
+    keys = {**(read_keys(root / "train.py") if words[1] == "plan.py" else {}), **read_keys(root / words[1])}
     try:
         for file in files[1:]:
             read_file(os.fspath(root / file), keys)

@@ -1,17 +1,32 @@
 """The memory estimate against what autograd and the optimizer really hold."""
 
+import contextlib
+import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model import GPT, GPTConfig  # noqa: E402
 from optim import Optimizers  # noqa: E402
-from plan import training_memory  # noqa: E402
+from plan import (  # noqa: E402
+    GPUS,
+    SHAPES,
+    Layout,
+    costs_of,
+    meta_model,
+    plans,
+    scaling_table,
+    step_memory,
+    step_time,
+    training_memory,
+)
 
 SIZES = dict(block_size=64, vocab_size=101, n_layer=3, n_head=4, n_embd=64)
 MODERN = {"pos": "rope", "norm": "rmsnorm_nogain", "norm_embed": True, "qk_norm": "rms", "activation": "relu2",
@@ -87,11 +102,156 @@ def test_weights_gradients_and_optimizer_state_are_exact(toggle):
     assert plan["weights"] == bytes_of(model.parameters())
     assert plan["gradients"] == bytes_of(p.grad for p in model.parameters())
     assert plan["optimizer"] == adamw > muon  # an upper bound for Muon, which has one moment
-    assert plan["total"] == sum(part for name, part in plan.items() if name != "total")
+    parts = sum(part for name, part in plan.items() if name != "total")
+    assert plan["total"] == parts - min(plan["logits"], plan["backward"])  # which are not there at once
 
 
 def test_logits_stop_growing_where_the_loss_is_taken_in_chunks():
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=1))
     small, large, larger = (training_memory(model, batch_size)["logits"] for batch_size in (0.25, 1, 64))
-    assert small == 3 * 4 * 256 * 50257 and large == larger == 3 * 4 * (2**25 // 50257) * 50257
+    waiting = 4 * 50304 * 768  # the head's gradient, from one chunk to the next
+    assert small == 3 * 4 * 256 * 50257 and large == larger == 3 * 4 * (2**25 // 50257) * 50257 + waiting
+
+
+# -----------------------------------------------------------------------------
+# The whole of a step
+
+
+def recompute(model, how):
+    """Activation checkpointing: of each block, or of its attention and of its MLP."""
+    for block in model.transformer.h:
+        for part in {"none": (), "selective": (block.attn, block.mlp), "full": (block,)}[how]:
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+
+
+def peak_bytes(model, batch_size, T, dtype):
+    """The most that is allocated at once in an update of two micro-steps, with weights and AdamW's state."""
+    opt = Optimizers(model, learning_rate=1e-3)
+    idx = torch.randint(model.config.vocab_size, (batch_size, T))
+    half = dtype != torch.float32
+
+    def update():
+        for _ in range(2):
+            with torch.autocast("cpu", dtype) if half else contextlib.nullcontext():
+                _, loss = model(idx, idx, loss_only=True)
+            loss.backward()
+        opt.step()
+        opt.zero_grad()
+
+    update()
+    states = [t for state in opt.state_dict()["adamw"].values() for t in state.values()]
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *states))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        update()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = held
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+GPT2 = dict(block_size=256, vocab_size=5000, n_layer=6, n_head=4, n_embd=256)
+MEASURED = {
+    "activations": (GPT2, 8, torch.float32),
+    "logits in chunks": ({**GPT2, "vocab_size": 50257, "n_layer": 3}, 4, torch.float32),
+    "weights": ({**GPT2, "n_head": 8, "n_embd": 512}, 1, torch.float32),
+    "llama": ({**GPT2, **LLAMA}, 4, torch.float32),
+    "bfloat16": ({**GPT2, "block_size": 128, "n_layer": 3}, 2, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_total_is_what_a_step_takes_within_a_tenth(name, how):
+    sizes, batch_size, dtype = MEASURED[name]
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**sizes))
+    recompute(model, how)
+    plan = training_memory(model, batch_size, dtype, recompute=how)
+    assert plan["total"] == pytest.approx(peak_bytes(model, batch_size, model.config.block_size, dtype), rel=0.1)
+
+
+# -----------------------------------------------------------------------------
+# Layouts
+
+
+def test_what_the_zero_stages_share_out():
+    """Rajbhandari et al. 2020, figure 1: optimizer, gradients, weights, one after the other; here the weights too, as
+    fully_shard keeps a rank's part and gathers the rest in half precision."""
+    costs = costs_of(meta_model(SHAPES["7B"][0]))
+    P = costs.weights
+    layouts = [Layout(data=64, zero=zero) for zero in range(4)]
+    ddp, one, two, three = (step_memory(costs, 1, torch.bfloat16, layout=layout) for layout in layouts)
+    assert (ddp["weights"], ddp["gradients"], ddp["optimizer"]) == (P, P, 2 * P)
+    assert (one["weights"], one["gradients"], one["optimizer"], one["casts"]) == (P // 64, P, P // 32, P // 2)
+    assert two["gradients"] < 0.08 * P and two["optimizer"] == one["optimizer"] and two["casts"] == P // 2
+    assert three["casts"] < 0.1 * P and three["gradients"] == two["gradients"]
+    assert len({plan["activations"] for plan in (ddp, one, two, three)}) == 1
+
+
+def test_tensor_and_pipeline_parallelism_share_out_weights_but_not_all_activations():
+    costs = costs_of(meta_model(SHAPES["70B"][0]))
+    alone, tensor, stages = (step_memory(costs, 1, torch.bfloat16, layout=layout, micro_steps=8)
+                             for layout in (Layout(), Layout(tensor=8), Layout(pipeline=4)))
+    assert tensor["weights"] == costs.weights // 8
+    assert alone["activations"] / 8 < tensor["activations"] < alone["activations"] / 2  # the residual stream is whole
+    assert costs.weights / 4 < stages["weights"] < costs.weights / 3.9  # the first has the embedding too
+    assert stages["activations"] == pytest.approx(alone["activations"], rel=0.01)  # a quarter, of four micro-batches
+
+
+def test_time_by_hand():
+    """Compute from FLOPs, the pipeline's bubble of (p - 1) / m, a ring's 2 (n - 1) / n, as the papers have them."""
+    model, card = meta_model(SHAPES["7B"][0]), GPUS["h100"]
+    costs, T = costs_of(model), 4096
+    one = step_time(costs, 1, 16, Layout(), card)
+    assert one["compute"] == pytest.approx(16 * T * model.train_flops(T) / (card.flops * 0.5), rel=0.01)
+    assert one["bubble"] == one["exposed"] == 0
+    piped = step_time(costs, 1, 16, Layout(pipeline=4), card)
+    assert piped["bubble"] / piped["compute"] == pytest.approx(3 / 16)
+    full = step_time(costs, 1, 16, Layout(recompute="full"), card)
+    assert 1.3 < full["compute"] / one["compute"] < 1.34
+    tensor = step_time(costs, 1, 1, Layout(tensor=8), card)
+    assert tensor["exposed"] == pytest.approx(32 * 4 * 2 * 7 / 8 * T * 4096 * 2 / 450e9)
+    slow = card._replace(flops=1e30)  # nothing to hide behind
+    ddp = step_time(costs, 1, 1, Layout(data=8), slow)
+    assert ddp["exposed"] == pytest.approx(2 * 7 / 8 * costs.weights / 450e9)
+    across = step_time(costs, 1, 1, Layout(data=16, tensor=8), slow)["exposed"]
+    tensor = step_time(costs, 1, 1, Layout(tensor=8), slow)["exposed"]
+    assert across - tensor == pytest.approx(2 * 15 / 16 * costs.weights / 8 / 50e9)  # one of its ranks in each machine
+
+
+def test_the_best_comes_first_and_what_does_not_fit_is_kept():
+    model = meta_model(SHAPES["13B"][0])
+    fit, too_large = plans(model, 1024, 8, GPUS["h100"])
+    times = [row["time"]["total"] for row in fit]
+    assert fit and too_large and all(b > a * 0.99 for a, b in zip(times, times[1:], strict=False))
+    assert all(row["memory"]["total"] <= 72e9 for row in fit)
+    assert all(row["memory"]["total"] > 72e9 for row in too_large)
+    for row in fit:
+        layout = row["layout"]
+        assert layout.data * layout.tensor * layout.pipeline == 8 and model.config.n_head % layout.tensor == 0
+        assert layout.data * row["batch_size"] * row["micro_steps"] == 1024
+    assert not any(row["layout"].zero == 0 and row["layout"].data == 8 for row in fit)  # 208 GB of states alone
+
+
+def test_the_command_takes_a_config_and_keys_of_train(call_script):
+    code, out, err = call_script("plan.py", ROOT / "config" / "owt_124m.py", "--gpu=a100-40", "--gpus=4", "--rows=2")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["sequences"] == 480 and len(result["layouts"]) == 2 and "124M parameters" in out
+    wide = call_script("plan.py", "--n_embd=8192", "--n_head=64", "--n_layer=100", "--gpus=1", "--batch_size=1")[1]
+    assert "0 layouts fit" in wide and json.loads(wide.splitlines()[-1])["layouts"] == []
+    assert "cannot be shared out over 3 GPUs" in call_script("plan.py", "--gpus=3", "--n_layer=2", "--batch_size=1",
+                                                              "--n_head=2")[1]
+
+
+@pytest.mark.parametrize("words", [["--gpu=tpu"], ["--gpus=0"], ["--n_head=5"], ["--dtype=float32"], ["--n_layr=1"]])
+def test_what_cannot_be_planned_is_one_line(call_script, words):
+    code, out, err = call_script("plan.py", *words)
+    assert code == 2 and not out and err.startswith("error:") and err.count("\n") == 1
+
+
+def test_the_table_of_the_docs_is_the_commands():
+    assert scaling_table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

@@ -73,7 +73,7 @@ def one_line(output):
 # ---------------------------------------------------------------- run_all.sh
 
 
-@pytest.mark.parametrize("script", ["run_all.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["run_all.sh", ".ci/run", "slurm.sh"])
 def test_scripts_are_whole(script):
     assert os.access(ROOT / script, os.X_OK)
     assert b"\r" not in (ROOT / script).read_bytes()

@@ -1,0 +1,24 @@
+# GPT-2 medium (355M parameters) on OpenWebText, for GPUs; first: python data/openwebtext/prepare.py
+# What it takes on how many: python plan.py config/owt_355m.py --gpu=h100 --gpus=8
+out_dir = "out/owt_355m"
+dataset = "openwebtext"
+
+# as in owt_124m.py, about half a million tokens an update, in smaller micro-steps
+batch_size = 8
+block_size = 1024
+gradient_accumulation_steps = 60
+max_iters = 600_000
+lr_decay_iters = 600_000
+
+n_layer = 24
+n_head = 16
+n_embd = 1024
+
+learning_rate = 3e-4    # GPT-3's for this size (Brown et al. 2020, arXiv:2005.14165, table 2.1)
+min_lr = 3e-5
+warmup_iters = 2000
+weight_decay = 0.1
+
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
