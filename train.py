@@ -176,6 +176,7 @@ def main(config):
         tokenizer, vocab = vocabulary(found[0][0], manifest)
         sizes = {f.name: config[f.name] for f in fields(GPTConfig)}
         model_config = GPTConfig(**{**sizes, "vocab_size": vocab_size or vocab})
+        layout.check(model_config, precision)
         if tokenizer and model_config.vocab_size < vocab:
             fail(f"vocab_size={vocab_size} is too small for {source}, which has {vocab} token ids; 0 takes that")
         if tokenizer and sample_tokens and not tokenizer.encode(sample_start):
@@ -211,7 +212,7 @@ def main(config):
             checkpoint.load_model(model, folder)
         size, memory = model.num_params(), training_memory(model, batch_size, precision)["total"]
         flops = {block_size >> n: model.train_flops(block_size >> n) for n in range(block_size.bit_length())}
-        model = layout.place(model)
+        model = layout.place(model, context)
         opt = Optimizers(
             model, optimizer=optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
             weight_decay=weight_decay, betas=(beta1, beta2), muon_momentum=muon_momentum,
@@ -270,9 +271,15 @@ def main(config):
 
     # ---- everything that runs more than once ---------------------------------------------
     def micro_step(x, y, step, micro, timer=None):
-        """One forward and backward pass; -> the micro-batch's mean loss, detached."""
+        """One forward and backward pass; -> the micro-batch's mean loss, detached. A pipeline has but one, for all."""
         if dropout:  # what is dropped follows from (seed, step, micro-step of all ranks)
-            torch.manual_seed(keyed(seed, step, micro * layout.dp + layout.dp_rank, "dropout") >> 1)
+            seeded = keyed(seed, step, micro * layout.dp + layout.dp_rank, "dropout") >> 1
+            torch.manual_seed(seeded + layout.pp_rank)
+        if layout.pp > 1:
+            loss = layout.pipeline(model, x, y, accumulation)
+            if timer:
+                timer.mark("pipeline_ms")
+            return loss
         layout.before_forward(model, last=micro == accumulation - 1)
         with context():
             _, loss = compiled(x, y, loss_only=True)
@@ -339,7 +346,7 @@ def main(config):
         if trouble:
             compiled = layout.module
             warn(f"torch.compile does not work here ({trouble}); running uncompiled")
-    for _ in range(2 if layout.world > 1 else 0):  # DDP's buckets follow its first pass: have them as a resume does
+    for _ in range(layout.warm_ups):  # DDP's buckets follow its first pass: have them as a resume does
         x, y = (t.to(where).view(-1, context_at(state["step"])) for t in loader.batch(state["step"]))
         micro_step(x, y, state["step"], accumulation - 1)
         opt.zero_grad()
@@ -358,11 +365,12 @@ def main(config):
         lr = learning_rate_at(step)
         opt.set_lr(lr / learning_rate)
         losses = []
-        for micro in range(accumulation):
-            x, y = next(loader)
+        for micro in range(accumulation if pp_size == 1 else 1):
+            x, y = layout.take(loader, accumulation)
             x, y = (t.to(where, non_blocking=loader.pin).view(-1, context_at(step)) for t in (x, y))
             timer.mark("data_ms")
             losses.append(micro_step(x, y, step, micro, timer))
+        layout.reduce(model)
         scaler.unscale_(opt)  # nothing but in float16
         norm = layout.grad_norm(model)
         if grad_clip:
