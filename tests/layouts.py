@@ -4,8 +4,8 @@ Every layout against one process: the same weights, batches and steps, and how f
     torchrun --standalone --nproc_per_node=4 tests/layouts.py
 
 A row of the table is a layout of the ranks for one kind of model: the largest relative difference of a raw gradient
-(by tensor), of the loss and the gradient norm in ten clipped steps, of the weights after them, and of the validation
-loss. The last line is the same as JSON; test_parallel.py reads it.
+(by tensor), of the loss and the gradient norm in ten clipped steps, of the weights and moments after them, and of the
+validation loss. The last line is the same as JSON; test_parallel.py reads it.
 """
 
 import json
@@ -135,14 +135,14 @@ def train(layout, changes, optimizer, layers, scale=1.0):
     loader.close()
     val = evaluate(model, Numbers(500), T, 4, rank=layout.dp_rank, ranks=layout.dp, collect=layout.collect)
     layout.rest(model)
-    kept = layout.gather(model, opt)[1].state_dict()
-    moments = {f"{k} {kind} {key}": t for kind, each in kept.items() for k, values in each.items()
-               for key, t in values.items() if layout.rank == 0 and t.ndim}
-    tensors = sorted(layout.whole_tensors(model).items())
-    # as one vector: of a gradient that is 0 but for rounding (a key's bias), AdamW makes as large a step as of others
-    weights = {"all": torch.cat([p.flatten() for _, p in tensors])} if layout.rank == 0 else {}
+    state = layout.gather(model, opt)[1].state_dict()
+    kept = [("weights", name, p) for name, p in layout.whole_tensors(model).items()]
+    kept += [(key, name, t) for each in state.values() for name, values in each.items() for key, t in values.items()]
+    # as one vector: of a gradient that is 0 but for rounding (a key's bias) AdamW makes as large a step as of others
+    vectors = {kind: torch.cat([t.flatten() for key, _, t in sorted(kept, key=lambda one: one[1]) if key == kind])
+               for kind in {key for key, *_ in kept} - {"step"}} if layout.rank == 0 else {}
     return {"same start": same, "losses": layout.mean(torch.stack(losses)), "norms": torch.stack(norms), "grads": grads,
-            "weights": weights, "moments": moments, "val": torch.tensor(val["loss"])}
+            "state": vectors, "val": torch.tensor(val["loss"])}
 
 
 def apart(a, b):
