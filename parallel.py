@@ -360,6 +360,16 @@ class Layout:
         """
         return 2 if isinstance(self.module, DistributedDataParallel) else 0
 
+    @property
+    def reduces_once(self):
+        """Whether the gradients are reduced in the last backward pass of a step alone."""
+        return isinstance(self.module, DistributedDataParallel) or self.zero == 1 and self.pp == 1
+
+    @property
+    def compiles(self):
+        """Whether torch.compile sees a plain model: the other layouts run hooks and collectives of their own within."""
+        return self.world == 1 or isinstance(self.module, DistributedDataParallel)
+
     def before_forward(self, model, last):
         """Says whether the micro-batch that follows is the `last` of its step: only then are gradients reduced (but
         for stages 2 and 3), and weights freed (but for stage 3)."""
