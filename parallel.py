@@ -58,18 +58,20 @@ def one_fate():
     """Around a whole run: where one rank fails, the others do, and the error that is shown is that rank's."""
     try:
         yield
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         if not dist.is_initialized():
+            raise
+        if isinstance(e, SystemExit) and (e.code in (None, 0) or e.code > 128):  # all of them end so
+            dist.destroy_process_group()
             raise
         mine = f"rank {rank()} failed ({type(e).__name__}: {e})"
         first = Layout.store.compare_set("failed", "", mine).decode()
-        if first == mine:
+        if first == mine or isinstance(e, SystemExit):
             raise
         print(f"rank {rank()} stops: {first.splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Layout:

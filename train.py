@@ -259,7 +259,7 @@ def main(config):
     print(f"step        {per_step:,} tokens = {batch_size} x {block_size} x {micro_batches}, "
           f"{per_step * flops[block_size] / 1e12:.3g} TFLOP; {max_iters:,} steps see the data "
           f"{max_iters * per_step / len(train_tokens):.2g} times")
-    print(f"memory      about {memory / 1e9:.2g} GB")
+    print(f"memory      about {memory / 1e9:.2g} GB{' in one process' * (layout.world > 1)}")
     run.event("resume" if resumed else "start", step=state["step"], changed=changed, resolved={
         "device": str(where), "dtype": precision_name, "attn": attention, "threads": torch.get_num_threads(),
         "vocab_size": model_config.vocab_size, "gradient_accumulation_steps": micro_batches,

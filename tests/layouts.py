@@ -24,7 +24,7 @@ from eval import evaluate  # noqa: E402
 from loader import Loader, Tokens  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import Optimizers  # noqa: E402
-from parallel import Layout, one_fate, world  # noqa: E402
+from parallel import Layout, local, one_fate, world  # noqa: E402
 
 STEPS, MICRO_BATCHES, ROWS, T = 10, 4, 2, 16
 SIZES = dict(block_size=T, vocab_size=61, n_head=4, n_embd=32)
@@ -130,6 +130,8 @@ def train(layout, changes, optimizer, layers, scale=1.0):
         norms.append(layout.grad_norm(model))
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.3, norms[-1])
         opt.step()
+        held = [*model.parameters(), *(p.grad for p in model.parameters())]
+        held += [t for each in opt.state_dict().values() for values in each.values() for t in values.values() if t.ndim]
         opt.zero_grad()
         losses.append(torch.stack(means).mean())
     loader.close()
@@ -141,7 +143,8 @@ def train(layout, changes, optimizer, layers, scale=1.0):
     # as one vector: of a gradient that is 0 but for rounding (a key's bias) AdamW makes as large a step as of others
     vectors = {kind: torch.cat([t.flatten() for key, _, t in sorted(kept, key=lambda one: one[1]) if key == kind])
                for kind in {key for key, *_ in kept} - {"step"}} if layout.rank == 0 else {}
-    return {"same start": same, "losses": layout.mean(torch.stack(losses)), "norms": torch.stack(norms), "grads": grads,
+    return {"same start": same, "held": sum(local(t).numel() for t in held),
+            "losses": layout.mean(torch.stack(losses)), "norms": torch.stack(norms), "grads": grads,
             "state": vectors, "val": torch.tensor(val["loss"])}
 
 
@@ -168,9 +171,11 @@ def main():
             continue
         one = known[str(this)]
         assert min(one["norms"]) > 0.3, "clipping is active"
-        row = {"layout": name, "model": model, "optimizer": optimizer, "same start": found.pop("same start")}
-        rows.append(row | {key: apart(found[key], one[key]) for key in found})
-        text = "  ".join(f"{key} {rows[-1][key]:.1e}" for key in found)
+        row = {"layout": name, "model": model, "optimizer": optimizer, "same start": found["same start"],
+               "held": found["held"] / one["held"]}  # of weights, gradients and moments after a step
+        figures = {key: apart(found[key], one[key]) for key in ("grads", "losses", "norms", "state", "val")}
+        rows.append(row | figures)
+        text = "  ".join(f"{key} {figure:.1e}" for key, figure in figures.items()) + f"  held {row['held']:.2f}"
         print(f"{name:<24} {model:<12} {optimizer:<6} {text}  {time.perf_counter() - clock:.1f} s", flush=True)
     if rows:
         print(json.dumps({"benchmark": "layouts", "ranks": world(), "torch": torch.__version__, "rows": rows}))

@@ -107,6 +107,13 @@ def test_a_layout_equals_one_process(ranks, layout, model, optimizer, table):
     assert not far
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_zero_leaves_each_rank_its_share(ranks, stage, table):
+    """Of weights, gradients and moments when the optimizer steps: one of so many parts (Rajbhandari et al. 2020)."""
+    assert table(ranks)[f"ZeRO-{stage}", "modern", "adamw"]["held"] == pytest.approx(1 / ranks, rel=0.05)
+
+
 def test_a_wrong_scale_of_the_gradient_is_seen(table):
     """Negative control: clipped steps hide it in the losses; raw gradients and their norm do not."""
     row = table(2)["wrong scale", "GPT-2", "adamw"]
