@@ -100,7 +100,8 @@ class Layout:
         if self.world == 1:
             return
         if not dist.is_initialized():
-            Layout.store, _, _ = next(dist.rendezvous("env://"))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # whose keys are not those of the one before
+            Layout.store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
             gpu = f"cpu:gloo,cuda:{backend}"  # what concerns the processes goes by the CPU, and waits for no kernel
             dist.init_process_group(gpu if self.device.type == "cuda" else "gloo", store=Layout.store,
                                     rank=self.rank, world_size=self.world)
