@@ -15,6 +15,8 @@ group, and each function here gives back what it was given.
 
 import os
 import sys
+import time
+import uuid
 import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -51,6 +53,23 @@ def own_device(name, device):
         raise ValueError(f"process {local} of this machine has no GPU of its own: there are "
                          f"{torch.cuda.device_count()}; give torchrun that --nproc_per_node")
     return torch.device("cuda", local)
+
+
+def fresh(store):
+    """`store` under a prefix of this start's own. torchrun's outlives a restart and still holds the addresses of the
+    processes before, and its count of restarts is not the same on every machine: so rank 0 makes a name, and tells it
+    to each rank under that rank's own, until the answer comes."""
+    mine = uuid.uuid4().hex
+    if rank():
+        store.set(f"here/{rank()}", mine)
+        name = store.get(mine).decode()
+        store.set(f"{name}/{rank()}", "")
+        return dist.PrefixStore(name, store)
+    for other in range(1, world()):
+        while not store.check([f"{mine}/{other}"]):
+            store.set(store.get(f"here/{other}").decode(), mine)  # whose name may yet be that of the process before it
+            time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
 
 
 @contextmanager
@@ -100,8 +119,7 @@ class Layout:
         if self.world == 1:
             return
         if not dist.is_initialized():
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # whose keys are not those of the one before
-            Layout.store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+            Layout.store = fresh(next(dist.rendezvous("env://"))[0])
             gpu = f"cpu:gloo,cuda:{backend}"  # what concerns the processes goes by the CPU, and waits for no kernel
             dist.init_process_group(gpu if self.device.type == "cuda" else "gloo", store=Layout.store,
                                     rank=self.rank, world_size=self.world)
@@ -510,7 +528,7 @@ class Stage(GPT):
             x = self.embed(x) if self.first else x
             for block in self.transformer.h.values():
                 x = block(x, rope)
-            return self.loss(x, targets)[None] if self.last else x
+            return torch.stack([self.loss(x, targets)]) if self.last else x
 
 
 def with_local(module, owner, *names, summed=False):

@@ -138,12 +138,17 @@ def train(layout, changes, optimizer, layers, scale=1.0):
     val = evaluate(model, Numbers(500), T, 4, rank=layout.dp_rank, ranks=layout.dp, collect=layout.collect)
     layout.rest(model)
     state = layout.gather(model, opt)[1].state_dict()
+    before = opt.state_dict()
+    opt.load_state_dict(layout.scatter(model, layout.first(lambda: state)))
+    pairs = [(t, opt.state_dict()[kind][name][key]) for kind, each in before.items() for name, values in each.items()
+             for key, t in values.items()]
+    scattered = not layout.agree(int(not all(torch.equal(local(a), local(b)) for a, b in pairs)))[0]
     kept = [("weights", name, p) for name, p in layout.whole_tensors(model).items()]
     kept += [(key, name, t) for each in state.values() for name, values in each.items() for key, t in values.items()]
     # as one vector: of a gradient that is 0 but for rounding (a key's bias) AdamW makes as large a step as of others
     vectors = {kind: torch.cat([t.flatten() for key, _, t in sorted(kept, key=lambda one: one[1]) if key == kind])
                for kind in {key for key, *_ in kept} - {"step"}} if layout.rank == 0 else {}
-    return {"same start": same, "held": sum(local(t).numel() for t in held),
+    return {"same start": same, "scattered": scattered, "held": sum(local(t).numel() for t in held),
             "losses": layout.mean(torch.stack(losses)), "norms": torch.stack(norms), "grads": grads,
             "state": vectors, "val": torch.tensor(val["loss"])}
 
@@ -172,6 +177,7 @@ def main():
         one = known[str(this)]
         assert min(one["norms"]) > 0.3, "clipping is active"
         row = {"layout": name, "model": model, "optimizer": optimizer, "same start": found["same start"],
+               "scattered": found["scattered"],
                "held": found["held"] / one["held"]}  # of weights, gradients and moments after a step
         figures = {key: apart(found[key], one[key]) for key in ("grads", "losses", "norms", "state", "val")}
         rows.append(row | figures)

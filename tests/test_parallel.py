@@ -103,6 +103,7 @@ def rows(ranks):
 def test_a_layout_equals_one_process(ranks, layout, model, optimizer, table):
     row = table(ranks)[layout, model, optimizer]
     assert row["same start"], "weights are equal bit for bit once they are placed and gathered"
+    assert row["scattered"], "and what the optimizer keeps once it is gathered and given back"
     far = {key: row[key] for key in ("grads", "losses", "norms", "state", "val") if row[key] > SAME}
     assert not far
 
@@ -185,11 +186,12 @@ def test_each_window_once_an_epoch():
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_any_layout(words, tmp_path, unbroken, tiny):
     """Saved by two ranks, resumed by one, by four and by two that split each layer."""
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
     half = trained(2, words, tmp_path / "half", max_iters=6, lr_decay_iters=12, zero_stage=2)
-    for ranks, settings in ((1, {}), (4, {}), (2, dict(tp_size=2)), (2, dict(pp_size=2))):
+    for ranks, settings in ((1, {}), (4, {}), (2, dict(tp_size=2))):
         out = tmp_path / f"on_{ranks}{len(settings) and settings}"
         shutil.copytree(half, out)
         saved = load_file(out / "ckpt" / "step_00000006" / "model.safetensors")
@@ -211,6 +213,7 @@ def test_dropout_is_that_of_one_process(words, tmp_path, unbroken):
     assert close([r["loss"] for r in there["metrics"]], [r["loss"] for r in one["metrics"]])
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed(words, tmp_path):
     """torchrun starts all again; they go on from the last checkpoint and end with the bits of a run without a fault."""
     settings = dict(init_from="auto", save_interval=2, dropout=0.1)
