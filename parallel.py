@@ -450,7 +450,7 @@ class Layout:
             tensor = tensor[self.order[name].to(tensor.device)]
         if name in self.split:
             tensor = tensor.chunk(self.tp, self.split[name])[self.tp_rank]
-        return like((self.dp_part(tensor) if self.zero else tensor).to(p.device), p)
+        return like(self.dp_part(tensor) if self.zero else tensor, p)
 
     def dp_part(self, tensor):
         """The rows of a tensor that ZeRO leaves this rank."""
@@ -566,11 +566,10 @@ def local(tensor):
 
 
 def like(own, p):
-    """This rank's part of a tensor -> that tensor, laid out as `p` is."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(own.contiguous(), p.device_mesh, p.placements, run_check=False, shape=p.shape,
-                              stride=p.stride())
+    """This rank's part of a tensor -> that tensor, laid out as `p` is, and where `p` is."""
+    tensor = torch.empty_like(p.detach())
+    tensor.to_local().copy_(own)
+    return tensor
 
 
 def checkpoint_activations(model, kind):
