@@ -64,7 +64,8 @@ def cases(ranks):
             yield name, model, "adamw", settings
         if ranks == 4 and ("ZeRO-3" in name or name in ("TP 2 x DDP", "PP 2 x DDP")):
             yield name, "multi-query", "muon", settings
-    yield "wrong scale", "GPT-2", "adamw", {}  # which must be seen
+    if ranks < 8:
+        yield "wrong scale", "GPT-2", "adamw", {}  # which must be seen
     if ranks == 2:
         for kind in ("selective", "full"):
             yield f"ZeRO-3, {kind}", "modern", "adamw", dict(zero_stage=3, activation_checkpointing=kind)
