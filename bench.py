@@ -5,17 +5,22 @@ Benchmarks, as a user would run the thing: the same commands, timed.
     python bench.py data --input=documents.jsonl.gz     # any file that data/openwebtext/prepare.py reads
     python bench.py loader --config=config/shakespeare_char_cpu.py
     python bench.py infer --forms=float32,int8 --batches=1,16
+    python bench.py activations
 
 `train` runs train.py on the config once per seed, each in a fresh folder under out_dir, then eval.py on the whole
 validation split in fp32. `data` makes corpora of several sizes from the lines of a file and prepares them, by number
 of workers, beside nanoGPT's recipe, and watches the memory. `loader` reads batches as fast as it can, beside nanoGPT's
 way, and trains for a while to see how long a step waits. `infer` decodes with a GPT-2 of random weights, beside the
-plain way, transformers and llama.cpp (llama-cpp-python). Each prints a table and, as the last line, one JSON object.
+plain way, transformers and llama.cpp (llama-cpp-python). `activations` takes one training step with each of train.py's
+activation_checkpointing and says what it holds in memory and how long it takes. Each prints a table and, as the last
+line, one JSON object.
 """
 
 import atexit
 import copy
+import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -37,15 +42,17 @@ from infer import Engine, stream
 from loader import Loader, Tokens, find_dataset
 from model import GPT, GPTConfig
 from monitor import cpu_name, git
+from parallel import checkpoint_activations
 from weights import convert
 
 # -----------------------------------------------------------------------------
-what = "train"              # train | data | loader | infer
+what = "train"              # train | data | loader | infer | activations
 out_dir = "out/bench"       # where the run folders go; those of an earlier benchmark must be gone
 
 # train and loader
 config = "config/shakespeare_char_cpu.py"  # the run to time
 seeds = (1, 2, 3)           # train: one run each
+processes = 1               # train: more than one are started by torchrun
 overrides: tuple[str, ...] = ()  # more keys of train.py, such as --overrides=max_iters=100,device=cuda
 reads = 2000                # loader: batches read in each round
 
@@ -64,16 +71,22 @@ prompts = (16, 512)         # tokens of each prompt
 new_tokens = 24             # tokens drawn after the first
 peers = True                # also the plain way, without a cache, and transformers and llama.cpp where installed
 crowd = 32                  # requests of mixed lengths, all at once and one after another; 0: none
-device = "auto"             # auto | cpu | cuda | cuda:N | mps
+device = "auto"             # infer, activations: auto | cpu | cuda | cuda:N | mps
+
+# activations: one fp32 step on one sequence
+shape = (24, 16, 1024)      # layers, heads and width; these are GPT-2's 355M
+tokens = 1024               # in the sequence
 # -----------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
 PARTS = ("data_ms", "forward_ms", "backward_ms", "optim_ms")  # of a step
 
 
-def run(script, *args):
+def run(script, *args, ranks=1):
     """Run one of our scripts, its output on the screen's stderr; -> the last line of its stdout. Ends when it fails."""
-    process = subprocess.Popen([sys.executable, ROOT / script, *args], stdout=subprocess.PIPE, encoding="utf-8")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, ROOT / script, *args]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     line = ""
     for line in process.stdout:
         print("   ", line, end="", file=sys.stderr)
@@ -109,7 +122,8 @@ def table(rows, columns):
 def train_once(seed):
     """One training run: its figures as a dict."""
     folder = new_folder(Path(out_dir) / f"{Path(config).stem}_seed{seed}")
-    run("train.py", config, f"--seed={seed}", f"--out_dir={folder}", *(f"--{key}" for key in overrides))
+    keys = (f"--seed={seed}", f"--out_dir={folder}", *(f"--{key}" for key in overrides))
+    run("train.py", config, *keys, ranks=processes)
     evaluated = json.loads(run("eval.py", f"--out_dir={folder}"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
@@ -519,6 +533,41 @@ def forget_peak(where):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+def step_once(kind, shape, tokens, device, ends):
+    """Sends what one forward and backward pass takes, in a process of its own, as the peak of a process never falls."""
+    where, (n_layer, n_head, n_embd) = pick_device(device)[0], shape
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=tokens, n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(where)
+    if kind != "none":
+        checkpoint_activations(model, kind)
+    x = torch.randint(50257, (1, tokens), device=where)
+    weights, clock = memory_gb(where), time.perf_counter()
+    _, loss = model(x, x, loss_only=True)
+    held = memory_gb(where) - weights
+    loss.backward()
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.grad.cpu().numpy().data)
+    ends.send({"checkpointing": kind, "activations_mb": 1000 * held, "peak_mb": 1000 * memory_gb(where),
+               "step_s": time.perf_counter() - clock, "gradients": digest.hexdigest()[:16]})
+
+
+def bench_activations():
+    spawn, rows = multiprocessing.get_context("spawn"), []
+    for kind in ("none", "selective", "full"):
+        ends = spawn.Pipe(duplex=False)
+        child = spawn.Process(target=step_once, args=(kind, shape, tokens, device, ends[1]))
+        child.start()
+        ends[1].close()  # so that a child that dies ends the wait
+        rows.append(ends[0].recv())
+        child.join()
+        rows[-1]["of_none_%"] = 100 * rows[-1]["activations_mb"] / rows[0]["activations_mb"]
+    print(f"{shape[0]} layers of {shape[2]}, {shape[1]} heads, 1 sequence of {tokens} tokens, fp32, "
+          f"{torch.get_num_threads()} threads; activations: how far the forward pass raises the peak")
+    table(rows, ("checkpointing", "activations_mb", "of_none_%", "peak_mb", "step_s", "gradients"))
+    return {"machine": machine(), "rows": rows}
+
+
 def weight_bytes(layer):
     """Bytes that a linear layer reads for one row."""
     kept = [layer.packed] if hasattr(layer, "packed") else [layer.weight]
@@ -526,9 +575,10 @@ def weight_bytes(layer):
 
 
 if __name__ == "__main__":
-    settings = configure(globals(), verb="what", verbs=("train", "data", "loader", "infer"))
+    settings = configure(globals(), verb="what", verbs=("train", "data", "loader", "infer", "activations"))
     if what in ("train", "loader") and not Path(config).exists():
         fail(f"no config file {config}")
-    figures = {"train": bench_train, "data": bench_data, "loader": bench_loader, "infer": bench_infer}[what]()
+    figures = {"train": bench_train, "data": bench_data, "loader": bench_loader, "infer": bench_infer,
+               "activations": bench_activations}[what]()
     settings["input"] = Path(input).name  # where it lies is this machine's own affair
     print(json.dumps({"benchmark": what, "settings": settings, **figures}))

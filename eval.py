@@ -5,6 +5,7 @@ Evaluate a checkpoint: loss over the fixed windows of a split, perplexity, bits 
 """
 
 import contextlib
+import itertools
 import json
 import math
 
@@ -32,11 +33,14 @@ quantize = ""       # int8: the weights as sample.py would have them; empty: as 
 
 
 @torch.no_grad()
-def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contextlib.nullcontext):
+def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contextlib.nullcontext, rank=0, ranks=1,
+             collect=lambda sums: [sums]):
     """Mean cross-entropy of `model` over the fixed windows of `tokens`, in nats per token.
 
     Each window is read from its start, so its first tokens have little context: losses compare at equal block_size.
-    Of a mix of datasets, each is evaluated by itself and the losses are weighted as the mix is.
+    Of a mix of datasets, each is evaluated by itself and the losses are weighted as the mix is. Of several `ranks`,
+    each takes every so many-th batch, and `collect` gives all of them the sums of all: added in the order of the
+    batches, so that the result is one rank's.
     -> {"loss", "perplexity", "bits" (per token), "tokens" (predicted), "tokens_sha256"}: losses compare where the last
     two, which say what was read, are equal.
     """
@@ -45,13 +49,20 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
     model.eval()
     loss, tokens_read, digests = 0.0, 0, []
     for part, weight in tokens.parts:
-        total, count = 0.0, 0
-        for x, y in fixed_batches(part, block_size, batch_size, eval_iters):
+        sums, count = [], 0
+        batches = fixed_batches(part, block_size, batch_size, eval_iters)
+        while together := list(itertools.islice(batches, ranks)):
+            x, y = together[min(rank, len(together) - 1)]  # all take part in a sharded model's pass
             n = int((y != -1).sum())
             with context():
                 _, mean = model(x.to(device), y.to(device), loss_only=True)
-            total += mean.item() * n  # a sum over tokens: a mean of means would weigh the tail's tokens more
-            count += n
+            # a sum over tokens: a mean of means would weigh the tail's tokens more
+            sums.append(mean.item() * n if rank < len(together) else 0.0)
+            count += sum(int((y != -1).sum()) for _, y in together)
+        total = 0.0
+        for in_turn in zip(*collect(sums), strict=True):
+            for one in in_turn:
+                total += one
         loss += float(weight) * total / count
         tokens_read += count
         digests.append(part.sha256_of(count + 1))  # the windows lie one behind the other from the first token on

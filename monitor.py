@@ -79,10 +79,11 @@ def plain(value):
 
 
 class Run:
-    """The run folder, open for writing. Lines are kept until they are in their file, so a full disk loses none."""
+    """The run folder, open for writing. Lines are kept until they are in their file, so a full disk loses none.
+    Of several processes one `writes`, and what the others say is dropped."""
 
-    def __init__(self, out_dir):
-        self.dir = Path(out_dir)
+    def __init__(self, out_dir, writes=True):
+        self.dir, self.writes = Path(out_dir), writes
         self.metrics_path, self.events_path = self.dir / "metrics.jsonl", self.dir / "events.jsonl"
         self.pending = {self.metrics_path: b"", self.events_path: b""}
         self.length = {}  # bytes of each file that are known to be whole lines
@@ -110,6 +111,8 @@ class Run:
         self._write(self.events_path, {"event": kind, "time": round(time.time(), 3), **fields})
 
     def _write(self, path, record):
+        if not self.writes:
+            return
         self.pending[path] += (json.dumps(plain(record), allow_nan=False) + "\n").encode()
         with contextlib.suppress(OSError):  # a full disk: the lines wait, and flush() says so at the next checkpoint
             self._flush(path)

@@ -32,11 +32,12 @@ class Optimizers:
     """AdamW, or AdamW and Muon, behind the face of one optimizer, so that a GradScaler steps both or neither.
 
     The state is saved and loaded by parameter name: {"adamw": {name: {...tensors}}, "muon": {...}}. Learning rates are
-    not in it, they follow from the step.
+    not in it, they follow from the step. Of a model that lies on many devices, `whole` and `part` (parallel.Layout's)
+    gather a matrix for Muon and give back this rank's part of it.
     """
 
     def __init__(self, model, *, optimizer="adamw", learning_rate, muon_learning_rate=0.02, weight_decay=0.0,
-                 betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32):
+                 betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32, whole=None, part=None):
         params = dict(model.named_parameters())
         self.names = {p: name for name, p in params.items()}
         groups = split_params(model, muon=optimizer == "muon")
@@ -50,6 +51,8 @@ class Optimizers:
             self.each["muon"] = Muon(
                 [params[n] for n in groups["muon"]], lr=muon_learning_rate, momentum=muon_momentum,
                 weight_decay=weight_decay, dtype=muon_dtype,
+                whole=whole and (lambda t, p: whole(self.names[p], t)),
+                part=part and (lambda t, p: part(self.names[p], t, p)),
             )
         held = [id(p) for group in self.param_groups for p in group["params"]]
         assert sorted(held) == sorted(map(id, params.values())), "each parameter is trained by exactly one group"
@@ -124,7 +127,9 @@ class Muon(torch.optim.Optimizer):
     the Newton-Schulz iteration: fp32 is reproducible to 1e-7 between layouts, bf16 faster on GPUs.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5, dtype=torch.float32):
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5, dtype=torch.float32,
+                 whole=None, part=None):
+        self.whole, self.part = (f or (lambda t, p: t) for f in (whole, part))
         self.dtype = dtype  # no default of the groups: those are saved, as plain values
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
 
@@ -135,18 +140,21 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for (rows, cols), params in shapes.items():
+            for params in shapes.values():
                 for p in params:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                update = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # (n, rows, cols)
+                update = map(self.whole, torch._foreach_lerp(grads, buffers, group["momentum"]), params)
+                update = torch.stack(list(update))  # (n, rows, cols)
+                scale = math.sqrt(max(1.0, update.size(1) / update.size(2)))
                 update = orthogonalize(update, group["ns_steps"], self.dtype).unbind()
+                update = list(map(self.part, update, params))
                 if group["weight_decay"]:
                     torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))
+                torch._foreach_add_(params, update, alpha=-group["lr"] * scale)
 
 
 # -----------------------------------------------------------------------------

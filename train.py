@@ -3,9 +3,11 @@ Train a GPT, or go on with one: the whole procedure, top to bottom.
 
     python train.py config/shakespeare_char_cpu.py
     python train.py config/shakespeare_char.py --out_dir=out/mine --learning_rate=3e-3
+    torchrun --standalone --nproc_per_node=4 train.py config/owt_124m.py --zero_stage=1
 
 What happens at step s follows from (config, seed, s), so a run that was killed and continued with
---init_from=resume ends with the same bits as one that was not.
+--init_from=resume ends with the same bits as one that was not. Many processes share the same steps (parallel.py):
+each sees some of a step's micro-batches, one writes.
 """
 
 import math
@@ -20,6 +22,8 @@ from dataclasses import asdict, fields
 import torch
 
 import checkpoint
+import parallel
+import plan
 from configurator import configure, fail, nearest
 from device import autocast, can_compile, memory_gb, peak_flops, pick_device, pick_dtype
 from eval import evaluate
@@ -29,7 +33,6 @@ from loader import DataError, Loader, keyed, open_datasets, open_tokens, verify_
 from model import GPT, GPTConfig, pick_attention
 from monitor import Run, StepTimer, environment
 from optim import Optimizers, lr_at
-from plan import training_memory
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -115,7 +118,15 @@ dtype = "auto"                # auto | float32 | bfloat16 | float16 (with loss s
 compile: bool | None = None   # torch.compile; none: on CUDA
 threads = 0                   # CPU threads; 0: torch's choice
 deterministic = False         # bit-identical on CUDA too, at some cost in speed
-backend = "nccl"              # nanoGPT's key, of its processes' communication; unused, as this is one process
+
+# many processes, under torchrun
+zero_stage = 0                # 0: DDP; 1, 2, 3: fully_shard, which splits optimizer and gradients, 3 the weights too
+tp_size = 1                   # ranks that share each layer's heads and hidden units
+pp_size = 1                   # ranks that share the layers, one after the other
+pp_schedule = "1f1b"          # gpipe | 1f1b | interleaved: the order of the micro-batches through them
+cpu_offload = False           # zero_stage: what is sharded waits in pinned CPU memory
+activation_checkpointing = "none"  # none | selective (attention, MLP) | full: what the backward pass computes again
+backend = "nccl"              # of the GPUs' communication: nccl | gloo; CPUs take gloo
 # -----------------------------------------------------------------------------
 
 # what must be the same on resume, besides the model's shape: else it would be another run
@@ -134,12 +145,11 @@ def one_line_errors():
 def main(config, given):
     with one_line_errors():
         # ---- the machine -------------------------------------------------------------
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            fail("train.py runs as one process: start it with python, not with torchrun")
         check_settings()
         if threads:
             torch.set_num_threads(threads)
         where, device_why = pick_device(device)
+        where = parallel.own_device(device, where)
         precision, dtype_why = pick_dtype(dtype, where)
         precision_name = str(precision).removeprefix("torch.")
         context = autocast(where, precision)
@@ -151,17 +161,26 @@ def main(config, given):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
 
+        layout = parallel.Layout(
+            where, backend=backend, zero_stage=zero_stage, tp_size=tp_size, pp_size=pp_size, pp_schedule=pp_schedule,
+            cpu_offload=cpu_offload, activation_checkpointing=activation_checkpointing,
+        )
+        if layout.rank:
+            sys.stdout = open(os.devnull, "w")
+
         # ---- the data, the model, and where they stand ---------------------------------------
-        resumed = what_to_resume()
+        resumed = layout.first(what_to_resume)
         found, manifest, dataset_sha256 = open_datasets(dataset)
         source = ", ".join(str(folder) for folder, _ in found)
         tokenizer, vocab = vocabulary(found[0][0], manifest)
         start = None if resumed or init_from in ("scratch", "auto") else read_model(init_from)
         if resumed or start:
             adopt(resumed[1]["model"] if resumed else asdict(start[0].config), config, given)
-        accumulation = micro_steps()
+        micro_batches = micro_steps()
+        accumulation = layout.accumulation(micro_batches)
         sizes = {f.name: config[f.name] for f in fields(GPTConfig)}
         model_config = GPTConfig(**{**sizes, "vocab_size": vocab_size or vocab})
+        layout.check(model_config, precision)
         if tokenizer and model_config.vocab_size < vocab:
             fail(f"vocab_size={vocab_size} is too small for {source}, which has {vocab} token ids; 0 takes that")
         if tokenizer and sample_tokens and not tokenizer.encode(sample_start):
@@ -174,21 +193,14 @@ def main(config, given):
         state = {
             "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None,
             "model": asdict(model_config), "config": config, "seed": seed, "dataset_sha256": dataset_sha256,
-            "train_tokens": len(train_tokens), "batch_size": batch_size, "gradient_accumulation_steps": accumulation,
-            "optimizer": optimizer, "threads": torch.get_num_threads(), "ranks": 1,
+            "train_tokens": len(train_tokens), "batch_size": batch_size, "gradient_accumulation_steps": micro_batches,
+            "optimizer": optimizer, "threads": torch.get_num_threads(), "ranks": layout.world,
             "dtype": precision_name,
         }
 
         auto_bfloat16 = muon_dtype == "auto" and precision == torch.bfloat16
         torch.manual_seed(seed)
-        model = GPT(model_config).to(where)
-        opt = Optimizers(
-            model, optimizer=optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
-            weight_decay=weight_decay, betas=(beta1, beta2), muon_momentum=muon_momentum,
-            muon_dtype=torch.bfloat16 if muon_dtype == "bfloat16" or auto_bfloat16 else torch.float32,
-        )
-        scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
-
+        model = GPT(model_config).to(where)  # the same on every rank, and whole until it is placed
         changed = {}
         if resumed:
             folder, saved = resumed
@@ -197,9 +209,6 @@ def main(config, given):
                 print(f"nothing to do: {folder} has all {max_iters:,} steps")
                 return 0
             checkpoint.load_model(model, folder)
-            opt.load_state_dict(checkpoint.load_optimizer_state(folder))
-            if saved["scaler"]:
-                scaler.load_state_dict(saved["scaler"])
             state |= {key: saved[key] for key in ("step", "wall_s", "metrics_bytes")}
         elif start:
             check_start(*start[:2], model_config, tokenizer)
@@ -208,41 +217,61 @@ def main(config, given):
                 tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:block_size]
             model.load_state_dict(tensors)
             del start, tensors
+        size, grid = model.num_params(), plan.Layout(layout.dp, layout.zero, tp_size, pp_size, activation_checkpointing)
+        memory = plan.step_memory(plan.costs_of(model), batch_size, precision, 0, grid, accumulation,
+                                  where.type == "cuda")["total"]
+        flops = {block_size >> n: model.train_flops(block_size >> n) for n in range(block_size.bit_length())}
+        model = layout.place(model, context, precision)
+        opt = Optimizers(
+            model, optimizer=optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
+            weight_decay=weight_decay, betas=(beta1, beta2), muon_momentum=muon_momentum,
+            muon_dtype=torch.bfloat16 if muon_dtype == "bfloat16" or auto_bfloat16 else torch.float32,
+            whole=layout.whole, part=layout.part,
+        )
+        scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
+        if resumed:
+            opt.load_state_dict(layout.scatter(model, checkpoint.load_optimizer_state(folder)))
+            if saved["scaler"]:
+                scaler.load_state_dict(saved["scaler"])
 
     unit = "char" if tokenizer and tokenizer.kind == "char" else "token"
     if eval_only:  # writes nothing
-        print(evaluation_line(evaluate_now(model, val_tokens, context), unit))
+        print(evaluation_line(evaluate_now(model, val_tokens, context, layout), unit))
         return 0
 
     # ---- the run folder and the summary ------------------------------------------------
     with one_line_errors():
         loader = Loader(train_tokens, block_size, batch_size, accumulation=accumulation, seed=seed,
-                        first_step=state["step"], prefetch=prefetch, threads=loader_threads, pin=where.type == "cuda")
-        run = Run(out_dir)
-        run.open(config, environment(where, dataset_sha256), state["metrics_bytes"])
+                        rank=layout.dp_rank, world=layout.dp, first_step=state["step"], prefetch=prefetch,
+                        threads=loader_threads, pin=where.type == "cuda")
+        run = Run(out_dir, writes=layout.rank == 0)
+        layout.first(lambda: run.open(config, environment(where, dataset_sha256), state["metrics_bytes"]))
         if tokenizer:
-            tokenizer.save(run.dir)
+            layout.first(lambda: tokenizer.save(run.dir))
 
     def warn(message):
+        if layout.rank:
+            return
         clear_bar()
         print(f"warning: {message}", file=sys.stderr)
         run.event("warning", step=state["step"], message=message)
 
-    per_step = batch_size * accumulation * block_size
-    flops = model.train_flops(block_size)
+    per_step = batch_size * micro_batches * block_size
     peak = peak_flops(where, precision)
     attention, attn_why = pick_attention(attn, where, precision, block_size, model_config.head_dim)
     print(f"device      {where} ({device_why}), {precision_name} ({dtype_why}), {attention} attention ({attn_why}), "
           f"{torch.get_num_threads()} CPU threads")
+    if layout.world > 1:
+        print(f"layout      {layout}")
     print(f"data        {source}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens")
-    print(f"model       {model.num_params():,} parameters, {n_layer} layers of {n_embd}, context {block_size}")
-    print(f"step        {per_step:,} tokens = {batch_size} x {block_size} x {accumulation}, "
-          f"{per_step * flops / 1e12:.3g} TFLOP; {max_iters:,} steps see the data "
+    print(f"model       {size:,} parameters, {n_layer} layers of {n_embd}, context {block_size}")
+    print(f"step        {per_step:,} tokens = {batch_size} x {block_size} x {micro_batches}, "
+          f"{per_step * flops[block_size] / 1e12:.3g} TFLOP; {max_iters:,} steps see the data "
           f"{max_iters * per_step / len(train_tokens):.2g} times")
-    print(f"memory      about {training_memory(model, batch_size, precision)['total'] / 1e9:.2g} GB")
+    print(f"memory      about {memory / 1e9:.2g} GB{' a process' * (layout.world > 1)}")
     run.event("resume" if resumed else "start", step=state["step"], changed=changed, resolved={
         "device": str(where), "dtype": precision_name, "attn": attention, "threads": torch.get_num_threads(),
-        "vocab_size": model_config.vocab_size, "gradient_accumulation_steps": accumulation,
+        "vocab_size": model_config.vocab_size, "gradient_accumulation_steps": micro_batches,
     })
     if changed:
         warn(f"resumed with other settings than it was saved with: {changed}")
@@ -251,9 +280,16 @@ def main(config, given):
 
     # ---- everything that runs more than once ---------------------------------------------
     def micro_step(x, y, step, micro, timer=None):
-        """One forward and backward pass; -> the micro-batch's mean loss, detached."""
-        if dropout:  # what is dropped follows from (seed, step, micro-step)
-            torch.manual_seed(keyed(seed, step, micro, "dropout") >> 1)
+        """One forward and backward pass; -> the micro-batch's mean loss, detached. A pipeline has but one, for all."""
+        if dropout:  # what is dropped follows from (seed, step, micro-step of all ranks)
+            seeded = keyed(seed, step, micro * layout.dp + layout.dp_rank, "dropout") >> 1
+            torch.manual_seed(seeded + layout.pp_rank)
+        if layout.pp > 1:
+            loss = layout.pipeline(model, x, y, accumulation)
+            if timer:
+                timer.mark("pipeline_ms")
+            return loss
+        layout.before_forward(model, last=micro == accumulation - 1)
         with context():
             _, loss = compiled(x, y, loss_only=True)
         if timer:
@@ -263,12 +299,27 @@ def main(config, given):
             timer.mark("backward_ms")
         return loss.detach()
 
+    def exposed():
+        """Communication in a step that no computation hides, in ms: how much longer the last micro-batch takes, which
+        reduces the gradients, than the same without; the least of two each."""
+        x, y = (t.to(where).view(-1, context_at(state["step"])) for t in loader.batch(state["step"]))
+        took = {-1: [], accumulation - 1: []}
+        for micro in [*took] * 2:  # what the first leaves in fully_shard's hands goes with the second
+            ticks = StepTimer(where)
+            ticks.start()
+            micro_step(x, y, state["step"], micro, ticks)
+            took[micro].append(sum(ticks.read().values()))
+        opt.zero_grad()
+        without, reduced = map(min, took.values())
+        return {"comm_ms": round(max(0.0, reduced - without), 3)}
+
     def validate():
-        result = evaluate_now(model, val_tokens, context)
+        result = evaluate_now(model, val_tokens, context, layout)
         if sample_tokens and tokenizer and math.isfinite(result["loss"]):
-            text = sample(model, tokenizer, context)
-            run.event("sample", step=state["step"], text=text)
-            print(f"---- sample at step {state['step']}\n{text}\n----")
+            if whole := layout.whole_model(model):  # on one rank
+                text = sample(whole, tokenizer, context)
+                run.event("sample", step=state["step"], text=text)
+                print(f"---- sample at step {state['step']}\n{text}\n----")
         return {"val_loss": result["loss"], "val_tokens": result["tokens"], "val_sha256": result["tokens_sha256"]}
 
     def diverged(step, what):
@@ -276,30 +327,37 @@ def main(config, given):
         loader.close()
         clear_bar()
         run.event("stop", step=step, reason=f"{what} is not finite")
-        print(f"error: {what} is not finite at step {step}; checkpoints are from before it. "
-              "Lower learning_rate, or check the data", file=sys.stderr)
+        if layout.rank == 0:
+            print(f"error: {what} is not finite at step {step}; checkpoints are from before it. "
+                  "Lower learning_rate, or check the data", file=sys.stderr)
         return 1
 
     def save(val_loss=None):
         """A checkpoint of now. A full disk is said and the run goes on: what is there already stays good."""
-        try:
-            state["metrics_bytes"] = run.flush()
-            state["scaler"] = scaler.state_dict() if scaler.is_enabled() else None
-            checkpoint.save(out_dir, model, opt, {**state, "val_loss": val_loss})
-            checkpoint.prune(out_dir, keep_checkpoints if always_save_checkpoint else 1)
-        except OSError as e:
-            warn(f"no checkpoint at step {state['step']}: {e}; earlier ones stay, make room in {out_dir}")
-            return False
-        return True
+        gathered = layout.gather(model, opt)
+
+        def write():
+            try:
+                state["metrics_bytes"] = run.flush()
+                state["scaler"] = scaler.state_dict() if scaler.is_enabled() else None
+                checkpoint.save(out_dir, *gathered, {**state, "val_loss": val_loss})
+                checkpoint.prune(out_dir, keep_checkpoints if always_save_checkpoint else 1)
+            except OSError as e:
+                warn(f"no checkpoint at step {state['step']}: {e}; earlier ones stay, make room in {out_dir}")
+                return False
+            return True
+
+        return layout.first(write)
 
     # ---- compile, and fall back once if that fails ---------------------------------------
-    compiled = model
+    compiled = layout.module
     clock = time.perf_counter()
     if compile or (compile is None and where.type == "cuda"):
-        trouble = can_compile(where)
+        trouble = can_compile(where) if layout.compiles else f"not with {layout}"
         if not trouble:
             try:
-                compiled = torch.compile(model, dynamic=False)  # a kernel for each shape, the same after a resume
+                # a kernel for each shape, the same after a resume
+                compiled = torch.compile(layout.module, dynamic=False)
                 x, y = (t.to(where) for t in loader.batch(state["step"]))
                 length = context_at(state["step"])
                 while length <= block_size:
@@ -309,8 +367,12 @@ def main(config, given):
                 trouble = str(e).strip().partition("\n")[0] or type(e).__name__
             opt.zero_grad()
         if trouble:
-            compiled = model
+            compiled = layout.module
             warn(f"torch.compile does not work here ({trouble}); running uncompiled")
+    for _ in range(layout.warm_ups):  # DDP's buckets follow its first pass: have them as a resume does
+        x, y = (t.to(where).view(-1, context_at(state["step"])) for t in loader.batch(state["step"]))
+        micro_step(x, y, state["step"], accumulation - 1)
+        opt.zero_grad()
     state["wall_s"] += time.perf_counter() - clock
 
     # ---- the loop ---------------------------------------------------------------------
@@ -326,20 +388,21 @@ def main(config, given):
         lr = learning_rate_at(step)
         opt.set_lr(lr / learning_rate)
         losses = []
-        for micro in range(accumulation):
-            x, y = next(loader)
+        for micro in range(accumulation if pp_size == 1 else 1):
+            x, y = layout.take(loader, accumulation)
             x, y = (t.to(where, non_blocking=loader.pin).view(-1, context_at(step)) for t in (x, y))
             timer.mark("data_ms")
             losses.append(micro_step(x, y, step, micro, timer))
+        layout.reduce(model)
         scaler.unscale_(opt)  # nothing but in float16
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        norm = layout.grad_norm(model)
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         scaler.step(opt)
         scaler.update()
         opt.zero_grad()
         timer.mark("optim_ms")
-        unread.append(torch.stack((torch.stack(losses).mean(), norm)))
+        unread.append((torch.stack(losses).mean(), norm))
         state["step"] = step = step + 1
         if step == began[0] + 2:  # the first step is slower than the rest
             seconds = sum(timer.read().values()) / 1000 * (max_iters - step)
@@ -351,13 +414,14 @@ def main(config, given):
         eval_due = step % eval_interval == 0 or last
         save_due = save_interval and step % save_interval == 0 or \
             save_minutes and time.monotonic() - last_save > 60 * save_minutes
-        stopped_by = stop.signum  # once, as it can change at any moment
+        save_due, stopped_by = layout.agree(bool(save_due), stop.signum)  # once, as they can change at any moment
         if not (log_due or eval_due or save_due or stopped_by):
             state["wall_s"] += time.perf_counter() - clock
             continue
 
         # read the losses: from here on the device has finished the step
-        read = torch.stack(unread).tolist()
+        read = list(zip(layout.mean(torch.stack([loss for loss, _ in unread])).tolist(),
+                        torch.stack([norm for _, norm in unread]).tolist(), strict=True))
         parts = timer.read()
         state["wall_s"] += time.perf_counter() - clock
         unread = []
@@ -368,20 +432,22 @@ def main(config, given):
                              "grad_norm": grad_norm})
                 return diverged(at, "the gradient" if math.isfinite(loss) else "the loss")
         evaluated = validate() if eval_due else {}
+        comm = exposed() if eval_due and layout.reduces_once else {}
         val_loss = evaluated.get("val_loss")
         if log_due or eval_due:
             tok_per_s = per_step / (sum(parts.values()) / 1000)
-            mfu = tok_per_s * model.train_flops(context_at(step - 1)) / peak if peak else None
+            mfu = tok_per_s * flops[context_at(step - 1)] / (peak * layout.world) if peak else None
             record = {
                 "step": step, "tokens": step * per_step, "wall_s": round(state["wall_s"], 3), "loss": loss,
                 **evaluated, "lr": lr, "grad_norm": grad_norm, "tok_per_s": round(tok_per_s), "mfu": mfu,
                 "mem_gb": memory_gb(where), **{part: round(ms, 3) for part, ms in parts.items()},
+                **comm,
             }
             run.metrics(record)
             show(record, unit)
         saved = False
         if eval_due or save_due or stopped_by:
-            if not all(p.isfinite().all() for p in model.parameters()):
+            if not layout.finite(model):
                 return diverged(step, "a weight")
             if eval_due and not math.isfinite(val_loss):
                 return diverged(step, "the validation loss")
@@ -412,7 +478,7 @@ def check_settings():
                 "tokens_per_step": 0, "warmup_iters": 0, "lr_decay_iters": 0, "context_start": 0, "context_iters": 0,
                 "eval_interval": 1, "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
                 "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "sample_tokens": 0, "threads": 0, "prefetch": 1,
-                "loader_threads": 1}
+                "loader_threads": 1, "tp_size": 1, "pp_size": 1}
     for key, least in at_least.items():
         if globals()[key] is not None and globals()[key] < least:
             fail(f"{key}={globals()[key]} must be at least {least}")
@@ -421,10 +487,11 @@ def check_settings():
     if decay_lr and not 0 <= min_lr <= learning_rate:
         fail(f"min_lr={min_lr} must lie between 0 and learning_rate={learning_rate}; or set decay_lr=false")
     choices = {"optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
-               "lr_schedule": ("cosine", "linear", "wsd")}
+               "lr_schedule": ("cosine", "linear", "wsd"), "zero_stage": (0, 1, 2, 3), "backend": ("nccl", "gloo"),
+               "pp_schedule": parallel.SCHEDULES, "activation_checkpointing": ("none", "selective", "full")}
     for key, known in choices.items():
         if globals()[key] not in known:
-            fail(f"{key}={globals()[key]!r} is not one of {', '.join(known)}")
+            fail(f"{key}={globals()[key]!r} is not one of {', '.join(map(str, known))}")
 
 
 def micro_steps():
@@ -475,7 +542,7 @@ def check_resume(saved, state):
                  "set it back, or begin in another --out_dir")
     changed = {key: [saved["config"].get(key), value] for key, value in state["config"].items()
                if saved["config"].get(key) != value and key not in ("init_from", "out_dir")}
-    for key in ("threads", "dtype"):  # as this machine resolved them: equal to rounding only
+    for key in ("threads", "dtype", "ranks"):  # as this machine resolved them: equal to rounding only
         if saved.get(key) != state[key]:
             changed[key] = [saved.get(key), state[key]]
     return changed
@@ -518,9 +585,12 @@ def learning_rate_at(step):
     )
 
 
-def evaluate_now(model, val_tokens, context):
-    """eval.evaluate over the fixed validation windows, in batches of about 16,384 tokens."""
-    return evaluate(model, val_tokens, block_size, max(1, 16384 // block_size), eval_iters, context)
+def evaluate_now(model, val_tokens, context, layout):
+    """eval.evaluate over the fixed validation windows, in batches of about 16,384 tokens, shared by the ranks."""
+    result = evaluate(model, val_tokens, block_size, max(1, 16384 // block_size), eval_iters, context,
+                      layout.dp_rank, layout.dp, layout.collect)
+    layout.rest(model)
+    return result
 
 
 def evaluation_line(result, unit):
@@ -602,7 +672,8 @@ if __name__ == "__main__":
     given = set()
     settings = configure(globals(), given=given)
     try:
-        sys.exit(main(settings, given))
+        with parallel.one_fate():
+            sys.exit(main(settings, given))
     except KeyboardInterrupt:  # before the loop, which has StopSignal
         sys.exit(130)
     except (checkpoint.CheckpointError, DataError) as e:

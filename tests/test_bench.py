@@ -113,6 +113,16 @@ def test_the_loader_is_timed_and_its_wait_is_a_share(bench, run_script, tmp_path
     assert all(len(result["all"][name]) == 2 and result["tokens_per_s"][name] > 0 for name in ("minichat", "nanoGPT"))
 
 
+@pytest.mark.slow
+def test_activations_that_are_computed_again_are_not_held(run_script):
+    done = run_script("bench.py", "activations", "--shape=6,4,256", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    none, selective, full = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert none["gradients"] == selective["gradients"] == full["gradients"]
+    assert none["activations_mb"] > selective["activations_mb"] > full["activations_mb"] > 0
+    assert full["peak_mb"] < none["peak_mb"]
+
+
 def test_a_recipe_needs_documents(run_script, tmp_path):
     done = run_script("bench.py", "data", f"--out_dir={tmp_path / 'out'}")
     assert done.returncode == 2 and "--input is missing" in done.stderr and not (tmp_path / "out").exists()

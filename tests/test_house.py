@@ -37,8 +37,9 @@ DATA_FLOOR = {name: floor for floor, names in enumerate(DATA_FLOORS) for name in
 MOST_LINES = 450
 LONGER = {  # file: why it is one file all the same
     "train.py": "a hundred lines of settings above the story",
-    "bench.py": "four benchmarks, each by itself",
+    "bench.py": "five benchmarks, each by itself",
     "export.py": "two ways in and two ways out, each by itself",
+    "parallel.py": "data, tensor and pipeline parallelism meet on one grid and in every step",
 }
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -246,7 +247,8 @@ def test_the_readmes_figures_are_those_of_the_results():
         result = json.loads(read(path).splitlines()[-1])
         rows = [line for line in measured.splitlines() if f"/{path.name})" in line]
         assert rows, f"{path.name} is in no row"
-        holds = {"train": holds_train, "data": holds_data, "loader": holds_loader, "infer": holds_infer}
+        holds = {"train": holds_train, "data": holds_data, "loader": holds_loader, "infer": holds_infer,
+                 "activations": holds_activations, "layouts": holds_layouts}
         holds[result["benchmark"]](rows, result)
         made = result.get("runs") or [result["machine"]]
         assert not any(run["dirty"] for run in made) and len({run["commit"] for run in made}) == 1
@@ -289,6 +291,23 @@ def holds_infer(rows, result):
         figures += [f"{other[key]:.1f}" for key in beside]
         line = f"| {other['form']}, {other['kv_heads']} heads | " + " | ".join(figures) + " |"
         assert any(row.startswith(line) for row in rows), line
+
+
+def holds_activations(rows, result):
+    for row in result["rows"]:
+        line = (f"| {row['checkpointing']} | {row['activations_mb']:.0f} MB | {row['of_none_%']:.0f}% | "
+                f"{row['step_s']:.1f} s |")
+        assert any(found.startswith(line) for found in rows), line
+    assert len({row["gradients"] for row in result["rows"]}) == 1
+
+
+def holds_layouts(rows, result):
+    """How far the layouts are from one process at most, by what is compared."""
+    right = [row for row in result["rows"] if row["layout"] != "wrong scale"]
+    most = [max(row[key] for row in right) for key in ("grads", "losses", "norms", "state", "val")]
+    line = f"| {result['ranks']} | {len(right)} | " + " | ".join(f"{figure:.1e}" for figure in most) + " |"
+    assert any(found.startswith(line) for found in rows), line
+    assert all(row["same start"] and row["scattered"] for row in right)
 
 
 @pytest.mark.slow

@@ -620,7 +620,9 @@ MISTAKES = {
     "block_size=100000": dict(block_size=100000),
     "sample_start": dict(sample_tokens=5, sample_start=" "),
     "'Z'": dict(sample_tokens=5, sample_start="Zebra"),
-    "torchrun": dict(env={"WORLD_SIZE": "2"}),
+    "tp_size=2": dict(tp_size=2),  # without torchrun
+    "zero_stage=4": dict(zero_stage=4),
+    "cpu_offload": dict(cpu_offload=True),
 }
 
 

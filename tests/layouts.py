@@ -1,0 +1,195 @@
+"""
+Every layout against one process: the same weights, batches and steps, and how far apart they come out.
+
+    torchrun --standalone --nproc_per_node=4 tests/layouts.py
+
+A row of the table is a layout of the ranks for one kind of model: the largest relative difference of a raw gradient
+(by tensor), of the loss and the gradient norm in ten clipped steps, of the weights and moments after them, and of the
+validation loss. The last line is the same as JSON; test_parallel.py reads it.
+"""
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import machine  # noqa: E402
+from eval import evaluate  # noqa: E402
+from loader import Loader, Tokens  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from optim import Optimizers  # noqa: E402
+from parallel import Layout, local, one_fate, world  # noqa: E402
+
+STEPS, MICRO_BATCHES, ROWS, T = 10, 4, 2, 16
+SIZES = dict(block_size=T, vocab_size=61, n_head=4, n_embd=32)
+MODERN = dict(pos="rope", norm="rmsnorm", norm_embed=True, qk_norm="rms_gain", activation="swiglu")
+MODELS = {
+    "GPT-2": {},  # learned positions, biases, a tied head
+    "modern": dict(**MODERN, bias=False, tie_weights=False),
+    "grouped": dict(**MODERN, n_kv_head=2),
+    "multi-query": dict(qk_norm="rms_gain", n_kv_head=1),
+}
+LAYOUTS = {
+    2: {
+        "DDP": {}, "ZeRO-1": dict(zero_stage=1), "ZeRO-2": dict(zero_stage=2), "ZeRO-3": dict(zero_stage=3),
+        "TP 2": dict(tp_size=2), "PP 2 gpipe": dict(pp_size=2, pp_schedule="gpipe"), "PP 2 1f1b": dict(pp_size=2),
+        "PP 2 interleaved": dict(pp_size=2, pp_schedule="interleaved"),
+    },
+    4: {
+        "DDP": {}, "ZeRO-1": dict(zero_stage=1), "ZeRO-2": dict(zero_stage=2), "ZeRO-3": dict(zero_stage=3),
+        "TP 4": dict(tp_size=4), "TP 2 x DDP": dict(tp_size=2), "TP 2 x ZeRO-1": dict(tp_size=2, zero_stage=1),
+        "TP 2 x ZeRO-3": dict(tp_size=2, zero_stage=3), "PP 4 1f1b": dict(pp_size=4),
+        "PP 2 x DDP": dict(pp_size=2), "PP 2 interleaved x DDP": dict(pp_size=2, pp_schedule="interleaved"),
+        "PP 2 x ZeRO-2": dict(pp_size=2, zero_stage=2), "PP 2 x TP 2": dict(pp_size=2, tp_size=2),
+    },
+    8: {
+        "PP 2 x DDP 2 x TP 2": dict(pp_size=2, tp_size=2),
+        "PP 2 x ZeRO-1 2 x TP 2": dict(pp_size=2, tp_size=2, zero_stage=1),
+    },
+}
+
+
+def cases(ranks):
+    """(layout, model, optimizer, its settings) of every row."""
+    for name, settings in LAYOUTS[ranks].items():
+        models = MODELS if name in ("TP 2", "TP 2 x DDP") else {"TP 4": ("grouped", "multi-query")}.get(
+            name, ("modern", "multi-query") if "TP" in name else ("GPT-2", "modern"))
+        for model in models:
+            yield name, model, "adamw", settings
+        if ranks == 4 and ("ZeRO-3" in name or name in ("TP 2 x DDP", "PP 2 x DDP")):
+            yield name, "multi-query", "muon", settings
+    if ranks < 8:
+        yield "wrong scale", "GPT-2", "adamw", {}  # which must be seen
+    if ranks == 2:
+        for kind in ("selective", "full"):
+            yield f"ZeRO-3, {kind}", "modern", "adamw", dict(zero_stage=3, activation_checkpointing=kind)
+        yield "TP 2, selective", "grouped", "adamw", dict(tp_size=2, activation_checkpointing="selective")
+
+
+class Numbers(Tokens):
+    """A split of `n` tokens with some order in it, and no file."""
+
+    def __init__(self, n):
+        self.folder, self.split = "numbers", "train"
+        self.ids = (np.cumsum(np.random.default_rng(0).integers(0, 3, n)) % SIZES["vocab_size"]).astype(np.uint16)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def read(self, starts, length):
+        return np.stack([self.ids[start : start + length] for start in starts])
+
+
+@contextmanager
+def alone():
+    """As if this were the only process."""
+    ranks = os.environ.pop("WORLD_SIZE")
+    try:
+        yield
+    finally:
+        os.environ["WORLD_SIZE"] = ranks
+
+
+def train(layout, changes, optimizer, layers, scale=1.0):
+    """Ten steps as train.py does them. -> what is compared: names -> tensors, or numbers"""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**SIZES, **changes, n_layer=layers))
+    with torch.no_grad():
+        for p in model.parameters():  # biases are not 0, gains not 1, and logits do differ
+            p.add_(torch.randn_like(p) * 0.05)
+    layout.check(model.config)
+    accumulation = layout.accumulation(MICRO_BATCHES)
+    began = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = layout.place(model)
+    opt = Optimizers(model, optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1, whole=layout.whole,
+                     part=layout.part)
+    placed = layout.whole_tensors(model)
+    same = layout.rank > 0 or placed.keys() == began.keys() and all(torch.equal(placed[k], began[k]) for k in began)
+    loader = Loader(Numbers(3000), T, ROWS, accumulation=accumulation, seed=1, rank=layout.dp_rank, world=layout.dp)
+    losses, norms = [], []
+    for step in range(STEPS):
+        means = []
+        for micro in range(accumulation if layout.pp == 1 else 1):
+            x, y = layout.take(loader, accumulation)
+            if layout.pp > 1:
+                means.append(layout.pipeline(model, x, y, accumulation))
+                continue
+            layout.before_forward(model, last=micro == accumulation - 1)
+            _, loss = layout.module(x, y, loss_only=True)
+            (loss * scale / accumulation).backward()
+            means.append(loss.detach())
+        layout.reduce(model)
+        if step == 0:
+            grads = {name: layout.keep(layout.whole(name, p.grad).clone()) for name, p in model.named_parameters()}
+            grads = layout.of_all_stages(grads)
+        norms.append(layout.grad_norm(model))
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.3, norms[-1])
+        opt.step()
+        held = [*model.parameters(), *(p.grad for p in model.parameters())]
+        held += [t for each in opt.state_dict().values() for values in each.values() for t in values.values() if t.ndim]
+        opt.zero_grad()
+        losses.append(torch.stack(means).mean())
+    loader.close()
+    val = evaluate(model, Numbers(500), T, 4, rank=layout.dp_rank, ranks=layout.dp, collect=layout.collect)
+    layout.rest(model)
+    state = layout.gather(model, opt)[1].state_dict()
+    before = opt.state_dict()
+    opt.load_state_dict(layout.scatter(model, layout.first(lambda: state)))
+    pairs = [(t, opt.state_dict()[kind][name][key]) for kind, each in before.items() for name, values in each.items()
+             for key, t in values.items()]
+    scattered = not layout.agree(int(not all(torch.equal(local(a), local(b)) for a, b in pairs)))[0]
+    kept = [("weights", name, p) for name, p in layout.whole_tensors(model).items()]
+    kept += [(key, name, t) for each in state.values() for name, values in each.items() for key, t in values.items()]
+    # as one vector: of a gradient that is 0 but for rounding (a key's bias) AdamW makes as large a step as of others
+    vectors = {kind: torch.cat([t.flatten() for key, _, t in sorted(kept, key=lambda one: one[1]) if key == kind])
+               for kind in {key for key, *_ in kept} - {"step"}} if layout.rank == 0 else {}
+    return {"same start": same, "scattered": scattered, "held": sum(local(t).numel() for t in held),
+            "losses": layout.mean(torch.stack(losses)), "norms": torch.stack(norms), "grads": grads,
+            "state": vectors, "val": torch.tensor(val["loss"])}
+
+
+def apart(a, b):
+    """The largest relative difference of tensors, each by its norm; of numbers one by one."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), a.keys() ^ b.keys()
+        return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
+    return float(((a - b).abs() / b.abs()).max())
+
+
+def main():
+    torch.set_num_threads(1)
+    known, rows = {}, []
+    for name, model, optimizer, settings in cases(world()):
+        clock = time.perf_counter()
+        layout = Layout(**settings)
+        this = MODELS[model], optimizer, 4 if layout.pp > 1 else 2
+        if layout.rank == 0 and str(this) not in known:
+            with alone():
+                known[str(this)] = train(Layout(), *this)
+        found = train(layout, *this, 1.5 if name == "wrong scale" else 1.0)
+        if layout.rank:
+            continue
+        one = known[str(this)]
+        assert min(one["norms"]) > 0.3, "clipping is active"
+        row = {"layout": name, "model": model, "optimizer": optimizer, "same start": found["same start"],
+               "scattered": found["scattered"],
+               "held": found["held"] / one["held"]}  # of weights, gradients and moments after a step
+        figures = {key: apart(found[key], one[key]) for key in ("grads", "losses", "norms", "state", "val")}
+        rows.append(row | figures)
+        text = "  ".join(f"{key} {figure:.1e}" for key, figure in figures.items()) + f"  held {row['held']:.2f}"
+        print(f"{name:<24} {model:<12} {optimizer:<6} {text}  {time.perf_counter() - clock:.1f} s", flush=True)
+    if rows:
+        found = {"ranks": world(), "torch": torch.__version__, "machine": machine(), "rows": rows}
+        print(json.dumps({"benchmark": "layouts", **found}))
+
+
+if __name__ == "__main__":
+    with one_fate():
+        main()

@@ -1,0 +1,255 @@
+"""Many processes, one answer: each layout against one process, and what may happen to a run of several."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from layouts import LAYOUTS, MODELS, SIZES, Numbers, cases
+from runs import ROOT, TINY, differences, losses, outcome, records
+from safetensors.torch import load_file
+
+import checkpoint
+from loader import Loader
+from model import GPT, GPTConfig
+from parallel import Layout, checkpoint_activations
+
+pytest_plugins = ["runs"]
+
+SAME = 1e-5  # relative, in fp32
+FAULT = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+import optim
+rank, attempt = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT")
+real, calls = optim.Optimizers.step, []
+def step(self):
+    calls.append(None)
+    {fault}
+    return real(self)
+optim.Optimizers.step = step
+sys.argv[0] = "train.py"
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def start(ranks, script, *argv, restarts=0):
+    """torchrun of a script on so many processes -> subprocess.Popen"""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+               f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def flags(words, out, **settings):
+    settings = {**TINY, "gradient_accumulation_steps": 4, "n_layer": 2, "dataset": words, "out_dir": out, **settings}
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def finish(process):
+    process.out, process.err = process.communicate(timeout=300)
+    return process
+
+
+def trained(ranks, words, out, **settings):
+    done = finish(start(ranks, ROOT / "train.py", *flags(words, out, **settings)))
+    assert done.returncode == 0, done.err
+    return out
+
+
+def faulty(tmp_path, fault):
+    """train.py, but that `fault` is run before each update."""
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULT.format(root=str(ROOT), script=str(ROOT / "train.py"), fault=fault), encoding="utf-8")
+    return script
+
+
+def close(a, b):
+    return all(abs(x - y) <= SAME * abs(y) for x, y in zip(a, b, strict=True))
+
+
+# -----------------------------------------------------------------------------
+# Layouts
+
+
+@pytest.fixture(scope="session")
+def table():
+    """Rows of layouts.py by (layout, model, optimizer), of so many ranks."""
+    known = {}
+
+    def of(ranks):
+        if ranks not in known:
+            done = finish(start(ranks, ROOT / "tests" / "layouts.py"))
+            assert done.returncode == 0, done.err
+            rows = json.loads(done.out.splitlines()[-1])["rows"]
+            known[ranks] = {(row["layout"], row["model"], row["optimizer"]): row for row in rows}
+        return known[ranks]
+
+    return of
+
+
+def rows(ranks):
+    marks = [pytest.mark.slow] if ranks > 2 else []
+    return [pytest.param(ranks, *case[:3], marks=marks) for case in cases(ranks) if case[0] != "wrong scale"]
+
+
+@pytest.mark.parametrize("ranks, layout, model, optimizer", [row for ranks in LAYOUTS for row in rows(ranks)])
+def test_a_layout_equals_one_process(ranks, layout, model, optimizer, table):
+    row = table(ranks)[layout, model, optimizer]
+    assert row["same start"], "weights are equal bit for bit once they are placed and gathered"
+    assert row["scattered"], "and what the optimizer keeps once it is gathered and given back"
+    far = {key: row[key] for key in ("grads", "losses", "norms", "state", "val") if row[key] > SAME}
+    assert not far
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_zero_leaves_each_rank_its_share(ranks, stage, table):
+    """Of weights, gradients and moments when the optimizer steps: one of so many parts (Rajbhandari et al. 2020)."""
+    assert table(ranks)[f"ZeRO-{stage}", "modern", "adamw"]["held"] == pytest.approx(1 / ranks, rel=0.05)
+
+
+def test_a_wrong_scale_of_the_gradient_is_seen(table):
+    """Negative control: clipped steps hide it in the losses; raw gradients and their norm do not."""
+    row = table(2)["wrong scale", "GPT-2", "adamw"]
+    assert row["grads"] > 0.1 and row["norms"] > 0.1
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("model", MODELS)
+def test_activations_computed_again_change_no_gradient(model, kind):
+    """To the bit, and with the same dropout."""
+    grads = {}
+    for recompute in ("none", kind):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(**SIZES, **MODELS[model], n_layer=2, dropout=0.1))
+        if recompute != "none":
+            checkpoint_activations(gpt, recompute)
+        x = torch.randint(61, (2, 16))
+        gpt(x, x, loss_only=True)[1].backward()
+        grads[recompute] = [p.grad for p in gpt.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(*grads.values(), strict=True))
+
+
+def test_one_process_is_left_alone():
+    layout, model = Layout(zero_stage=3), GPT(GPTConfig(**SIZES, n_layer=1))
+    assert layout.place(model) is model is layout.module and layout.whole_model(model) is model
+    assert layout.gather(model, "its optimizers") == (model, "its optimizers") and layout.warm_ups == 0
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("settings, grid, steps, would_do", [
+    (dict(), dict(dp=4), 6, "4 and 8 do"),
+    (dict(), dict(dp=4), 1, "4 and 8 do"),
+    (dict(pp_schedule="1f1b"), dict(dp=2, pp=4), 6, "8 and 10 do"),
+    (dict(pp_schedule="interleaved"), dict(dp=2, pp=2), 6, "4 and 8 do"),
+])
+def test_micro_batches_that_do_not_divide(settings, grid, steps, would_do):
+    layout = Layout(**settings)
+    vars(layout).update(grid)
+    with pytest.raises(ValueError, match=would_do):
+        layout.accumulation(steps)
+    for number in would_do.split()[::2][:2]:
+        assert layout.accumulation(int(number)) == int(number) // grid["dp"]
+
+
+@pytest.mark.parametrize("grid, changes, named", [
+    (dict(tp=3), {}, "n_head=4"),
+    (dict(tp=2), dict(n_head=6, n_embd=48, n_kv_head=3), "n_kv_head=3"),
+    (dict(pp=4), {}, "n_layer=2"),
+    (dict(pp=2, kind="interleaved"), {}, "n_layer=2"),
+])
+def test_a_model_that_cannot_be_laid_out(grid, changes, named):
+    layout = Layout()
+    vars(layout).update(grid)
+    with pytest.raises(ValueError, match=named):
+        layout.check(GPTConfig(**{**SIZES, "n_layer": 2, **changes}))
+
+
+def test_each_window_once_an_epoch():
+    numbers, seen = Numbers(700), []
+    for rank in range(3):
+        loader = Loader(numbers, 16, 2, accumulation=1, rank=rank, world=3)
+        seen += [loader.positions(step, 0) for step in range(loader.order.windows // 6)]
+        loader.close()
+    positions = sorted(int(p) for each in seen for p in each)
+    assert positions == list(range(len(positions))) and len(set(loader.order.starts(positions))) == len(positions)
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_any_layout(words, tmp_path, unbroken, tiny):
+    """Saved by two ranks, resumed by one, by four and by two that split each layer."""
+    one = unbroken(gradient_accumulation_steps=4, n_layer=2)
+    half = trained(2, words, tmp_path / "half", max_iters=6, lr_decay_iters=12, zero_stage=2)
+    for ranks, settings in ((1, {}), (4, {}), (2, dict(tp_size=2))):
+        out = tmp_path / f"on_{ranks}{len(settings) and settings}"
+        shutil.copytree(half, out)
+        saved = load_file(out / "ckpt" / "step_00000006" / "model.safetensors")
+        trained(ranks, words, out, init_from="resume", **settings)
+        assert all(torch.equal(saved[k], t) for k, t in
+                   load_file(out / "ckpt" / "step_00000006" / "model.safetensors").items())
+        there = outcome(out)
+        for key in ("loss", "grad_norm"):
+            assert close([r[key] for r in there["metrics"]], [r[key] for r in one["metrics"]]), (settings, key)
+        assert [r["tokens"] for r in there["metrics"]] == [r["tokens"] for r in one["metrics"]]
+        assert close([there["val_loss"]], [one["val_loss"]])
+        assert checkpoint.read_state(checkpoint.find(out)[0])["ranks"] == ranks
+
+
+def test_dropout_is_that_of_one_process(words, tmp_path, unbroken):
+    settings = dict(dropout=0.2, max_iters=4, gradient_accumulation_steps=4, n_layer=2)
+    one = unbroken(**settings)
+    there = outcome(trained(2, words, tmp_path, **settings))
+    assert close([r["loss"] for r in there["metrics"]], [r["loss"] for r in one["metrics"]])
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed(words, tmp_path):
+    """torchrun starts all again; they go on from the last checkpoint and end with the bits of a run without a fault."""
+    settings = dict(init_from="auto", save_interval=2, dropout=0.1)
+    trained(4, words, tmp_path / "whole", **settings)
+    when = 'rank == "2" and attempt == "0" and len(calls) == 8'
+    kill = faulty(tmp_path, f"if {when}: os.kill(os.getpid(), signal.SIGKILL)")
+    done = finish(start(4, kill, *flags(words, tmp_path / "killed", **settings), restarts=1))
+    assert done.returncode == 0, done.err
+    assert [e["event"] for e in records(tmp_path / "killed", "events.jsonl")] == ["start", "resume", "end"]
+    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == []
+
+
+def test_a_rank_that_fails(words, tmp_path):
+    """All stop, and what is said is what happened there."""
+    script = faulty(tmp_path, 'assert rank != "1" or len(calls) < 3, "on purpose"')
+    done = finish(start(2, script, *flags(words, tmp_path / "run")))
+    assert done.returncode != 0
+    assert "[rank1]: AssertionError: on purpose" in done.err and "[rank0]: " not in done.err
+    assert "rank 0 stops: rank 1 failed (AssertionError: on purpose)" in done.err
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_batch_that_the_ranks_do_not_divide(words, tmp_path):
+    done = finish(start(2, ROOT / "train.py", *flags(words, tmp_path / "run", gradient_accumulation_steps=3)))
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "error: gradient_accumulation_steps=3 does not do for 2 processes: DDP 2; 2 and 4 do" in done.err
+
+
+def test_stopped_by_a_signal_all_at_one_step(words, tmp_path):
+    settings = dict(zero_stage=1, log_interval=1, eval_interval=1000)
+    running = start(2, ROOT / "train.py", *flags(words, tmp_path / "run", max_iters=100000, **settings))
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses(tmp_path / "run")) < 3:
+        assert running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    finish(running)
+    stop = records(tmp_path / "run", "events.jsonl")[-1]
+    assert stop["event"] == "stop" and stop["reason"] == "SIGTERM", running.err
+    assert list(checkpoint.steps(tmp_path / "run")) == [stop["step"]] and len(losses(tmp_path / "run")) == stop["step"]
