@@ -28,7 +28,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from model import GPT, Block
+from model import GPT, MLP, Attention
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
@@ -228,17 +228,18 @@ class Layout:
         return model
 
     def shard(self, root, dtype):
-        """ZeRO: each block is gathered when it is needed, the rest with `root`. In half precision a block's weights are
-        gathered so, as autocast would keep copies of whole ones; gradients are reduced in fp32, and the residual stream
-        stays in it, so that the numbers are autocast's but for the norms' gains."""
+        """ZeRO: attention and MLP of each block are gathered when they are needed, norms and the ends with `root`. In
+        half precision their weights are gathered so, as autocast would keep a copy of each whole one; gradients are
+        reduced in fp32, and what goes in and out is as it is without, so that the numbers are autocast's."""
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         policy = CPUOffloadPolicy() if self.offload else OffloadPolicy()
         options = {"mesh": self.mesh["dp"], "offload_policy": policy}
         half = {} if dtype == torch.float32 else {"param_dtype": dtype, "reduce_dtype": torch.float32}
         short = MixedPrecisionPolicy(**half, cast_forward_inputs=False)
-        for block in (module for module in root.modules() if isinstance(module, Block)):
-            fully_shard(block, reshard_after_forward=self.zero == 3, mp_policy=short, **options)
+        for module in root.modules():
+            if isinstance(module, (Attention, MLP)):
+                fully_shard(module, reshard_after_forward=self.zero == 3, mp_policy=short, **options)
         fully_shard(root, reshard_after_forward=False, **options)
 
     def split_layers(self, model):
