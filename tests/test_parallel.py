@@ -209,8 +209,8 @@ def test_a_run_goes_on_in_any_layout(words, tmp_path, unbroken, tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_shards_go_on_in_any_layout(stage, words, tmp_path, unbroken):
-    """Each of two ranks writes its own. To the bit what a plain checkpoint is on the same layout, and once consolidated;
-    on others, one that splits layers among them, the losses of one process."""
+    """Each of two ranks writes its own. To the bit what a plain checkpoint is on the same layout, and once
+    consolidated; on others, one that splits layers among them, the losses of one process."""
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
     same, begin = dict(zero_stage=stage), dict(max_iters=6, lr_decay_iters=12, zero_stage=stage)
     shards = trained(2, words, tmp_path / "sharded", checkpoint_format="sharded", **begin)
