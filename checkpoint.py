@@ -8,6 +8,13 @@ Checkpoints: write, verify, find and read.
 
 A checkpoint is written beside its place, synced and then renamed, so a folder of that name is complete, and a kill at
 any instant leaves the one before it whole. Nothing read from a checkpoint is ever executed.
+
+Where gathering the model on one rank hurts, checkpoint_format="sharded" has each rank write what lies on it, by
+torch.distributed.checkpoint (DCP) in its safetensors storage: shard-0000R-model-00001-of-00001.safetensors instead of
+the two files, with tensors named model/NAME, adamw/NAME/exp_avg, ... and in each header where in the whole they belong.
+That storage keeps no pickled index. Such a run is read and resumed like any other, and made a plain one with
+
+    python checkpoint.py consolidate out/mine
 """
 
 import errno
@@ -16,14 +23,26 @@ import json
 import os
 import re
 import shutil
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from configurator import configure, fail
+
+# -----------------------------------------------------------------------------
+what = ""                     # consolidate: the sharded checkpoints of runs become plain ones
+runs: tuple[str, ...] = ()    # their folders, as bare words
+# -----------------------------------------------------------------------------
+
 NAME = re.compile(r"step_(\d{8,})")
 FILES = ("model.safetensors", "optimizer.pt")
+SHARD = re.compile(r"shard-\d{5,}-.*\.safetensors")  # DCP's name for what one rank writes
 
 
 class CheckpointError(ValueError):
@@ -69,35 +88,66 @@ def model_tensors(model):
 def save(out_dir, model, optimizers, state):
     """Write checkpoint `state["step"]`, which must be JSON values, and return its folder. Raises OSError (disk full)
     after removing what it wrote; checkpoints that exist stay as they are."""
-    ckpt = Path(out_dir) / "ckpt"
-    final = ckpt / f"step_{state['step']:08d}"
+    final = place(out_dir, state)
     if final.exists():
         return final  # this step was saved already, and a step has one outcome
+    with writing(final):
+        begin(final)
+        write_plain(final, model, optimizers, state)
+    return final
+
+
+def place(out_dir, state):
+    return Path(out_dir) / "ckpt" / f"step_{state['step']:08d}"
+
+
+def beside_of(final):
+    return final.with_name(f".writing_{final.name}")
+
+
+@contextmanager
+def writing(final):
+    """Where it fails, what was written is removed, and the error is an OSError if a full disk or the like is behind."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as e:
+        shutil.rmtree(beside_of(final), ignore_errors=True)
+        if (cause := system_error(e)) is None:
+            raise
+        raise OSError(cause.errno, f"{final} could not be written: {cause.strerror or cause}") from e
+
+
+def begin(final):
+    """Make the folder beside `final`."""
+    ckpt = final.parent
     ckpt.mkdir(parents=True, exist_ok=True)
     sync(ckpt.parent)  # which has new entries the first time
     for left in ckpt.glob(".writing_*"):  # by a run that was killed
         shutil.rmtree(left)
-    beside = ckpt / f".writing_{final.name}"
-    try:
-        beside.mkdir()
-        save_file(model_tensors(model), beside / "model.safetensors", metadata={"format": "pt"})
-        with open(beside / "optimizer.pt", "wb") as f:  # a file of Python's, whose errors say what happened
-            torch.save(optimizers.state_dict(), f)
-        state = {**state, "files": {name: file_sha256(beside / name) for name in FILES}}
-        state = json.loads(json.dumps(state))  # as it will be read: tuples are lists
-        state["sha256"] = own_sha256(state)
-        (beside / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
-        for name in (*FILES, "state.json"):
-            sync(beside / name)
-        sync(beside)
-        os.replace(beside, final)
-        sync(ckpt)
-    except (OSError, SafetensorError, RuntimeError) as e:
-        shutil.rmtree(beside, ignore_errors=True)
-        if (cause := system_error(e)) is None:
-            raise
-        raise OSError(cause.errno, f"{final} could not be written: {cause.strerror or cause}") from e
-    return final
+    beside_of(final).mkdir()
+
+
+def write_plain(final, model, optimizers, state):
+    beside = beside_of(final)
+    save_file(model_tensors(model), beside / "model.safetensors", metadata={"format": "pt"})
+    with open(beside / "optimizer.pt", "wb") as f:  # a file of Python's, whose errors say what happened
+        torch.save(optimizers.state_dict(), f)
+    finish(final, state, {name: file_sha256(beside / name) for name in FILES})
+
+
+def finish(final, state, files):
+    """Once the `files` (name -> sha256) are written: state.json, and the name that says it is complete."""
+    beside = beside_of(final)
+    state = json.loads(json.dumps({**state, "files": files}))  # as it will be read: tuples are lists
+    state["sha256"] = own_sha256(state)
+    (beside / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
+    for name in (*files, "state.json"):
+        sync(beside / name)
+    sync(beside)
+    if final.exists():  # as shards, which are these tensors
+        final.rename(final.with_name(f"{final.name}.sharded"))
+    os.replace(beside, final)
+    sync(final.parent)
 
 
 def system_error(e):
@@ -113,7 +163,9 @@ def read_state(folder):
     path = Path(folder) / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        intact = state["sha256"] == own_sha256(state) and set(FILES) <= state["files"].keys()
+        names = state["files"].keys()
+        whole = set(FILES) <= names or names and all(map(SHARD.fullmatch, names))
+        intact = state["sha256"] == own_sha256(state) and whole
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         raise CheckpointError(f"{path} is missing ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:  # another OSError says nothing of the checkpoint
@@ -124,9 +176,14 @@ def read_state(folder):
 
 
 def verify(folder, only=None):
-    """The state of a checkpoint, every file (or `only` one) checked. Raises CheckpointError naming the file."""
+    """The state of a checkpoint, every file (or `only` one, of a plain one) checked. Raises CheckpointError naming the
+    file."""
     state = read_state(folder)
-    for name in [only] if only else FILES:
+    plain = set(FILES) <= state["files"].keys()
+    for path in () if plain else Path(folder).glob("*.safetensors"):  # DCP would read them all
+        if path.name not in state["files"]:
+            raise CheckpointError(f"{path} is not of this checkpoint")
+    for name in [only] if plain and only else FILES if plain else state["files"]:
         path = Path(folder) / name
         if not path.exists():
             raise CheckpointError(f"{path} is missing")
@@ -138,13 +195,15 @@ def verify(folder, only=None):
             digest = None
         if digest != state["files"][name]:
             raise CheckpointError(f"{path} is damaged (sha256 differs from state.json)")
-    if only is None:
+    if plain and only is None:
         load_optimizer_state(folder)  # a file with the right digest can still hold what weights_only refuses
     return state
 
 
 def load_model_tensors(folder):
     """Name -> tensor. Raises CheckpointError."""
+    if is_sharded(folder):
+        return {name.removeprefix("model/"): t for name, t in load_shards(folder, weights=True).items()}
     path = Path(folder) / "model.safetensors"
     try:
         return load_file(path)
@@ -152,8 +211,15 @@ def load_model_tensors(folder):
         raise CheckpointError(f"{path} cannot be read ({e})") from None
 
 
-def load_optimizer_state(folder):
-    """As Optimizers.state_dict gave it. Raises CheckpointError, also for a pickle that asks for more than tensors."""
+def load_optimizer_state(folder, params=None):
+    """As Optimizers.state_dict gave it. Raises CheckpointError, also for a pickle that asks for more than tensors. Of a
+    sharded one with `params`, by name, what lies on this rank as they do; all ranks call it."""
+    if is_sharded(folder):
+        state = {}
+        for whole_name, t in load_shards(folder, weights=False, params=params).items():
+            kind, name, key = whole_name.split("/")
+            state.setdefault(kind, {}).setdefault(name, {})[key] = t
+        return state
     path = Path(folder) / "optimizer.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -172,6 +238,110 @@ def load_model(model, folder):
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(tensors[name])
+
+
+# -----------------------------------------------------------------------------
+# Shards
+
+
+def is_sharded(folder):
+    return "model.safetensors" not in read_state(folder)["files"]
+
+
+def save_sharded(out_dir, model, optimizers, state):
+    """As `save`, but all ranks call it, and each writes and digests what lies on it. Raises OSError on all of them
+    where one fails. `out_dir` is on a disk that all ranks see."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    final, rank = place(out_dir, state), dist.get_rank() if dist.is_initialized() else 0
+    tensors = {f"model/{name.removeprefix('_orig_mod.')}": p.detach() for name, p in model.named_parameters()}
+    for kind, params in optimizers.state_dict().items():
+        tensors |= {f"{kind}/{name}/{key}": t for name, values in params.items() for key, t in values.items()}
+    if together(lambda: rank == 0 and final.exists())[0]:
+        return final
+    with writing(final):
+        together(lambda: rank == 0 and begin(final))
+        with one_error():
+            writer = HuggingFaceStorageWriter(str(beside_of(final)), save_distributed=True)
+            save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        own = beside_of(final).glob(f"shard-{rank + 1:05d}-*")
+        each = together(lambda: {path.name: file_sha256(path) for path in own})
+        files = {name: digest for digests in each for name, digest in digests.items()}
+        together(lambda: rank == 0 and finish(final, state, files))
+    return final
+
+
+def together(function):
+    """What `function` gives on each rank. Raises its OSError on all of them where it has one on any."""
+    try:
+        mine = function()
+    except OSError as e:
+        mine = e
+    each = [mine]
+    if dist.is_initialized():
+        each = [None] * dist.get_world_size()
+        dist.all_gather_object(each, mine)
+    for one in each:
+        if isinstance(one, OSError):
+            raise one
+    return each
+
+
+@contextmanager
+def one_error():
+    """DCP tells every rank what failed on one, in an exception of its own: here it is what failed."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant to be one
+            yield
+    except CheckpointException as e:
+        raise next(iter(e.failures.values()))[0] from None
+
+
+def load_shards(folder, weights, params=None):
+    """Name -> tensor, of the weights or of the optimizer. Whole and on the CPU, or with `params` laid out as the one of
+    that name, for which all ranks call it. Raises CheckpointError."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    try:
+        with one_error():
+            found, tensors = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata, {}
+            for name, saved in found.items():
+                p = params and params.get(name.split("/")[1])
+                if name.startswith("model/") == weights:
+                    same = p is not None and saved.size == p.shape
+                    tensors[name] = torch.zeros_like(p.detach()) if same else \
+                        torch.zeros(saved.size, dtype=saved.properties.dtype)
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)),
+                 no_dist=params is None or not dist.is_initialized())
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        raise CheckpointError(f"{folder} cannot be read ({e})") from None
+    return tensors
+
+
+def consolidate(out_dir):
+    """Make each sharded checkpoint of a run the plain one that it would have been. -> their folders. Raises
+    CheckpointError for one that does not verify, and OSError; those that are left stay as they were."""
+    for aside in (Path(out_dir) / "ckpt").glob("step_*.sharded"):
+        if aside.with_suffix("").exists():
+            shutil.rmtree(aside)
+        else:  # a kill came between two renames
+            aside.rename(aside.with_suffix(""))
+    done = [folder for folder in steps(out_dir).values() if is_sharded(folder)]
+    for folder in done:
+        state, tensors, optimizer = verify(folder), load_model_tensors(folder), load_optimizer_state(folder)
+        with writing(folder):
+            begin(folder)
+            write_plain(folder, SimpleNamespace(named_parameters=tensors.items),
+                        SimpleNamespace(state_dict=lambda optimizer=optimizer: optimizer), state)
+        shutil.rmtree(folder.with_name(f"{folder.name}.sharded"))
+    return done
+
+
+# -----------------------------------------------------------------------------
+# Which there are
 
 
 def steps(out_dir):
@@ -254,3 +424,19 @@ def prune(out_dir, keep):
             gone = folder.with_name(f".writing_{folder.name}")  # half-removed is not a checkpoint either
             os.replace(folder, gone)
             shutil.rmtree(gone)
+
+
+def main():
+    if not what or not runs:
+        fail("say what to do with which run: python checkpoint.py consolidate out/mine")
+    for run in runs:
+        try:
+            done = consolidate(run)
+        except (CheckpointError, OSError) as e:
+            fail(e)
+        print("\n".join(f"{folder} is a plain checkpoint now" for folder in done) or f"{run} has no sharded checkpoint")
+
+
+if __name__ == "__main__":
+    configure(globals(), verb="what", verbs=("consolidate",), paths="runs")
+    main()

@@ -28,6 +28,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
+import checkpoint
 from model import GPT, MLP, Attention
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
@@ -495,6 +496,12 @@ class Layout:
         params = dict(model.named_parameters())
         return {kind: {name: {key: self.part(name, t, params[name]) for key, t in values.items()}
                        for name, values in states.items() if name in params} for kind, states in saved.items()}
+
+    def optimizer_state(self, model, folder):
+        """Of a checkpoint, what the optimizer keeps for this rank's parameters; of a sharded one only that is read."""
+        if self.tp == self.pp == 1 and checkpoint.is_sharded(folder):
+            return checkpoint.load_optimizer_state(folder, dict(model.named_parameters()))
+        return self.scatter(model, checkpoint.load_optimizer_state(folder))
 
     def whole_model(self, model):
         """A model that runs on rank 0 alone; None elsewhere. All ranks call it."""

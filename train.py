@@ -111,6 +111,7 @@ always_save_checkpoint = True  # false: keep only these two
 keep_checkpoints = 3          # how many of the last are kept otherwise
 save_interval = 0             # updates between checkpoints; 0: only at evaluations
 save_minutes = 10.0           # minutes between checkpoints at most; 0: no limit
+checkpoint_format = "plain"   # plain | sharded: each rank writes what lies on it, where gathering it on one hurts
 
 # the machine
 device = "auto"               # auto | cpu | cuda | cuda:N | mps
@@ -230,7 +231,7 @@ def main(config, given):
         )
         scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
         if resumed:
-            opt.load_state_dict(layout.scatter(model, checkpoint.load_optimizer_state(folder)))
+            opt.load_state_dict(layout.optimizer_state(model, folder))
             if saved["scaler"]:
                 scaler.load_state_dict(saved["scaler"])
 
@@ -334,20 +335,26 @@ def main(config, given):
 
     def save(val_loss=None):
         """A checkpoint of now. A full disk is said and the run goes on: what is there already stays good."""
-        gathered = layout.gather(model, opt)
+        sharded = checkpoint_format == "sharded"
+        held = (model, opt) if sharded else layout.gather(model, opt)
 
-        def write():
+        def flush():
+            return layout.rank == 0 and run.flush()
+
+        def write():  # on each rank if sharded, else on the first
             try:
-                state["metrics_bytes"] = run.flush()
+                state["metrics_bytes"] = checkpoint.together(flush)[0] if sharded else flush()
                 state["scaler"] = scaler.state_dict() if scaler.is_enabled() else None
-                checkpoint.save(out_dir, *gathered, {**state, "val_loss": val_loss})
-                checkpoint.prune(out_dir, keep_checkpoints if always_save_checkpoint else 1)
+                how = checkpoint.save_sharded if sharded else checkpoint.save
+                how(out_dir, *held, {**state, "val_loss": val_loss})
+                if layout.rank == 0:
+                    checkpoint.prune(out_dir, keep_checkpoints if always_save_checkpoint else 1)
             except OSError as e:
                 warn(f"no checkpoint at step {state['step']}: {e}; earlier ones stay, make room in {out_dir}")
                 return False
             return True
 
-        return layout.first(write)
+        return not layout.agree(int(not write()))[0] if sharded else layout.first(write)
 
     # ---- compile, and fall back once if that fails ---------------------------------------
     compiled = layout.module
@@ -488,10 +495,13 @@ def check_settings():
         fail(f"min_lr={min_lr} must lie between 0 and learning_rate={learning_rate}; or set decay_lr=false")
     choices = {"optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
                "lr_schedule": ("cosine", "linear", "wsd"), "zero_stage": (0, 1, 2, 3), "backend": ("nccl", "gloo"),
-               "pp_schedule": parallel.SCHEDULES, "activation_checkpointing": ("none", "selective", "full")}
+               "checkpoint_format": ("plain", "sharded"), "pp_schedule": parallel.SCHEDULES,
+               "activation_checkpointing": ("none", "selective", "full")}
     for key, known in choices.items():
         if globals()[key] not in known:
             fail(f"{key}={globals()[key]!r} is not one of {', '.join(map(str, known))}")
+    if checkpoint_format == "sharded" and (tp_size > 1 or pp_size > 1):
+        fail("checkpoint_format='sharded' knows no parts of layers and no pipelines: it needs tp_size=1 and pp_size=1")
 
 
 def micro_steps():

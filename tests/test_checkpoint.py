@@ -1,7 +1,9 @@
 """Checkpoints: killed at any instant, damaged, on a full disk; writing, finding and pruning them."""
 
+import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -441,3 +443,84 @@ def test_pruning_keeps_the_last_few_and_the_best(trained, tmp_path):
     assert checkpoints(tmp_path) == [2, 4, 5, 6] and leftovers(tmp_path) == []
     checkpoint.prune(tmp_path, 0)  # the latest is always kept
     assert checkpoints(tmp_path) == [2, 6]
+
+
+# -----------------------------------------------------------------------------
+# Shards, here of one process; of several in test_parallel.py
+
+
+def put_sharded(out, trained, step):
+    return checkpoint.save_sharded(out, *trained, {"step": step, "val_loss": None})
+
+
+def the_shard(folder):
+    return next(folder.glob("shard-*.safetensors"))
+
+
+def test_consolidated_is_what_one_process_writes(trained, tmp_path, run_script):
+    plain, shards = put(tmp_path / "plain", trained, 3), put_sharded(tmp_path / "run", trained, 3)
+    assert sorted(p.name for p in shards.iterdir()) == [the_shard(shards).name, "state.json"]
+    assert checkpoint.find(tmp_path / "run")[0] == shards, "and it is read as it is"
+    other = GPT(trained[0].config)
+    checkpoint.load_model(other, shards)
+    assert all(torch.equal(a, b) for a, b in zip(trained[0].parameters(), other.parameters(), strict=True))
+    done = run_script("checkpoint.py", "consolidate", tmp_path / "run")
+    assert done.returncode == 0 and f"{shards} is a plain checkpoint now" in done.stdout, done.stderr
+    assert checkpoints(tmp_path / "run") == [3] and leftovers(tmp_path / "run") == []
+    assert (shards / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    states = [{(kind, name, key): t for kind, params in checkpoint.load_optimizer_state(folder).items()
+               for name, values in params.items() for key, t in values.items()} for folder in (shards, plain)]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(t, states[1][key]) for key, t in states[0].items())
+    assert checkpoint.verify(shards)["val_loss"] is checkpoint.verify(plain)["val_loss"] is None
+    assert "has no sharded checkpoint" in run_script("checkpoint.py", "consolidate", tmp_path / "run").stdout
+
+
+def test_a_pickle_beside_the_shards_is_not_read(trained, tmp_path):
+    """.metadata is what other storages of DCP unpickle."""
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    folder = put_sharded(tmp_path, trained, 1)
+    assert not (folder / ".metadata").exists()
+    for name in (".metadata", "__0.metadata", "__0_0.distcp"):
+        (folder / name).write_bytes(pickle.dumps(Trap()))
+    checkpoint.latest_good(tmp_path)
+    checkpoint.load_model(GPT(trained[0].config), folder)
+    trained[1].load_state_dict(checkpoint.load_optimizer_state(folder, dict(trained[0].named_parameters())))
+    checkpoint.consolidate(tmp_path)
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(pickle.dumps(Trap()))
+    assert (tmp_path / "executed").exists(), "negative control"
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, os.remove, lambda path: shutil.copy(path, f"{path}.safetensors")])
+def test_a_damaged_shard_is_noticed(damage, trained, tmp_path):
+    good, bad = (put_sharded(tmp_path, trained, step) for step in (1, 2))
+    damage(the_shard(bad))
+    with pytest.raises(CheckpointError, match="step_00000002/shard-.*(damaged|missing|not of this checkpoint)"):
+        checkpoint.consolidate(tmp_path)
+    said = []
+    assert checkpoint.latest_good(tmp_path, said.append)[0] == good and "set aside" in said[0]
+    assert checkpoints(tmp_path) == [1] and leftovers(tmp_path) == ["step_00000002.corrupt"]
+
+
+def test_consolidation_that_was_killed_loses_nothing(trained, tmp_path):
+    folder = put_sharded(tmp_path, trained, 1)
+    folder.rename(folder.with_name("step_00000001.sharded"))
+    (folder.parent / ".writing_step_00000001").mkdir()
+    assert checkpoint.consolidate(tmp_path) == [folder] and leftovers(tmp_path) == []
+    checkpoint.verify(folder)
+
+
+def test_a_full_disk_leaves_no_shard(trained, tmp_path, monkeypatch):
+    good = put_sharded(tmp_path, trained, 1)
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)  # DCP's own, at the end of a shard
+    monkeypatch.setattr(checkpoint, "sync", lambda path: None)
+    with pytest.raises(OSError, match="step_00000002 could not be written: No space left"):
+        put_sharded(tmp_path, trained, 2)
+    assert checkpoint.latest_good(tmp_path)[0] == good and leftovers(tmp_path) == []

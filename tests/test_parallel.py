@@ -206,6 +206,56 @@ def test_a_run_goes_on_in_any_layout(words, tmp_path, unbroken, tiny):
         assert checkpoint.read_state(checkpoint.find(out)[0])["ranks"] == ranks
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_shards_go_on_in_any_layout(stage, words, tmp_path, unbroken):
+    """Each of two ranks writes its own. To the bit what a plain checkpoint is on the same layout, and once
+    consolidated; on others, one that splits layers among them, the losses of one process."""
+    one = unbroken(gradient_accumulation_steps=4, n_layer=2)
+    same, begin = dict(zero_stage=stage), dict(max_iters=6, lr_decay_iters=12, zero_stage=stage)
+    shards = trained(2, words, tmp_path / "sharded", checkpoint_format="sharded", **begin)
+    plain = trained(2, words, tmp_path / "plain", **begin)
+    names = [path.name for path in (shards / "ckpt" / "step_00000006").iterdir()]
+    assert sorted(names) == [f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)] + ["state.json"]
+    runs = {"plain": plain}
+    for name in ("1", "2", "4", "split", "consolidated"):
+        runs[name] = tmp_path / name
+        shutil.copytree(shards, runs[name])
+    assert len(checkpoint.consolidate(runs["consolidated"])) == 2
+    assert differences(outcome(runs["consolidated"]), outcome(plain)) == []
+    for name, ranks, settings in (("plain", 2, same), ("2", 2, same), ("consolidated", 2, same), ("1", 1, {}),
+                                  ("4", 4, dict(zero_stage=1)), ("split", 2, dict(tp_size=2))):
+        trained(ranks, words, runs[name], init_from="resume", **settings)
+        there = outcome(runs[name])
+        if settings is same:
+            assert differences(there, outcome(plain)) == [], name
+        for key in ("loss", "grad_norm"):
+            assert close([r[key] for r in there["metrics"]], [r[key] for r in one["metrics"]]), (name, key)
+
+
+@pytest.mark.slow
+def test_shards_of_a_rank_that_is_killed_while_it_writes(words, tmp_path):
+    """torchrun starts all again; they go on from the checkpoint before and end with the bits of an unbroken run."""
+    settings = dict(init_from="auto", save_interval=2, zero_stage=3, checkpoint_format="sharded", max_iters=8)
+    trained(2, words, tmp_path / "whole", **settings)
+    kill = faulty(tmp_path, """if rank == "1" and attempt == "0" and len(calls) == 4:
+        import safetensors.torch
+        safetensors.torch.save = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)""")
+    done = finish(start(2, kill, *flags(words, tmp_path / "killed", **settings), restarts=1))
+    assert done.returncode == 0, done.err
+    assert [e["step"] for e in records(tmp_path / "killed", "events.jsonl") if e["event"] == "resume"] == [2]
+    for out in ("whole", "killed"):
+        checkpoint.consolidate(tmp_path / out)
+    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == []
+
+
+def test_shards_are_not_for_layers_that_are_split(words, tmp_path):
+    settings = dict(checkpoint_format="sharded", tp_size=2)
+    done = finish(start(2, ROOT / "train.py", *flags(words, tmp_path / "run", **settings)))
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "error: checkpoint_format='sharded'" in done.err and "tp_size=1" in done.err
+
+
 def test_dropout_is_that_of_one_process(words, tmp_path, unbroken):
     settings = dict(dropout=0.2, max_iters=4, gradient_accumulation_steps=4, n_layer=2)
     one = unbroken(**settings)
