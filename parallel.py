@@ -328,10 +328,10 @@ class Layout:
             hidden = torch.empty(*rows.shape, model.config.n_embd, device=self.device, requires_grad=True)
             one = torch.empty(1, device=self.device, requires_grad=True)
             stages = [
-                pipe.PipelineStage(
+                with_one_greeting(pipe.PipelineStage(
                     stage, i, self.stages, self.device, input_args=hidden if i else rows,
                     output_args=one if i == self.stages - 1 else hidden, group=self.mesh["pp"].get_group(),
-                ) for i, stage in zip(range(self.pp_rank, self.stages, self.pp), model.stages, strict=True)
+                )) for i, stage in zip(range(self.pp_rank, self.stages, self.pp), model.stages, strict=True)
             ]
             kind = {"gpipe": pipe.ScheduleGPipe, "1f1b": pipe.Schedule1F1B,
                     "interleaved": pipe.ScheduleInterleaved1F1B}[self.kind]
@@ -541,6 +541,20 @@ class Stage(GPT):
             for block in self.transformer.h.values():
                 x = block(x, rope)
             return torch.stack([self.loss(x, targets)]) if self.last else x
+
+
+def with_one_greeting(stage):
+    """A pipeline's stages greet their neighbours first; in torch 2.9 with an int64 where those expect a float32."""
+    greet = stage._get_init_p2p_neighbors_ops
+
+    def floats():
+        messages = greet()
+        for message in messages:
+            message.tensor = message.tensor.float()
+        return messages
+
+    stage._get_init_p2p_neighbors_ops = floats
+    return stage
 
 
 def with_local(module, owner, *names, summed=False):
