@@ -382,7 +382,7 @@ def write_gguf(model, found, target, dtype="float32"):
     try:
         import gguf
     except ImportError:
-        fail("a .gguf is written with the package gguf: pip install -c constraints.txt '.[export]'")
+        fail("a .gguf is written with the package gguf: pip install -e '.[export]' -c constraints.txt")
     config, beside = model.config, target.with_name(target.name + ".writing")
     family = family_of(config, LLAMA_CPP, "llama.cpp")
     if target.exists():

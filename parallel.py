@@ -187,7 +187,7 @@ class Layout:
 
     def accumulation(self, steps):
         """Micro-batches of this rank, of `steps` an update takes over all. Raises ValueError with what would do."""
-        unit, least = self.dp, 1 if self.pp == 1 or self.kind == "gpipe" else self.pp
+        unit, least = self.dp, self.pp  # in a pipeline no rank waits for want of micro-batches
         if self.kind == "interleaved":
             unit *= self.pp  # it goes round in as many micro-batches as there are ranks
         if steps % unit or steps < least * self.dp:

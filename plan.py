@@ -111,12 +111,6 @@ def costs_of(model):
     return Costs(c, model.param_bytes(), block, table, matrices, body / c.n_layer, 2 * c.n_embd * c.padded_vocab_size)
 
 
-def training_memory(model, batch_size, dtype=torch.float32, T=0, recompute="none"):
-    """step_memory of a model where it lies, on one device."""
-    cuda = next(model.parameters()).is_cuda
-    return step_memory(costs_of(model), batch_size, dtype, T, Layout(recompute=recompute), cuda=cuda)
-
-
 def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=Layout(), micro_steps=1, cuda=True):  # noqa: B008
     """Bytes per device of a training step on `batch_size` sequences of T tokens (0: block_size), by part.
 

@@ -63,9 +63,7 @@ def can_pack(model):
     weight = model.transformer.wte.weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and computes_bfloat16()
 
 
 def convert(model, dtype=torch.float32, quantize=""):

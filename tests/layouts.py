@@ -47,7 +47,8 @@ LAYOUTS = {
         "TP 4": dict(tp_size=4), "TP 2 x DDP": dict(tp_size=2), "TP 2 x ZeRO-1": dict(tp_size=2, zero_stage=1),
         "TP 2 x ZeRO-3": dict(tp_size=2, zero_stage=3), "PP 4 1f1b": dict(pp_size=4),
         "PP 2 x DDP": dict(pp_size=2), "PP 2 interleaved x DDP": dict(pp_size=2, pp_schedule="interleaved"),
-        "PP 2 x ZeRO-2": dict(pp_size=2, zero_stage=2), "PP 2 x TP 2": dict(pp_size=2, tp_size=2),
+        "PP 2 x ZeRO-2": dict(pp_size=2, zero_stage=2), "PP 2 x ZeRO-3": dict(pp_size=2, zero_stage=3),
+        "PP 2 x TP 2": dict(pp_size=2, tp_size=2),
     },
     8: {
         "PP 2 x DDP 2 x TP 2": dict(pp_size=2, tp_size=2),

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from device import PEAK_FLOPS  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import Optimizers  # noqa: E402
 from plan import (  # noqa: E402
@@ -25,7 +26,6 @@ from plan import (  # noqa: E402
     scaling_table,
     step_memory,
     step_time,
-    training_memory,
 )
 
 SIZES = dict(block_size=64, vocab_size=101, n_layer=3, n_head=4, n_embd=64)
@@ -37,6 +37,12 @@ TOGGLES = [
     {"pos": "rope"}, {"pos": "rope", "qk_norm": "rms_gain"}, {"n_kv_head": 1}, {"norm_embed": True}, {"dropout": 0.1},
     {"dropout": 0.1, "attn": "math"}, MODERN, LLAMA, {**LLAMA, "qk_norm": "rms_gain"},
 ]
+
+
+def training_memory(model, batch_size, dtype=torch.float32, T=0, recompute="none"):
+    """step_memory of a model where it lies, on one device."""
+    cuda = next(model.parameters()).is_cuda
+    return step_memory(costs_of(model), batch_size, dtype, T, Layout(recompute=recompute), cuda=cuda)
 
 
 def saved_bytes(model, batch_size, T):
@@ -255,3 +261,9 @@ def test_what_cannot_be_planned_is_one_line(call_script, words):
 
 def test_the_table_of_the_docs_is_the_commands():
     assert scaling_table() in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_a_gpus_peak_is_the_one_that_mfu_divides_by():
+    names = {"a100-40": "A100", "a100": "A100", "h100": "H100", "h200": "H200", "l40s": "L40S", "rtx4090": "RTX 4090"}
+    assert {key: PEAK_FLOPS[name] for key, name in names.items()} == {key: GPUS[key].flops for key in names}
+    assert GPUS.keys() - names.keys() == {"b200"}, "which device.py does not know"
