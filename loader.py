@@ -332,6 +332,15 @@ class MixedOrder:
 # Batches
 
 
+def data_step(step, skipped=()):
+    """The step-th whole number, from 0 on, that is not in `skipped`: whose data a training step takes."""
+    for left_out in sorted(skipped):
+        if left_out > step:
+            break
+        step += 1
+    return step
+
+
 def to_batch(rows):
     """uint16 (B, T + 1) -> inputs and targets, int64 tensors (B, T) each."""
     return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
@@ -340,19 +349,20 @@ def to_batch(rows):
 class Loader:
     """Training batches in order, at least `prefetch` of them read ahead by background threads.
 
-    Step s takes positions [s G, (s + 1) G) of the order, G = batch_size * accumulation * world; micro-step m of
-    rank r takes the rows of micro-batch m * world + r. Iterating gives (x, y), int64 (batch_size, block_size),
-    micro-step after micro-step from first_step on, for ever; with `pin` in page-locked memory, from which a GPU copies
-    while it computes. An error in a thread is raised where the batch is asked for.
+    Step s takes positions [d G, (d + 1) G) of the order, G = batch_size * accumulation * world and d the data step of
+    s, which is s unless some are `skipped`; micro-step m of rank r takes the rows of micro-batch m * world + r.
+    Iterating gives (x, y), int64 (batch_size, block_size), micro-step after micro-step from first_step on, for ever;
+    with `pin` in page-locked memory, from which a GPU copies while it computes. An error in a thread is raised where
+    the batch is asked for.
     """
 
     def __init__(self, tokens, block_size, batch_size, *, accumulation=1, seed=0, rank=0, world=1, first_step=0,
-                 prefetch=4, threads=1, pin=False):
+                 prefetch=4, threads=1, pin=False, skipped=()):
         mixed = isinstance(tokens, Mix)
         self.tokens = tokens
         self.order = MixedOrder(tokens, block_size, seed) if mixed else Order(len(tokens), block_size, seed)
         self.block_size, self.batch_size, self.accumulation = block_size, batch_size, accumulation
-        self.rank, self.world, self.pin = rank, world, pin
+        self.rank, self.world, self.pin, self.skipped = rank, world, pin, skipped
         self.block = lru_cache(maxsize=8)(lambda i: self.order.starts(np.arange(i * AT_ONCE, (i + 1) * AT_ONCE)))
         self.numbers = ((step, micro) for step in itertools.count(first_step) for micro in range(accumulation))
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -361,7 +371,8 @@ class Loader:
         self.ahead = deque(self.read_on() for _ in range(-(-max(1, prefetch) // self.group)))
 
     def positions(self, step, micro):
-        first = ((step * self.accumulation + micro) * self.world + self.rank) * self.batch_size
+        micro_batch = data_step(step, self.skipped) * self.accumulation + micro
+        first = (micro_batch * self.world + self.rank) * self.batch_size
         return np.arange(first, first + self.batch_size)
 
     def starts(self, positions):

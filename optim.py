@@ -34,7 +34,12 @@ class Optimizers:
     The state is saved and loaded by parameter name: {"adamw": {name: {...tensors}}, "muon": {...}}. Learning rates are
     not in it, they follow from the step. Of a model that lies on many devices, `whole` and `part` (parallel.Layout's)
     gather a matrix for Muon and give back this rank's part of it.
+
+    Where `found_inf`, a float on the device, is 1.0, a step changes nothing, and nothing waits to know: the name and
+    the meaning are those of PyTorch's fused optimizers, to which a GradScaler says it so.
     """
+
+    found_inf = None
 
     def __init__(self, model, *, optimizer="adamw", learning_rate, muon_learning_rate=0.02, weight_decay=0.0,
                  betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32, whole=None, part=None):
@@ -69,7 +74,10 @@ class Optimizers:
             group["lr"] = group["initial_lr"] * factor
 
     def step(self):
+        if self.found_inf is not None and self.found_inf.device.type == "mps" and self.found_inf.item():
+            return  # whether its fused AdamW looks has not been tried
         for opt in self.each.values():
+            opt.found_inf = self.found_inf
             opt.step()
 
     def zero_grad(self):
@@ -127,6 +135,8 @@ class Muon(torch.optim.Optimizer):
     the Newton-Schulz iteration: fp32 is reproducible to 1e-7 between layouts, bf16 faster on GPUs.
     """
 
+    found_inf = None  # as in Optimizers
+
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5, dtype=torch.float32,
                  whole=None, part=None):
         self.whole, self.part = (f or (lambda t, p: t) for f in (whole, part))
@@ -145,15 +155,21 @@ class Muon(torch.optim.Optimizer):
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
-                grads = [p.grad for p in params]
+                grads, decay = [p.grad for p in params], 1 - group["lr"] * group["weight_decay"]
+                if self.found_inf is not None:  # a buffer is then its own gradient, which leaves it as it is
+                    bad = self.found_inf.to(grads[0].device).bool()
+                    grads = [torch.where(bad, b, g) for b, g in zip(buffers, grads, strict=True)]
+                    decay = torch.where(bad, 1.0, decay)
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 update = map(self.whole, torch._foreach_lerp(grads, buffers, group["momentum"]), params)
                 update = torch.stack(list(update))  # (n, rows, cols)
                 scale = math.sqrt(max(1.0, update.size(1) / update.size(2)))
                 update = orthogonalize(update, group["ns_steps"], self.dtype).unbind()
                 update = list(map(self.part, update, params))
+                if self.found_inf is not None:
+                    update = [u * ~bad for u in update]
                 if group["weight_decay"]:
-                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                    torch._foreach_mul_(params, decay)
                 torch._foreach_add_(params, update, alpha=-group["lr"] * scale)
 
 

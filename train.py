@@ -6,10 +6,12 @@ Train a GPT, or go on with one: the whole procedure, top to bottom.
     torchrun --standalone --nproc_per_node=4 train.py config/owt_124m.py --zero_stage=1
 
 What happens at step s follows from (config, seed, s), so a run that was killed and continued with
---init_from=resume ends with the same bits as one that was not. Many processes share the same steps (parallel.py):
+--init_from=resume ends with the same bits as one that was not, and one that went back from a bad step (guard.py) with
+those of a run that was told to leave its batch out. Many processes share the same steps (parallel.py):
 each sees some of a step's micro-batches, one writes.
 """
 
+import gc
 import math
 import os
 import shutil
@@ -28,8 +30,9 @@ from configurator import configure, fail, nearest
 from device import autocast, can_compile, memory_gb, peak_flops, pick_device, pick_dtype
 from eval import evaluate
 from export import read_model
+from guard import ACTIONS, Guard, Watch, keep_skipped, parse_steps, read_skipped
 from infer import stream
-from loader import DataError, Loader, keyed, open_datasets, open_tokens, verify_shards
+from loader import DataError, Loader, data_step, keyed, open_datasets, open_tokens, verify_shards
 from model import GPT, GPTConfig, pick_attention
 from monitor import Run, StepTimer, environment
 from optim import Optimizers, lr_at
@@ -106,6 +109,15 @@ wandb_log = False             # nanoGPT's key; metrics.jsonl is written in any c
 wandb_project = "owt"         # nanoGPT's key
 wandb_run_name = "gpt2"       # nanoGPT's key
 
+# guardrails: log, stop (exit code 1, nothing saved) or rewind (go on from the last checkpoint without the bad batch)
+on_nan = "stop"               # loss or gradient not finite; log: that update is left out. A gradient that overflows in
+                              # float16 is none: the loss scaling leaves it out in any case
+on_spike = "log"              # loss or gradient norm far above those of the steps before
+spike_z = 7.0                 # how far: standard deviations above the mean; 0: there are no spikes
+spike_window = 128            # steps before it whose mean and deviation count; until there are as many, no spikes
+max_rewinds = 3               # to one checkpoint; then the run stops
+skip_batches = ""             # leave these data steps out, as a rewind does: 812,4077
+
 # checkpoints: the latest is always kept, and the best
 always_save_checkpoint = True  # false: keep only these two
 keep_checkpoints = 3          # how many of the last are kept otherwise
@@ -143,7 +155,9 @@ def one_line_errors():
         fail(e)
 
 
-def main(config, given):
+def main(config, given, rewound=None):
+    """One run -> its exit code; or, as a list, the data steps to leave out, for which it is to be called again, with
+    them as `rewound`."""
     with one_line_errors():
         # ---- the machine -------------------------------------------------------------
         check_settings()
@@ -170,7 +184,8 @@ def main(config, given):
             sys.stdout = open(os.devnull, "w")
 
         # ---- the data, the model, and where they stand ---------------------------------------
-        resumed = layout.first(what_to_resume)
+        resumed = layout.first(lambda: what_to_resume(rewound))
+        skipped = layout.first(lambda: what_to_skip(resumed, rewound))
         found, manifest, dataset_sha256 = open_datasets(dataset)
         source = ", ".join(str(folder) for folder, _ in found)
         tokenizer, vocab = vocabulary(found[0][0], manifest)
@@ -192,7 +207,7 @@ def main(config, given):
         if len(val_tokens) < 2:
             fail(f"{source}: {len(val_tokens)} validation tokens are too few: at least 2")
         state = {
-            "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None,
+            "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None, "skipped": skipped,
             "model": asdict(model_config), "config": config, "seed": seed, "dataset_sha256": dataset_sha256,
             "train_tokens": len(train_tokens), "batch_size": batch_size, "gradient_accumulation_steps": micro_batches,
             "optimizer": optimizer, "threads": torch.get_num_threads(), "ranks": layout.world,
@@ -230,6 +245,7 @@ def main(config, given):
             whole=layout.whole, part=layout.part,
         )
         scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
+        guard = Guard(spike_z, spike_window, scaler.is_enabled(), resumed and saved.get("guard"))
         if resumed:
             opt.load_state_dict(layout.optimizer_state(model, folder))
             if saved["scaler"]:
@@ -244,20 +260,26 @@ def main(config, given):
     with one_line_errors():
         loader = Loader(train_tokens, block_size, batch_size, accumulation=accumulation, seed=seed,
                         rank=layout.dp_rank, world=layout.dp, first_step=state["step"], prefetch=prefetch,
-                        threads=loader_threads, pin=where.type == "cuda")
+                        threads=loader_threads, pin=where.type == "cuda", skipped=skipped)
         run = Run(out_dir, writes=layout.rank == 0)
         layout.first(lambda: run.open(config, environment(where, dataset_sha256), state["metrics_bytes"]))
+        layout.first(lambda: keep_skipped(out_dir, skipped))
         if tokenizer:
             layout.first(lambda: tokenizer.save(run.dir))
 
+    def tell(kind, message):
+        if layout.rank == 0:
+            clear_bar()
+            print(f"{kind}: {message}", file=sys.stderr)
+
     def warn(message):
-        if layout.rank:
-            return
-        clear_bar()
-        print(f"warning: {message}", file=sys.stderr)
+        tell("warning", message)
         run.event("warning", step=state["step"], message=message)
 
+    watch = Watch(warn)
+
     per_step = batch_size * micro_batches * block_size
+    keep = keep_checkpoints if always_save_checkpoint else 1
     peak = peak_flops(where, precision)
     attention, attn_why = pick_attention(attn, where, precision, block_size, model_config.head_dim)
     print(f"device      {where} ({device_why}), {precision_name} ({dtype_why}), {attention} attention ({attn_why}), "
@@ -276,6 +298,8 @@ def main(config, given):
     })
     if changed:
         warn(f"resumed with other settings than it was saved with: {changed}")
+    if layout.rank == 0:
+        watch.disk(out_dir, checkpoint.steps(out_dir).values(), keep, size)
     if wandb_log:
         warn("wandb_log: no tracker is built in yet; everything is in metrics.jsonl")
 
@@ -323,15 +347,41 @@ def main(config, given):
                 print(f"---- sample at step {state['step']}\n{text}\n----")
         return {"val_loss": result["loss"], "val_tokens": result["tokens"], "val_sha256": result["tokens_sha256"]}
 
-    def diverged(step, what):
+    def diverged(step, why):
         """Says that the run is lost from `step` on, and saves nothing. -> the exit code"""
         loader.close()
-        clear_bar()
-        run.event("stop", step=step, reason=f"{what} is not finite")
-        if layout.rank == 0:
-            print(f"error: {what} is not finite at step {step}; checkpoints are from before it. "
-                  "Lower learning_rate, or check the data", file=sys.stderr)
+        run.event("stop", step=step, reason=str(why))
+        last = list(checkpoint.steps(out_dir).values())
+        kept = f"{last[-1]} is from" if last else "there is no checkpoint from"
+        tell("error", f"{why} at step {step}; {kept} before it. Lower learning_rate, or check the data")
         return 1
+
+    def rewind(step, bad, batch, stopped_by):
+        """Notes that the run goes on from the last checkpoint, or the beginning, without the `batch` of `step`. -> what
+        main gives"""
+        to = layout.first(lambda: max(checkpoint.steps(out_dir), default=0))
+        since = [k for k in skipped if k > data_step(to - 1, skipped) and k not in parse_steps(skip_batches)]
+        if len(since) >= max_rewinds:
+            return diverged(step, f"after {len(since)} rewinds to step {to}, without data steps {since}, {bad}")
+        more = sorted({*skipped, batch})
+
+        def note():
+            try:
+                run.event("rewind", step=step, what=bad.what, value=bad.value, z=bad.z, skipped=[batch], to=to)
+                run.flush()
+                keep_skipped(out_dir, more)
+            except OSError as e:
+                return str(e)
+
+        if trouble := layout.first(note):
+            return diverged(step, f"a rewind could not be noted ({trouble}), but {bad}")
+        loader.close()
+        back = f"step {to}" if to else "the beginning"
+        tell("warning", f"{bad} at step {step}; back to {back}, and on without its batch, data step {batch}")
+        if stopped_by:
+            run.event("stop", step=step, reason=signal.Signals(stopped_by).name)
+            return 128 + stopped_by
+        return more
 
     def save(val_loss=None):
         """A checkpoint of now. A full disk is said and the run goes on: what is there already stays good."""
@@ -345,10 +395,12 @@ def main(config, given):
             try:
                 state["metrics_bytes"] = checkpoint.together(flush)[0] if sharded else flush()
                 state["scaler"] = scaler.state_dict() if scaler.is_enabled() else None
+                state["guard"] = guard.state()
                 how = checkpoint.save_sharded if sharded else checkpoint.save
                 how(out_dir, *held, {**state, "val_loss": val_loss})
                 if layout.rank == 0:
-                    checkpoint.prune(out_dir, keep_checkpoints if always_save_checkpoint else 1)
+                    checkpoint.prune(out_dir, keep)
+                    watch.disk(out_dir, checkpoint.steps(out_dir).values(), keep, size)
             except OSError as e:
                 warn(f"no checkpoint at step {state['step']}: {e}; earlier ones stay, make room in {out_dir}")
                 return False
@@ -403,6 +455,8 @@ def main(config, given):
         layout.reduce(model)
         scaler.unscale_(opt)  # nothing but in float16
         norm = layout.grad_norm(model)
+        if on_nan == "log":
+            opt.found_inf = (~norm.isfinite()).float()  # on the device, which nobody waits for
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         scaler.step(opt)
@@ -433,11 +487,20 @@ def main(config, given):
         state["wall_s"] += time.perf_counter() - clock
         unread = []
         for at, (loss, grad_norm) in enumerate(read, step + 1 - len(read)):
-            # a gradient that is not finite will have spoilt the weights, but a GradScaler skips such a step
-            if not math.isfinite(loss) or not math.isfinite(grad_norm) and not scaler.is_enabled():
+            bad = guard.judge(loss, grad_norm)
+            if not bad:
+                continue
+            action, batch = on_nan if bad.kind == "nan" else on_spike, data_step(at - 1, skipped)
+            run.event(bad.kind, step=at, what=bad.what, value=bad.value, z=bad.z, data_step=batch, action=action)
+            if action == "rewind":
+                return rewind(at, bad, batch, stopped_by)
+            if action == "stop":
                 run.metrics({"step": at, "tokens": at * per_step, "wall_s": round(state["wall_s"], 3), "loss": loss,
                              "grad_norm": grad_norm})
-                return diverged(at, "the gradient" if math.isfinite(loss) else "the loss")
+                return diverged(at, bad)
+            tell("warning", f"{bad} at step {at}, of data step {batch}"
+                            f"{'' if math.isfinite(grad_norm) else '; its update is left out'}")
+        watch.step(step, parts)
         evaluated = validate() if eval_due else {}
         comm = exposed() if eval_due and layout.reduces_once else {}
         val_loss = evaluated.get("val_loss")
@@ -455,9 +518,9 @@ def main(config, given):
         saved = False
         if eval_due or save_due or stopped_by:
             if not layout.finite(model):
-                return diverged(step, "a weight")
+                return diverged(step, "a weight is not finite")
             if eval_due and not math.isfinite(val_loss):
-                return diverged(step, "the validation loss")
+                return diverged(step, "the validation loss is not finite")
             saved = save(val_loss)
             last_save = time.monotonic()
         if stopped_by:
@@ -485,7 +548,7 @@ def check_settings():
                 "tokens_per_step": 0, "warmup_iters": 0, "lr_decay_iters": 0, "context_start": 0, "context_iters": 0,
                 "eval_interval": 1, "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
                 "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "sample_tokens": 0, "threads": 0, "prefetch": 1,
-                "loader_threads": 1, "tp_size": 1, "pp_size": 1}
+                "loader_threads": 1, "tp_size": 1, "pp_size": 1, "spike_z": 0, "spike_window": 2, "max_rewinds": 1}
     for key, least in at_least.items():
         if globals()[key] is not None and globals()[key] < least:
             fail(f"{key}={globals()[key]} must be at least {least}")
@@ -496,6 +559,7 @@ def check_settings():
     choices = {"optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
                "lr_schedule": ("cosine", "linear", "wsd"), "zero_stage": (0, 1, 2, 3), "backend": ("nccl", "gloo"),
                "checkpoint_format": ("plain", "sharded"), "pp_schedule": parallel.SCHEDULES,
+               "on_nan": ACTIONS, "on_spike": ACTIONS,
                "activation_checkpointing": ("none", "selective", "full")}
     for key, known in choices.items():
         if globals()[key] not in known:
@@ -524,12 +588,12 @@ def micro_steps():
     return steps
 
 
-def what_to_resume():
+def what_to_resume(rewound=None):
     """(folder, state) of the checkpoint to go on from, or None to begin. Ends the run where init_from forbids it."""
     found = checkpoint.steps(out_dir)
     if init_from in ("resume", "auto") and found and eval_only:
         return checkpoint.find(out_dir)
-    if init_from in ("resume", "auto"):
+    if init_from in ("resume", "auto") or rewound:
         good = checkpoint.latest_good(out_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
         if good is None and init_from == "resume":
             fail(f"nothing to resume: {out_dir} holds no checkpoint; --init_from=scratch begins, auto does either")
@@ -541,6 +605,18 @@ def what_to_resume():
         fail(f"{out_dir} already holds a run (step {max(found)}): continue it with --init_from=resume, "
              "or begin in another --out_dir")
     return None
+
+
+def what_to_skip(resumed, rewound=None):
+    """Data steps that are left out, rising: those asked for, and those of the run that goes on. Ends the run for one
+    that it was trained on already."""
+    asked, then = parse_steps(skip_batches), resumed[1].get("skipped", []) if resumed else []
+    done = resumed[1]["step"] if resumed else 0
+    late = [k for k in asked if k not in then and k <= data_step(done - 1, then)]
+    if late:
+        fail(f"skip_batches={skip_batches}: {out_dir} goes on from step {done}, which has seen data step {late[0]}")
+    since = rewound or (read_skipped(out_dir) if resumed or init_from == "auto" else [])
+    return sorted({*asked, *then, *since})
 
 
 def check_resume(saved, state):
@@ -668,14 +744,28 @@ def show(record, unit):
 class StopSignal:
     """SIGINT or SIGTERM: remembered, so that the step is finished and saved; the second one ends at once."""
 
+    signum = 0  # of all of them: one that comes while a rewind sets up anew is not lost
+
     def __init__(self):
-        self.signum = 0
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.caught)
 
     def caught(self, signum, frame):
-        self.signum = signum
+        StopSignal.signum = signum
         signal.signal(signum, signal.SIG_DFL)
+
+
+def until_done(config, given):
+    """main, and after a rewind main again: everything is set up anew, as a resume does it. -> the exit code"""
+    done = main(config, given)
+    while isinstance(done, list):
+        gc.collect()  # the model that was, before there is another
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        done = main(config, given, done)
+    return done
 
 
 if __name__ == "__main__":
@@ -683,7 +773,7 @@ if __name__ == "__main__":
     settings = configure(globals(), given=given)
     try:
         with parallel.one_fate():
-            sys.exit(main(settings, given))
+            sys.exit(until_done(settings, given))
     except KeyboardInterrupt:  # before the loop, which has StopSignal
         sys.exit(130)
     except (checkpoint.CheckpointError, DataError) as e:
