@@ -3,28 +3,50 @@ The machine as torch sees it: which device and precision to use and why, what it
 """
 
 import contextlib
+import functools
+import math
+import os
 import re
 import shutil
 import sys
+import time
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Peak dense FLOP/s in bf16 and fp16 (NVIDIA's data sheets), by a part of what torch.cuda.get_device_name says; the
-# longer name first where one contains another.
+# Peak dense FLOP/s, without sparsity: in bf16 and fp16 with fp32 sums, and in fp32 without TF32, which train.py never
+# asks for (None: the sources differ). By a part of what torch.cuda.get_device_name says; the longer name first where
+# one contains another. From the makers' data sheets and architecture white papers (Volta, Turing, Ampere GA100 and
+# GA102, Ada, Hopper, Blackwell, RTX Blackwell, CDNA 3), half of what they print "with sparsity".
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "T4": 65e12,
-    "V100": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "GB200": (2500e12, None),
+    "B200": (2250e12, None),
+    "GH200": (989e12, 67e12),
+    "H200 NVL": (835e12, 60e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "H20": (148e12, 44e12),
+    "A100": (312e12, 19.5e12),
+    "A30": (165e12, 10.3e12),
+    "A40": (149.7e12, 37.4e12),
+    "A10": (125e12, 31.2e12),
+    "L40S": (362e12, 91.6e12),
+    "L40": (181e12, 90.5e12),
+    "L4": (121e12, 30.3e12),
+    "T4": (65e12, 8.1e12),
+    "V100-PCIE": (112e12, 14e12),
+    "V100": (125e12, 15.7e12),
+    "RTX PRO 6000 Blackwell Workstation": (503.8e12, 126e12),
+    "RTX 6000 Ada": (364.2e12, 91.1e12),
+    "RTX A6000": (154.8e12, 38.7e12),
+    "RTX 5090": (209.5e12, 104.8e12),
+    "RTX 4090": (165e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
+    "MI325X": (1307.4e12, 163.4e12),
+    "MI300X": (1307.4e12, 163.4e12),
 }
 
 OTHER_CHIP = re.compile(r"\b(Laptop|Max-Q|Ti|D|SUPER|MIG)\b")  # another chip, or a part of one, behind the same name
@@ -90,13 +112,32 @@ def can_compile(device):
 
 
 def peak_flops(device, dtype):
-    """FLOP/s that `device` can reach at best in `dtype`, or None where it is not known."""
-    if device.type != "cuda" or dtype == torch.float32:
+    """FLOP/s that `device` can reach at best in `dtype`, or None where it is not known. That of a CPU is measured."""
+    if device.type == "cpu":
+        return matmul_flops(dtype, torch.get_num_threads())
+    if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     if OTHER_CHIP.search(name):
         return None
-    return next((flops for known, flops in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name)), None)
+    found = (peaks for known, peaks in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name))
+    half, single = next(found, (None, None))
+    return single if dtype == torch.float32 else half
+
+
+@functools.cache
+def matmul_flops(dtype, threads):
+    """FLOP/s of this CPU in a matrix product of `dtype`, with the `threads` that torch has: the best of a few tries in
+    some 0.1 s. No data sheet knows its clock under load, so MFU is a share of what a product reaches here."""
+    n = 768  # wide enough for the caches' blocks, and 0.9 GFLOP
+    a, best, began = torch.ones(n, n, dtype=dtype), math.inf, time.perf_counter()
+    for _ in range(8):
+        clock = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - clock)
+        if clock - began > 0.1:
+            break
+    return 2 * n**3 / best
 
 
 def memory_gb(device):
@@ -109,3 +150,12 @@ def memory_gb(device):
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def rss_gb():
+    """Memory of this process that is in RAM now, in GB (1e9 bytes); None where there is no /proc."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    except (OSError, ValueError):
+        return None

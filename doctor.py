@@ -127,7 +127,7 @@ def machine(where, why):
         *(("gpu", line) for line in gpus()),
         ("device", f"{where} ({why})"),
         ("dtype", f"{name} ({dtype_why})"),
-        ("peak", f"{peak / 1e12:.0f} TFLOP/s, what MFU is a share of" if peak else "not known, so MFU is n/a"),
+        ("peak", f"{peak / 1e12:.3g} TFLOP/s, what MFU is a share of" if peak else "not known, so MFU is n/a"),
         ("attention", attention_backends(where, precision)),
         ("compile", can_compile(where) or "should work"),
         ("disk", f"{free:.1f} GB free, {speed:.0f} MB/s written, at out_dir={out_dir}"),

@@ -5,6 +5,7 @@ The run folder and what is written there while a run goes on: config, environmen
     out_dir/env.json        commit, packages, hardware, dataset
     out_dir/metrics.jsonl   one record per logged step
     out_dir/events.jsonl    start, resume, warning, sample, stop, end
+    out_dir/profile/        a trace of some steps, if asked for
     out_dir/ckpt/           checkpoint.py's
 """
 
@@ -15,11 +16,14 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
 
 import torch
+
+from device import memory_gb, rss_gb
 
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "flash-attn", "datasets", "wandb", "transformers")
 
@@ -87,6 +91,7 @@ class Run:
         self.metrics_path, self.events_path = self.dir / "metrics.jsonl", self.dir / "events.jsonl"
         self.pending = {self.metrics_path: b"", self.events_path: b""}
         self.length = {}  # bytes of each file that are known to be whole lines
+        self.tracker = None  # track.Tracker, which gets each record too
 
     def open(self, config, env, metrics_bytes=0):
         """Write config.json and env.json; cut metrics.jsonl to the length that the checkpoint knows."""
@@ -106,9 +111,13 @@ class Run:
     def metrics(self, record):
         """One line of metrics.jsonl; a number that is not finite becomes null."""
         self._write(self.metrics_path, record)
+        if self.tracker:
+            self.tracker.log(plain(record))
 
     def event(self, kind, **fields):
         self._write(self.events_path, {"event": kind, "time": round(time.time(), 3), **fields})
+        if self.tracker and kind in ("stop", "end"):
+            self.tracker.finish(failed=kind == "stop")
 
     def _write(self, path, record):
         if not self.writes:
@@ -159,6 +168,13 @@ class StepTimer:
         self.marks = []
         self.mark("start")
 
+    def aside(self, part, call):
+        """What `call` gives. The time until now goes to `part`, that of the call to "probe_ms"."""
+        self.mark(part)
+        result = call()
+        self.mark("probe_ms")
+        return result
+
     def read(self):
         """Milliseconds by part, of the step that was marked last."""
         if self.cuda:
@@ -168,3 +184,93 @@ class StepTimer:
             ms = a.elapsed_time(b) if self.cuda else (b - a) * 1000
             parts[part] = parts.get(part, 0.0) + ms
         return parts
+
+
+class Hardware:
+    """What the machine is doing. Reading it takes microseconds, and waits for no kernel."""
+
+    def __init__(self, device):
+        self.device, self.gpu = device, None
+        if device.type == "cuda":
+            with contextlib.suppress(Exception):  # nvidia-ml-py or the driver is not there, or it is a part of a GPU
+                import pynvml
+
+                pynvml.nvmlInit()
+                uuid = torch.cuda.get_device_properties(device).uuid  # torch's number need not be the driver's
+                self.nvml, self.gpu = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+
+    def read(self):
+        """-> {"mem_gb": of the GPU or this process at its peak, "rss_gb": of this process now}, and of a GPU that the
+        driver tells of {"gpu_util": share of the time that it was busy, "gpu_power_w", "gpu_mem_gb": in use by all}."""
+        found = {"mem_gb": memory_gb(self.device), "rss_gb": rss_gb()}
+        if self.gpu is not None:
+            try:
+                found["gpu_util"] = self.nvml.nvmlDeviceGetUtilizationRates(self.gpu).gpu / 100
+                found["gpu_power_w"] = self.nvml.nvmlDeviceGetPowerUsage(self.gpu) / 1000
+                found["gpu_mem_gb"] = self.nvml.nvmlDeviceGetMemoryInfo(self.gpu).used / 1e9
+            except self.nvml.NVMLError:
+                self.gpu = None  # it has no such figure: not asked again
+        return found
+
+
+class Profiler:
+    """torch.profiler over some steps of a run: a trace for chrome://tracing or ui.perfetto.dev, and the operations that
+    take the most time and memory. What is evaluated, sampled and saved meanwhile is in it, too."""
+
+    def __init__(self, steps, device, run_dir, max_iters, writes=True):
+        """`steps` "10:13" are the updates 10 to 13, both included; "" none. Raises ValueError."""
+        first, last = 0, 0
+        if steps:
+            found = re.fullmatch(r"(\d+):(\d+)", steps)
+            first, last = map(int, found.groups()) if found else (0, 0)
+            if not 1 <= first <= last:
+                raise ValueError(f"profile={steps!r} is not first:last, two steps from 1 on such as 10:13")
+            if last > max_iters:
+                raise ValueError(f"profile={steps!r} ends after the last step, max_iters={max_iters}")
+        self.first, self.last = (first, last) if writes else (0, 0)
+        self.device, self.folder, self.profiler = device, Path(run_dir) / "profile", None
+
+    def after(self, step):
+        """Called when `step` updates are done, begins or ends. -> the report's lines at the end, else none"""
+        if step == self.last and self.profiler:
+            return self.stop()
+        if step == self.first - 1 and not self.profiler:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            activities += [torch.profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr that it begins and ends
+            self.profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+            self.profiler.start()
+        return []
+
+    def stop(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.profiler.stop()
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"trace_{self.first}_{self.last}.json.gz"
+        self.profiler.export_chrome_trace(os.fspath(path))
+        operations = self.profiler.key_averages()
+        self.profiler = None
+        if self.device.type == "cuda":  # time by kernel, as the operation that starts one has its time, too
+            kernels = [op for op in operations if op.device_type != torch.autograd.DeviceType.CPU]
+            times = [(op.self_device_time_total, op.count, op.key) for op in kernels]
+            memory = [(op.self_device_memory_usage, op.count, op.key) for op in operations]
+        else:
+            times = [(op.self_cpu_time_total, op.count, op.key) for op in operations]
+            memory = [(op.self_cpu_memory_usage, op.count, op.key) for op in operations]
+        return [f"profile     steps {self.first} to {self.last} are in {path}; by time:", *largest(times, 1e-3, "ms"),
+                "by memory that they take and leave to others:", *largest(memory, 1e-6, "MB")]
+
+    def drop(self):
+        """Ends without a trace, where the run goes back to before what is traced."""
+        if self.profiler:
+            self.profiler.stop()
+            self.profiler = None
+
+
+def largest(operations, unit, name, count=10):
+    """Lines of the `count` largest of (amount, calls, operation), and their share of all that is above 0."""
+    whole = sum(max(0, amount) for amount, *_ in operations) or 1
+    return [f"{name:>12} {'share':>6} {'calls':>7}  operation"] + [
+        f"{amount * unit:12.2f} {amount / whole:6.1%} {calls:7}  {operation[:80]}"
+        for amount, calls, operation in sorted(operations, reverse=True)[:count]]

@@ -393,9 +393,14 @@ class Layout:
         return isinstance(self.module, DistributedDataParallel) or self.zero == 1 and self.pp == 1
 
     @property
+    def copies_whole(self):
+        """Whether each rank has all of the model, and all of its gradient after the last backward pass of a step."""
+        return self.world == 1 or isinstance(self.module, DistributedDataParallel)
+
+    @property
     def compiles(self):
         """Whether torch.compile sees a plain model: the other layouts run hooks and collectives of their own within."""
-        return self.world == 1 or isinstance(self.module, DistributedDataParallel)
+        return self.copies_whole
 
     def before_forward(self, model, last):
         """Says whether the micro-batch that follows is the `last` of its step: only then are gradients reduced (but
@@ -408,20 +413,34 @@ class Layout:
 
     def grad_norm(self, model):
         """The norm of the gradient of the whole model, each of its elements counted once."""
-        if self.world == 1 or isinstance(self.module, DistributedDataParallel):
+        if self.copies_whole:
             return torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        total = torch.zeros((), device=self.device)
-        for name, p in model.named_parameters():
-            copies = (1 if self.zero else self.dp) * (1 if name in self.split else self.tp)
+        return self.norms({name: p.grad for name, p in model.named_parameters()}, lambda name: 0, 1)[0]
+
+    def norms(self, tensors, group_of, n):
+        """The norms of `n` groups of the whole model's tensors, which by name lie as its parameters do, each element
+        counted once. group_of(name) is a number below n, the same on every rank. All ranks call it."""
+        squares = torch.zeros(n, device=self.device)
+        for name, tensor in tensors.items():
             if self.tied_group and self.pp_rank and name == "transformer.wte.weight":
                 continue  # the first stage has counted it
-            grad = local(p.grad)
-            total += (torch.linalg.vector_norm(grad).square() / copies).to(self.device)
+            copies = 1 if self.copies_whole else (1 if self.zero else self.dp) * (1 if name in self.split else self.tp)
+            square = torch.linalg.vector_norm(local(tensor)).square()
             if self.kv_copies > 1 and name in self.kv:
-                extra = torch.linalg.vector_norm(grad[self.kv[name]]).square() / copies
-                total -= (extra * (1 - 1 / self.kv_copies)).to(self.device)
-        dist.all_reduce(total)
-        return total.sqrt()
+                extra = torch.linalg.vector_norm(local(tensor)[self.kv[name]]).square()
+                square = square - extra * (1 - 1 / self.kv_copies)
+            squares[group_of(name)] += (square / copies).to(self.device)
+        if not self.copies_whole:
+            dist.all_reduce(squares)
+        return squares.sqrt()
+
+    def of_heads(self, mean, largest):
+        """A mean and a largest value over this rank's heads -> over those of all."""
+        if self.tp > 1:
+            dist.all_reduce(mean, group=self.mesh["tp"].get_group())
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.mesh["tp"].get_group())
+            mean /= self.tp
+        return mean, largest
 
     def finite(self, model):
         """Whether every weight is, on every rank."""
@@ -505,7 +524,7 @@ class Layout:
 
     def whole_model(self, model):
         """A model that runs on rank 0 alone; None elsewhere. All ranks call it."""
-        if self.world == 1 or isinstance(self.module, DistributedDataParallel):
+        if self.copies_whole:
             return model if self.rank == 0 else None
         tensors = self.whole_tensors(model)
         if self.rank:

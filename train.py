@@ -27,16 +27,19 @@ import checkpoint
 import parallel
 import plan
 from configurator import configure, fail, nearest
-from device import autocast, can_compile, memory_gb, peak_flops, pick_device, pick_dtype
+from device import autocast, can_compile, pick_device, pick_dtype
+from device import peak_flops as peak_of
 from eval import evaluate
 from export import read_model
 from guard import ACTIONS, Guard, Watch, keep_skipped, parse_steps, read_skipped
 from infer import stream
-from loader import DataError, Loader, data_step, keyed, open_datasets, open_tokens, verify_shards
+from loader import DataError, Loader, data_step, fixed_batches, keyed, open_datasets, open_tokens, verify_shards
 from model import GPT, GPTConfig, pick_attention
-from monitor import Run, StepTimer, environment
+from monitor import Hardware, Profiler, Run, StepTimer, environment
 from optim import Optimizers, lr_at
+from probe import Update, attention
 from tokenizer import load_tokenizer
+from track import TRACKERS, Tracker
 
 # -----------------------------------------------------------------------------
 # the run
@@ -105,9 +108,13 @@ eval_iters = 200              # fixed batches (of 16,384 tokens) of validation w
 log_interval = 1              # updates between records in metrics.jsonl and lines on the screen
 sample_tokens = 0             # tokens of a sample shown at each evaluation; 0: none
 sample_start = "\n"           # what the sample starts from
-wandb_log = False             # nanoGPT's key; metrics.jsonl is written in any case
-wandb_project = "owt"         # nanoGPT's key
-wandb_run_name = "gpt2"       # nanoGPT's key
+probe_interval = 100          # updates between looks at attention, activations, gradients and updates; 0: none
+peak_flops = 0.0              # FLOP/s of a device, which MFU divides by; 0: its data sheet's, of a CPU measured
+profile = ""                  # steps to trace with torch.profiler, such as 10:13
+tracker = ""                  # wandb | trackio | tensorboard; none: metrics.jsonl alone, which is written in any case
+wandb_log = False             # nanoGPT's key: tracker=wandb
+wandb_project = "owt"         # nanoGPT's key, of trackio, too
+wandb_run_name = "gpt2"       # nanoGPT's key, of trackio, too
 
 # guardrails: log, stop (exit code 1, nothing saved) or rewind (go on from the last checkpoint without the bad batch)
 on_nan = "stop"               # loss or gradient not finite; log: that update is left out. A gradient that overflows in
@@ -182,6 +189,7 @@ def main(config, given, rewound=None):
         )
         if layout.rank:
             sys.stdout = open(os.devnull, "w")
+        profiler = Profiler(profile, where, out_dir, max_iters, writes=layout.rank == 0)
 
         # ---- the data, the model, and where they stand ---------------------------------------
         resumed = layout.first(lambda: what_to_resume(rewound))
@@ -280,9 +288,10 @@ def main(config, given, rewound=None):
 
     per_step = batch_size * micro_batches * block_size
     keep = keep_checkpoints if always_save_checkpoint else 1
-    peak = peak_flops(where, precision)
-    attention, attn_why = pick_attention(attn, where, precision, block_size, model_config.head_dim)
-    print(f"device      {where} ({device_why}), {precision_name} ({dtype_why}), {attention} attention ({attn_why}), "
+    peak = peak_flops or peak_of(where, precision)
+    peak_why = "asked for" if peak_flops else "its data sheet" if where.type == "cuda" else "measured"
+    attn_kind, attn_why = pick_attention(attn, where, precision, block_size, model_config.head_dim)
+    print(f"device      {where} ({device_why}), {precision_name} ({dtype_why}), {attn_kind} attention ({attn_why}), "
           f"{torch.get_num_threads()} CPU threads")
     if layout.world > 1:
         print(f"layout      {layout}")
@@ -291,17 +300,20 @@ def main(config, given, rewound=None):
     print(f"step        {per_step:,} tokens = {batch_size} x {block_size} x {micro_batches}, "
           f"{per_step * flops[block_size] / 1e12:.3g} TFLOP; {max_iters:,} steps see the data "
           f"{max_iters * per_step / len(train_tokens):.2g} times")
+    print("peak        " + (f"{peak / 1e12:.3g} TFLOP/s ({peak_why})" if peak else "not known, so MFU is n/a"))
     print(f"memory      about {memory / 1e9:.2g} GB{' a process' * (layout.world > 1)}")
     run.event("resume" if resumed else "start", step=state["step"], changed=changed, resolved={
-        "device": str(where), "dtype": precision_name, "attn": attention, "threads": torch.get_num_threads(),
+        "device": str(where), "dtype": precision_name, "attn": attn_kind, "threads": torch.get_num_threads(),
         "vocab_size": model_config.vocab_size, "gradient_accumulation_steps": micro_batches,
     })
     if changed:
         warn(f"resumed with other settings than it was saved with: {changed}")
     if layout.rank == 0:
         watch.disk(out_dir, checkpoint.steps(out_dir).values(), keep, size)
-    if wandb_log:
-        warn("wandb_log: no tracker is built in yet; everything is in metrics.jsonl")
+    run.tracker = Tracker((tracker or "wandb" * wandb_log) if layout.rank == 0 else "", run.dir, config, wandb_project,
+                          wandb_run_name, state["step"], warn)
+    if run.tracker.where:
+        print(f"tracker     {run.tracker.where}")
 
     # ---- everything that runs more than once ---------------------------------------------
     def micro_step(x, y, step, micro, timer=None):
@@ -347,6 +359,23 @@ def main(config, given, rewound=None):
                 print(f"---- sample at step {state['step']}\n{text}\n----")
         return {"val_loss": result["loss"], "val_tokens": result["tokens"], "val_sha256": result["tokens_sha256"]}
 
+    def look_inside(update):
+        """What probe.py sees of this step, in evaluation on the first validation window; in a pipeline without that."""
+        found = update.read()
+        if layout.pp == 1:
+            x, y = next(fixed_batches(val_tokens.parts[0][0], block_size, 1))
+            figures = attention(model, x[:, : int((y != -1).sum())].to(where), context)
+            layout.rest(model)
+            layout.of_heads(figures["attn_entropy"], figures["attn_logit_max"])
+            found |= {key: by_layer.tolist() for key, by_layer in figures.items()}
+        return found
+
+    def profiled(step):
+        """The profiler begins or ends here, if it is to."""
+        if lines := profiler.after(step):
+            clear_bar()
+            print(*lines, sep="\n", flush=True)
+
     def diverged(step, why):
         """Says that the run is lost from `step` on, and saves nothing. -> the exit code"""
         loader.close()
@@ -376,6 +405,8 @@ def main(config, given, rewound=None):
         if trouble := layout.first(note):
             return diverged(step, f"a rewind could not be noted ({trouble}), but {bad}")
         loader.close()
+        profiler.drop()
+        run.tracker.finish()  # the run that goes on has the same id
         back = f"step {to}" if to else "the beginning"
         tell("warning", f"{bad} at step {step}; back to {back}, and on without its batch, data step {batch}")
         if stopped_by:
@@ -436,12 +467,14 @@ def main(config, given, rewound=None):
 
     # ---- the loop ---------------------------------------------------------------------
     stop = StopSignal()
-    timer = StepTimer(where)
+    timer, hardware = StepTimer(where), Hardware(where)
     unread = []  # loss and gradient norm of each step since the last record, still on the device
     last_save = time.monotonic()
     began = state["step"], state["wall_s"]
     while state["step"] < max_iters:
         step = state["step"]
+        probing = probe_interval and (step + 1) % probe_interval == 0
+        profiled(step)
         clock = time.perf_counter()
         timer.start()
         lr = learning_rate_at(step)
@@ -457,10 +490,13 @@ def main(config, given, rewound=None):
         norm = layout.grad_norm(model)
         if on_nan == "log":
             opt.found_inf = (~norm.isfinite()).float()  # on the device, which nobody waits for
+        update = timer.aside("optim_ms", lambda: Update(model, layout.norms)) if probing else None
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         scaler.step(opt)
         scaler.update()
+        if probing:
+            timer.aside("optim_ms", update.end)
         opt.zero_grad()
         timer.mark("optim_ms")
         unread.append((torch.stack(losses).mean(), norm))
@@ -471,7 +507,7 @@ def main(config, given, rewound=None):
             print(f"time        about {clock_face(seconds)} to go", flush=True)
 
         last = step == max_iters
-        log_due = step % log_interval == 0 or last
+        log_due = step % log_interval == 0 or last or probing
         eval_due = step % eval_interval == 0 or last
         save_due = save_interval and step % save_interval == 0 or \
             save_minutes and time.monotonic() - last_save > 60 * save_minutes
@@ -504,14 +540,14 @@ def main(config, given, rewound=None):
         evaluated = validate() if eval_due else {}
         comm = exposed() if eval_due and layout.reduces_once else {}
         val_loss = evaluated.get("val_loss")
+        inside = look_inside(update) if probing else {}
         if log_due or eval_due:
-            tok_per_s = per_step / (sum(parts.values()) / 1000)
+            tok_per_s = per_step / (sum(ms for part, ms in parts.items() if part != "probe_ms") / 1000)
             mfu = tok_per_s * flops[context_at(step - 1)] / (peak * layout.world) if peak else None
             record = {
                 "step": step, "tokens": step * per_step, "wall_s": round(state["wall_s"], 3), "loss": loss,
                 **evaluated, "lr": lr, "grad_norm": grad_norm, "tok_per_s": round(tok_per_s), "mfu": mfu,
-                "mem_gb": memory_gb(where), **{part: round(ms, 3) for part, ms in parts.items()},
-                **comm,
+                **hardware.read(), **{part: round(ms, 3) for part, ms in parts.items()}, **comm, **inside,
             }
             run.metrics(record)
             show(record, unit)
@@ -532,6 +568,7 @@ def main(config, given, rewound=None):
             return 128 + stopped_by
 
     loader.close()
+    profiled(state["step"])
     run.event("end", step=state["step"], wall_s=state["wall_s"])
     print(f"trained {state['step'] - began[0]:,} steps in {state['wall_s'] - began[1]:.1f} s; "
           f"val loss {val_loss:.4f}; next: python sample.py --out_dir={out_dir}")
@@ -548,7 +585,8 @@ def check_settings():
                 "tokens_per_step": 0, "warmup_iters": 0, "lr_decay_iters": 0, "context_start": 0, "context_iters": 0,
                 "eval_interval": 1, "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
                 "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "sample_tokens": 0, "threads": 0, "prefetch": 1,
-                "loader_threads": 1, "tp_size": 1, "pp_size": 1, "spike_z": 0, "spike_window": 2, "max_rewinds": 1}
+                "probe_interval": 0, "peak_flops": 0, "loader_threads": 1, "tp_size": 1, "pp_size": 1, "spike_z": 0,
+                "spike_window": 2, "max_rewinds": 1}
     for key, least in at_least.items():
         if globals()[key] is not None and globals()[key] < least:
             fail(f"{key}={globals()[key]} must be at least {least}")
@@ -559,11 +597,11 @@ def check_settings():
     choices = {"optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
                "lr_schedule": ("cosine", "linear", "wsd"), "zero_stage": (0, 1, 2, 3), "backend": ("nccl", "gloo"),
                "checkpoint_format": ("plain", "sharded"), "pp_schedule": parallel.SCHEDULES,
-               "on_nan": ACTIONS, "on_spike": ACTIONS,
+               "on_nan": ACTIONS, "on_spike": ACTIONS, "tracker": TRACKERS,
                "activation_checkpointing": ("none", "selective", "full")}
     for key, known in choices.items():
         if globals()[key] not in known:
-            fail(f"{key}={globals()[key]!r} is not one of {', '.join(map(str, known))}")
+            fail(f"{key}={globals()[key]!r} is not one of {', '.join(str(choice) or 'nothing' for choice in known)}")
     if checkpoint_format == "sharded" and (tp_size > 1 or pp_size > 1):
         fail("checkpoint_format='sharded' knows no parts of layers and no pipelines: it needs tp_size=1 and pp_size=1")
 
@@ -724,7 +762,7 @@ def show(record, unit):
         f"lr {record['lr']:.2e}",
         f"norm {record['grad_norm']:.2f}",
         f"{record['tok_per_s'] / 1000:.1f}k tok/s",
-        f"mfu {record['mfu']:.1%}" if record["mfu"] else "",
+        f"mfu {record['mfu']:.1%}" if record["mfu"] else "mfu n/a",
         f"{clock_face(record['wall_s'])}, {clock_face(record['wall_s'] * (1 - done) / done)} to go",
     ]
     if "val_loss" in record:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMINGS = {"wall_s", "tok_per_s", "mfu", "mem_gb"}  # and all that end in _ms
+TIMINGS = {"wall_s", "tok_per_s", "mfu", "mem_gb", "rss_gb", "gpu_util", "gpu_power_w", "gpu_mem_gb"}  # and all *_ms
 
 TINY = dict(batch_size=4, block_size=16, n_layer=1, n_head=2, n_embd=32, max_iters=12, warmup_iters=2, min_lr=1e-3,
             learning_rate=1e-2, eval_interval=4, eval_iters=2, device="cpu", dtype="float32", threads=1,

@@ -19,7 +19,7 @@ from configurator import read_file, read_keys  # noqa: E402
 
 FLOORS = [
     {"model", "configurator", "tokenizer", "device"},
-    {"loader", "optim", "checkpoint", "monitor", "guard", "plan", "sampling", "weights", "kvcache"},
+    {"loader", "optim", "checkpoint", "monitor", "guard", "probe", "track", "plan", "sampling", "weights", "kvcache"},
     {"parallel", "infer", "export"},
     {"eval"},
     {"train"},

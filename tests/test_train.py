@@ -270,7 +270,7 @@ def test_the_run_folder(finished, words):
     lines = records(finished)
     assert [r["step"] for r in lines] == list(range(1, 13))
     assert [r["tokens"] for r in lines] == [64 * step for step in range(1, 13)]
-    every = {"step", "tokens", "wall_s", "loss", "lr", "grad_norm", "tok_per_s", "mfu", "mem_gb",
+    every = {"step", "tokens", "wall_s", "loss", "lr", "grad_norm", "tok_per_s", "mfu", "mem_gb", "rss_gb",
              "data_ms", "forward_ms", "backward_ms", "optim_ms"}
     for r in lines:
         assert r.keys() == every | ({"val_loss", "val_tokens", "val_sha256"} if r["step"] in (4, 8, 12) else set())
