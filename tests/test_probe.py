@@ -158,7 +158,7 @@ def test_every_parameter_has_its_group(kind):
     model = model_of(**KINDS[kind])
     groups = probe.groups_of(model.config)
     found = {}
-    for name, p in model.named_parameters():
+    for name, _ in model.named_parameters():
         found.setdefault(groups[probe.group_of(name, 3)], []).append(name)
     assert list(found) == groups or set(found) == set(groups)
     assert all(name.startswith("transformer.h.1.") for name in found["layer_1"])
