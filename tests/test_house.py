@@ -20,8 +20,8 @@ from configurator import read_file, read_keys  # noqa: E402
 FLOORS = [
     {"model", "configurator", "tokenizer", "device"},
     {"loader", "optim", "checkpoint", "monitor", "plan", "sampling", "weights", "kvcache"},
-    {"parallel", "infer", "export"},
-    {"eval"},
+    {"parallel", "infer", "export", "history"},
+    {"eval", "page", "alarm"},
     {"train"},
     {"sample", "serve", "bench", "ablate", "report", "doctor"},
 ]
