@@ -43,7 +43,7 @@ RESOLVED = ("device", "dtype", "ranks")                   # and these of the sta
 
 class Finding(NamedTuple):
     what: str
-    worse: bool
+    worse: bool | None  # None: it could not be compared
     text: str
 
 
@@ -208,6 +208,17 @@ def read_baseline(path):
     return found
 
 
+def bands(base, tolerance):
+    """[(steps, low, high)] of the training loss and the validation loss, where there is more than a point."""
+    found = []
+    for field in ("loss", "val_loss"):
+        curve = base["curves"][field]
+        half = half_widths(curve, base["n"], tolerance)
+        low, high = ([m + sign * h for m, h in zip(curve["mean"], half, strict=True)] for sign in (-1, 1))
+        found += [(curve["step"], low, high)] * (len(half) > 1)
+    return found
+
+
 # -----------------------------------------------------------------------------
 # The comparison
 
@@ -270,9 +281,9 @@ def compare_quality(run, base, tolerance):
     read = {record["val_sha256"] for record in run.records if record.get("val_sha256")}
     vals = series(run, "val_loss")
     if not set(vals[0]) & set(base["curves"]["val_loss"]["step"]):
-        found.append(Finding("val_loss", False, "validation loss is left out: no evaluation at the same step"))
+        found.append(Finding("val_loss", None, "validation loss is left out: no evaluation at the same step"))
     elif sorted(read) != base["val_sha256"]:
-        found.append(Finding("val_loss", False, "validation loss is left out: evaluated on other tokens (eval_iters)"))
+        found.append(Finding("val_loss", None, "validation loss is left out: evaluated on other tokens (eval_iters)"))
     else:
         curve = base["curves"]["val_loss"]
         found.append(compare_curve(curve, vals, "val_loss", "validation loss", base["n"], tolerance, 0))
@@ -286,7 +297,7 @@ def beyond(field, what, form, value, then, tolerance, sign):
     noise = reach(len(then)) * statistics.stdev(then) / mean if len(then) > 1 else 0.0
     if noise > TOO_NOISY:
         apart = max(then) / min(then) - 1
-        return Finding(field, False, f"{what} left out: the baseline's own runs differ by {apart:.0%}")
+        return Finding(field, None, f"{what} left out: the baseline's own runs differ by {apart:.0%}")
     allowed, change = max(tolerance, noise), value / mean - 1
     text = f"{what} {value:{form}} against {mean:{form}} ({change:+.1%}, {sign * allowed:+.1%} allowed)"
     worse = sign * change > allowed
@@ -298,7 +309,7 @@ def compare_speed(run, base, tolerance, memory_tolerance):
     here = machine(run)
     other = [f"{key} is {here[key]}, there {then}" for key, then in base["machine"].items() if here.get(key) != then]
     if other:
-        return [Finding("speed", False, f"speed and memory are left out: {'; '.join(other)}")]
+        return [Finding("speed", None, f"speed and memory are left out: {'; '.join(other)}")]
     found, mean = [], dict(zip(base["curves"]["tok_per_s"]["step"], base["curves"]["tok_per_s"]["mean"], strict=True))
     ratios = [speed / mean[step] for step, speed in zip(*series(run, "tok_per_s"), strict=True) if step in mean]
     if ratios and None not in base["tok_per_s"]:

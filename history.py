@@ -17,8 +17,26 @@ import torch
 from loader import context_length
 from model import GPT, GPTConfig
 
-AXES = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs", "wall_s": "training time"}  # a record's fields
+AXES = {"step": ("step", "steps"), "tokens": ("tokens", "tokens"), "flops": ("training FLOPs", "FLOPs"),
+        "wall_s": ("training time in seconds", "time")}  # a record's field: on an axis, in a choice of them
 PARTS = ("data_ms", "forward_ms", "backward_ms", "pipeline_ms", "optim_ms")  # that add up to a step's time
+COLUMNS = {  # of a table of summaries: heading, meaning
+    "val_loss": ("val loss", "validation loss at the end"),
+    "best": ("best", "lowest validation loss"),
+    "bits": ("bits/token", "validation loss at the end in bits"),
+    "loss": ("train loss", "training loss at the end, smoothed"),
+    "steps": ("steps", "updates done"),
+    "tokens": ("tokens", "tokens trained on"),
+    "flops": ("FLOPs", "of training, without recomputation"),
+    "time": ("time", "training time"),
+    "tok_per_s": ("tokens/s", "median"),
+    "mfu": ("MFU", "median"),
+    "mem_gb": ("memory", "peak"),
+    "params": ("parameters", "without padding"),
+    "device": ("device", ""),
+    "dtype": ("dtype", ""),
+    "commit": ("commit", "with + it had changes on top"),
+}
 
 
 class History(NamedTuple):
@@ -176,12 +194,23 @@ def smooth(steps, values, steps_back):
 
     Divided by the sum of its weights, as Adam's moments are (Kingma and Ba 2014, arXiv:1412.6980): it starts unbiased.
     """
-    out, mean, weight, before = [], 0.0, 0.0, 0
+    out, mean, weight, before = [], 0.0, 0.0, steps[0] - 1 if steps else 0
     for step, value in zip(steps, values, strict=True):
         keep = math.exp(-(step - before) / steps_back) if steps_back else 0.0
         mean, weight, before = keep * mean + (1 - keep) * value, keep * weight + 1 - keep, step
         out.append(mean / weight)
     return out
+
+
+def smooth_both_ways(steps, values, steps_back):
+    """Exponential averages from either end together, so that a fall is followed without lag: for the eye, as a point
+    depends on what comes after it."""
+    if not steps or not steps_back:
+        return list(values)
+    forth = smooth(steps, values, steps_back)
+    back = smooth([-step for step in steps[::-1]], values[::-1], steps_back)[::-1]
+    seen = [[1 - math.exp(-(abs(step - end) + 1) / steps_back) for step in steps] for end in (steps[0], steps[-1])]
+    return [(a * u + b * v) / (u + v) for a, b, u, v in zip(forth, back, *seen, strict=True)]
 
 
 def smoothing(run, share=0.02):
@@ -232,3 +261,32 @@ def summary(run):
         "dtype": run.resolved.get("dtype"),
         "commit": (run.env.get("commit") or "")[:9] + "+" * bool(run.env.get("dirty_diff")) or None,
     }
+
+
+def short(value):
+    """A number with three digits and k, M, G, T, P or E."""
+    for scale, sign in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g}{sign}" if value < 1000 * scale else f"{value / scale:.0f}{sign}"
+    return f"{value:.3g}"
+
+
+def clock(seconds):
+    """Seconds as 5.3 s, 4:05 or 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
+
+
+def shown(key, value):
+    """A figure of a summary as a table has it, or None."""
+    if value is None or isinstance(value, str):
+        return value
+    if key in ("val_loss", "best", "loss", "bits"):
+        return f"{value:.4f}"
+    if key == "time":
+        return clock(value)
+    if key == "mem_gb":
+        return f"{value:.2f} GB"
+    return f"{value:.1%}" if key == "mfu" else f"{value:,}" if key == "steps" else short(value)
