@@ -82,7 +82,8 @@ def half_widths(curve, n, tolerance):
         z = statistics.NormalDist().inv_cdf((1 + INSIDE) / 2)
         return [math.hypot(tolerance * mean, z * math.sqrt(2) * std)
                 for mean, std in zip(curve["mean"], curve["std"], strict=True)]
-    return [max(reach(n) * std, ROUNDING * mean) for mean, std in zip(curve["mean"], curve["std"], strict=True)]
+    wide = reach(n)
+    return [max(wide * std, ROUNDING * mean) for mean, std in zip(curve["mean"], curve["std"], strict=True)]
 
 
 def batch_noise(steps, losses, steps_back):

@@ -16,6 +16,7 @@ from history import (
     AXES,
     COLUMNS,
     PARTS,
+    clock,
     differences,
     keys_of,
     over_layers,
@@ -80,11 +81,20 @@ def trace(xs, ys, label="", **how):
 
 def message(event):
     """An event in words."""
-    if event["event"] == "warning":
-        return f"warning: {event.get('message', '')}"
-    said = {key: value for key, value in event.items() if key not in ("event", "time", "step", "resolved", "text")}
-    said = {key: value for key, value in said.items() if value not in ({}, None)}
-    return f"{event['event']} {', '.join(f'{key} {value}' for key, value in said.items())}".strip()
+    kind, number = event.get("event", ""), (int, float)
+    rest = {key: value for key, value in event.items() if key not in ("event", "time", "step", "resolved")}
+    if kind == "warning":
+        return f"warning: {rest.get('message', '')}"
+    if kind in ("spike", "nan", "rewind"):
+        z = f", z {rest['z']:.3g}" if isinstance(rest.get("z"), number) else ""
+        value = f" {rest['value']:.4g}" if isinstance(rest.get("value"), number) else " not finite"
+        back = f": back to step {rest['to']:,}" if isinstance(rest.get("to"), int) else ""
+        without = ", ".join(map(str, rest.get("skipped") or []))
+        without = f", without the data of step {without}" if without else ""
+        return f"{kind}: {rest.get('what', '')}{value}{z}{back}{without}"
+    if "wall_s" in rest:
+        rest = {"after": clock(rest["wall_s"])}
+    return " ".join([kind, *(f"{key} {value}" for key, value in rest.items() if value not in ({}, None))])
 
 
 def marks(run, i, field):
@@ -265,7 +275,7 @@ def events_table(run):
     found = [event for event in run.events if event.get("event") != "sample"]
     rows = [[f"{event.get('step', 0):,}", escape(message(event)).replace("\n", " ")] for event in found]
     noisy = sum(event.get("event") in SYMBOLS for event in found)
-    body = table(["step", '<span class="text">event</span>'], rows).replace("<td>", '<td class="text">')
+    body = table(["step", "event"], rows).replace('class="scroll"', 'class="scroll words"')
     marked = f", {noisy} of them marked in the curves" if noisy else ""
     return f"<details><summary>Events ({len(found)}{marked})</summary>{body}</details>"
 

@@ -132,10 +132,12 @@ def plot_loss(ax, runs, x="step"):
         ax.set_ylim(seen[0] - 0.04 * (top - seen[0]), top + 0.04 * (top - seen[0]))
 
 
-def plot_field(ax, runs, field, x="step", log=False):
-    """One figure of each run, such as grad_norm."""
+def plot_field(ax, runs, field, x="step", log=False, zero=False):
+    """One figure of each run, such as grad_norm; `zero` is where the axis begins."""
     for i, run in enumerate(runs):
         ax.plot(*series(run, field, x), **style_of(i), label=run.name)
+    if zero:
+        ax.set_ylim(bottom=0)
     ax.set(xlabel=AXES[x][0], title=TITLES.get(field, field), yscale="log" if log else "linear")
 
 
@@ -159,6 +161,7 @@ def plot_parts(ax, run, x="step"):
     totals = [sum(r.get(part) or 0.0 for part in parts) for r in records]
     shares = [[(r.get(part) or 0.0) / total for r, total in zip(records, totals, strict=True)] for part in parts]
     ax.stackplot([r[x] for r in records], shares, labels=[page.PART_NAMES[part] for part in parts], colors=COLOURS)
+    ax.grid(False)
     ax.set(xlabel=AXES[x][0], title=f"where a step's time goes: {run.name}", ylim=(0, 1))
 
 
@@ -172,7 +175,7 @@ def picture(runs, path, x="step"):
     def has(field):
         return any(series(run, field, x)[0] or keys_of(run, field) for run in runs)
 
-    small = [(field, lambda ax, f=field: plot_field(ax, runs, f, x, log=f == "grad_norm"))
+    small = [(field, lambda ax, f=field: plot_field(ax, runs, f, x, log=f == "grad_norm", zero=f != "grad_norm"))
              for field in ("grad_norm", "lr", "tok_per_s", "mem_gb") if has(field)]
     last = runs[-1]
     small += [(field, lambda ax, f=field: plot_keys(ax, last, f, x, log=f in page.BY_GROUP))
