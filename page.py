@@ -313,8 +313,11 @@ def against(name, findings):
         words = [{True: "worse", False: "fine", None: "left out"}[one.worse] for one in found]
         items = "".join(f'<li class="{word}"><b>{word}</b>{escape(one.text)}</li>'
                         for word, one in zip(words, found, strict=True))
-        body += f'<h3 class="part">{escape(run)}</h3>' if len(findings) > 1 else ""
-        body += f'<ul class="findings">{items}</ul>'
+        items = f'<ul class="findings">{items}</ul>'
+        worse = ", ".join(one.what for one in found if one.worse)
+        body += items if len(findings) == 1 else \
+            f'<details{" open" * bool(worse)}><summary>{escape(run)}: {f"worse in {worse}" if worse else "in band"}' \
+            f'</summary>{items}</details>'
     return section(f"Against {escape(name)}", body, "Grey in the chart of the loss: its bands. alarm.py has the rule.")
 
 
