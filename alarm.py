@@ -129,8 +129,8 @@ def check_same(theirs, run, whose):
     if theirs["dataset_sha256"] != run.env.get("dataset_sha256"):
         raise ValueError(f"{run.name} was trained on another dataset ({str(run.env.get('dataset_sha256'))[:12]}) than "
                          f"{whose} ({str(theirs['dataset_sha256'])[:12]}): their losses do not compare")
-    then, now = theirs["effective"], effective(run.config, run.resolved)
-    other = [f"{key}={now.get(key)} (there {then[key]})" for key in then if now.get(key) != then[key]]
+    then, now = effective(theirs["config"], theirs["resolved"]), effective(run.config, run.resolved)
+    other = [f"{key}={now.get(key)} (there {then.get(key)})" for key in then | now if now.get(key) != then.get(key)]
     if other:
         raise ValueError(f"{run.name} is not the run that {whose} is: {', '.join(other)}")
 
@@ -151,7 +151,7 @@ def summarise(runs, name):
     first = runs[0]
     seedless = {key: value for key, value in first.config.items() if key not in ("seed", "out_dir")}
     made = {"format": FORMAT, "name": name, "n": len(runs), "seeds": [run.config.get("seed") for run in runs],
-            "config": seedless, "effective": effective(first.config, first.resolved),
+            "config": seedless, "resolved": first.resolved,
             "dataset_sha256": first.env.get("dataset_sha256"),
             "commits": sorted({run.env.get("commit") or "unknown" for run in runs}),
             "dirty": any(run.env.get("dirty_diff") for run in runs)}

@@ -372,7 +372,8 @@ def drift(path):
     reference = json.loads(path.read_text(encoding="utf-8"))
     keys = read_keys(ROOT / "train.py")
     now = {name: key.default for name, key in keys.items()} | read_file(f"{ROOT}/config/{path.stem}.py", keys)
-    then, now = reference["effective"], alarm.effective(now, {"vocab_size": reference["effective"]["vocab_size"]})
+    found = reference["resolved"]
+    then, now = alarm.effective(reference["config"], found), alarm.effective(now, {"vocab_size": found["vocab_size"]})
     now["gradient_accumulation_steps"] = now["gradient_accumulation_steps"] or 1
     return {key: (then.get(key), now.get(key)) for key in then.keys() | now.keys() if then.get(key) != now.get(key)}
 
@@ -388,12 +389,18 @@ def test_drift_is_seen(tmp_path):
     keys = read_keys(ROOT / "train.py")
     config = {name: key.default for name, key in keys.items()}
     config |= read_file(f"{ROOT}/config/shakespeare_char_cpu.py", keys)
-    effective = alarm.effective(config, {"vocab_size": 65, "gradient_accumulation_steps": 1})
     path = tmp_path / "shakespeare_char_cpu.json"
-    path.write_text(json.dumps({"effective": effective}), encoding="utf-8")
+    made = {"config": config, "resolved": {"vocab_size": 65, "gradient_accumulation_steps": 1}}
+    path.write_text(json.dumps(made), encoding="utf-8")
     assert drift(path) == {}
-    path.write_text(json.dumps({"effective": {**effective, "learning_rate": 1.0}}), encoding="utf-8")
+    path.write_text(json.dumps({**made, "config": {**config, "learning_rate": 1.0}}), encoding="utf-8")
     assert drift(path) == {"learning_rate": (1.0, config["learning_rate"])}
+    del config["wsd_decay_frac"], config["lr_schedule"]  # as if the file were older than these keys
+    path.write_text(json.dumps(made), encoding="utf-8")
+    assert set(drift(path)) == {"wsd_decay_frac", "lr_schedule"}  # which the shipped config does not leave as they were
+    del config["bias"]
+    path.write_text(json.dumps(made), encoding="utf-8")
+    assert "bias" not in drift(path)
 
 
 # -----------------------------------------------------------------------------
