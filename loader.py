@@ -432,3 +432,11 @@ def fixed_batches(tokens, block_size, batch_size, limit=0):
             y = torch.cat((y, torch.nn.functional.pad(tail_y, pad, value=-1)))
         yield x, y
 
+
+def context_length(step, block_size, start, until):
+    """Tokens of context at `step`: `start`, doubling in equal stages up to block_size, which it is from step `until`
+    on. Short at first, where short is quicker and teaches as much (Li et al. 2021, arXiv:2108.06084)."""
+    if not start or step >= until:
+        return block_size
+    doublings = (block_size // start).bit_length() - 1
+    return start << int(doublings * step / until)

@@ -33,7 +33,9 @@ from eval import evaluate
 from export import read_model
 from guard import ACTIONS, Guard, Watch, keep_skipped, parse_steps, read_skipped
 from infer import stream
-from loader import DataError, Loader, data_step, fixed_batches, keyed, open_datasets, open_tokens, verify_shards
+from loader import (
+    DataError, Loader, context_length, data_step, fixed_batches, keyed, open_datasets, open_tokens, verify_shards,
+)
 from model import GPT, GPTConfig, pick_attention
 from monitor import Hardware, Profiler, Run, StepTimer, environment
 from optim import Optimizers, lr_at
@@ -304,7 +306,7 @@ def main(config, given, rewound=None):
     print(f"memory      about {memory / 1e9:.2g} GB{' a process' * (layout.world > 1)}")
     run.event("resume" if resumed else "start", step=state["step"], changed=changed, resolved={
         "device": str(where), "dtype": precision_name, "attn": attn_kind, "threads": torch.get_num_threads(),
-        "vocab_size": model_config.vocab_size, "gradient_accumulation_steps": micro_batches,
+        "vocab_size": model_config.vocab_size, "gradient_accumulation_steps": micro_batches, "ranks": layout.world,
     })
     if changed:
         warn(f"resumed with other settings than it was saved with: {changed}")
@@ -722,13 +724,8 @@ def evaluation_line(result, unit):
 
 
 def context_at(step):
-    """Tokens of context at `step`: short at first, where short is quicker and teaches as much (Li et al. 2021,
-    arXiv:2108.06084). The rows of a batch are cut, so the order of the data stays what it is."""
-    until = context_iters or max_iters // 2
-    if not context_start or step >= until:
-        return block_size
-    doublings = int(math.log2(block_size // context_start))
-    return context_start << int(doublings * step / until)
+    """Tokens of context at `step`. The rows of a batch are cut, so the order of the data stays what it is."""
+    return context_length(step, block_size, context_start, context_iters or max_iters // 2)
 
 
 def sample(model, tokenizer, context):

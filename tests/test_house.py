@@ -19,9 +19,10 @@ from configurator import read_file, read_keys  # noqa: E402
 
 FLOORS = [
     {"model", "configurator", "tokenizer", "device"},
-    {"loader", "optim", "checkpoint", "monitor", "guard", "probe", "track", "plan", "sampling", "weights", "kvcache"},
-    {"parallel", "infer", "export"},
-    {"eval"},
+    {"loader", "optim", "checkpoint", "monitor", "guard", "probe", "track", "plan", "tables", "sampling", "weights",
+     "kvcache"},
+    {"parallel", "infer", "export", "history"},
+    {"eval", "page", "alarm"},
     {"train"},
     {"sample", "serve", "bench", "ablate", "report", "doctor"},
 ]
