@@ -19,7 +19,7 @@ from configurator import read_file, read_keys  # noqa: E402
 
 FLOORS = [
     {"model", "configurator", "tokenizer", "device"},
-    {"loader", "optim", "checkpoint", "monitor", "plan", "sampling", "weights", "kvcache"},
+    {"loader", "optim", "checkpoint", "monitor", "plan", "sampling", "weights", "kvcache", "tables"},
     {"parallel", "infer", "export"},
     {"eval"},
     {"train"},
@@ -38,6 +38,7 @@ MOST_LINES = 450
 LONGER = {  # file: why it is one file all the same
     "train.py": "a hundred lines of settings above the story",
     "bench.py": "five benchmarks, each by itself",
+    "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
     "export.py": "two ways in and two ways out, each by itself",
     "parallel.py": "data, tensor and pipeline parallelism meet on one grid and in every step",
 }
