@@ -168,8 +168,9 @@ def read_experiment(path, keys):
 
 
 def question(path):
-    """The docstring of an experiment's file."""
-    return ast.get_docstring(ast.parse(Path(path).read_text(encoding="utf-8"))) or ""
+    """The first paragraph of an experiment's docstring, on one line."""
+    text = ast.get_docstring(ast.parse(Path(path).read_text(encoding="utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split())
 
 
 def resolve(experiment, name, given, keys, code):
@@ -482,7 +483,7 @@ def main():
     # the seeds outermost, so that what there is half-way compares
     runs = share([Run(variant, seed) for seed in seeds or experiment.seeds for variant in variants
                   if not only or variant.name in only])
-    print(f"{paths[0]}: {' '.join(question(paths[0]).split())}")
+    print(f"{paths[0]}: {question(paths[0])}")
     check_stale(runs)
     if dry_run:
         show_plan(runs)
