@@ -426,10 +426,10 @@ def estimate(runs):
 
 
 def show_plan(runs):
-    for run in runs:
-        state, differs = state_of(run)
-        print(f"  {run.name:32} {state}{f', of other {differs}' if (differs := ' and '.join(differs)) else ''}")
-    states = [state_of(run)[0] for run in runs]
+    found = [state_of(run) for run in runs]
+    for run, (state, differs) in zip(runs, found, strict=True):
+        print(f"  {run.name:32} {state}{', of other ' * bool(differs)}{' and '.join(differs)}")
+    states = [state for state, _ in found]
     seconds = estimate(runs)
     time_ = "no estimate before a run is finished" if seconds is None else f"about {seconds / 60:.0f} minutes to go"
     print(f"{len(runs)} runs: {states.count('finished')} finished, {states.count('begun')} begun, "

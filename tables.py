@@ -40,7 +40,7 @@ def incomplete_beta(a, b, x):
     if x > (a + 1) / (a + b + 2):  # beyond it the fraction is slow
         return 1 - incomplete_beta(b, a, 1 - x)
     tail = 1.0
-    for m in range(100, -1, -1):  # from the far end: d(2m + 2), then d(2m + 1)
+    for m in range(50, -1, -1):  # from the far end: d(2m + 2), then d(2m + 1)
         tail = 1 + (m + 1) * (b - m - 1) * x / ((a + 2 * m + 1) * (a + 2 * m + 2)) / tail
         tail = 1 - (a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)) / tail
     log_front = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
@@ -57,7 +57,7 @@ def t_critical(p, dof):
     low, high = 0.0, 1.0
     while t_p(high, dof) > p:
         high *= 2
-    for _ in range(100):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if t_p(middle, dof) > p else (low, middle)
     return high
