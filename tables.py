@@ -117,10 +117,11 @@ def lines_of(path):
 
 
 def divergence(folder):
-    """What was not finite in a run that ended for it, or None."""
+    """Why a run was given up, as train.py says it (a loss that is not finite, or a guard's "stop"); None where it was
+    not: a signal gives nothing up."""
     marks = [event for event in lines_of(folder / "events.jsonl") if event["event"] in MARKS]
-    reason = marks[-1].get("reason", "") if marks and marks[-1]["event"] == "stop" else ""
-    return reason if "not finite" in reason else None
+    reason = marks[-1].get("reason", "SIG") if marks and marks[-1]["event"] == "stop" else "SIG"
+    return None if reason.startswith("SIG") else reason
 
 
 def trend(values):
@@ -151,8 +152,8 @@ def figures(folder):
     losses, norms, speeds, memory = map(column, ("loss", "grad_norm", "tok_per_s", "mem_gb"))
     tail = losses[-max(1, len(losses) // 10) :]
     # a run that was killed tells again what it had told after its last checkpoint
-    told = {(event["event"], event.get("step"), event.get("what")) for event in events}
-    count = {kind: sum(event == kind for event, _, _ in told) for kind in ("spike", "nan", "rewind")}
+    told = {(event["event"], event.get("step"), event.get("what"), event.get("data_step")) for event in events}
+    count = {kind: sum(event[0] == kind for event in told) for kind in ("spike", "nan", "rewind")}
     return {
         "commit": env["commit"], "dirty": bool(env["dirty_diff"] or env["untracked"]),
         "environment_sha256": env["environment_sha256"], "cpu": env["cpu"], "device": env["device"],
