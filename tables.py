@@ -350,7 +350,7 @@ def origins(rows):
                      for row in runs if row.get(key)}
             cells.append(", ".join(sorted(found)))
         body.append(cells)
-    machines = sorted({f"{row.get('device')} ({row.get('cpu')}), {row.get('threads')} threads, {row.get('dtype')}, "
+    machines = sorted({f"{row.get('device')} ({row.get('cpu')}), threads: {row.get('threads')}, {row.get('dtype')}, "
                        f"torch {row.get('torch')}" for row in rows})
     # settings are to differ, and a commit may touch other files; what names the code that trains must not
     mixed = [name for name, key in keys.items() if name not in ("commit", "settings")
@@ -376,7 +376,9 @@ def markdown(rows, reference=None):
         groups = {name: groups.get(name, []), **groups}  # the reference first
         parts += [f"## Against {name}", quality(groups, name), "### Cost", cost(groups), "### Health", health(groups)]
     rule = (f"Losses are means over seeds ± their standard deviation (number of seeds), in nats per token. Bold: above "
-            f"the noise floor of its row, by Welch's t-test with Holm's correction over the column, at {LEVEL:.0%}.")
+            f"the noise floor of its row, by Welch's t-test with Holm's correction over the column, at {LEVEL:.0%}. At "
+            "equal tokens: the whole validation split in fp32, at the end. At equal compute and time: read off the "
+            "validation curves, where what costs more has not yet lowered its learning rate as far.")
     return "\n\n".join([rule, *parts, "## Where the rows come from", origins(rows)])
 
 
