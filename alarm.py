@@ -22,6 +22,7 @@ from typing import NamedTuple
 from configurator import read_keys
 from history import median, read_object, read_run, series, smooth, smoothing
 from model import GPTConfig
+from tables import t_critical
 
 ROOT = Path(__file__).resolve().parent
 FORMAT = "minichat reference 1"
@@ -51,29 +52,9 @@ class Finding(NamedTuple):
 # Statistics
 
 
-def t_probability(t, dof):
-    """P(|T| < t) of Student's t with `dof` degrees of freedom, a whole number (Abramowitz and Stegun, 26.7.3 and 4)."""
-    angle = math.atan(t / math.sqrt(dof))
-    term, total = (math.cos(angle) if dof % 2 else 1.0), 0.0
-    for k in range(2 + dof % 2, dof + 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if dof % 2 else total
-
-
-def t_quantile(inside, dof):
-    """The t within which a share `inside` of the values lies, on both sides together."""
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_probability(middle, dof) < inside else (low, middle)
-    return high
-
-
 def reach(n):
     """How many standard deviations of n runs the band goes to either side of their mean."""
-    return t_quantile(INSIDE, n - 1) * math.sqrt(1 + 1 / n)
+    return t_critical(1 - INSIDE, n - 1) * math.sqrt(1 + 1 / n)
 
 
 def half_widths(curve, n, tolerance):

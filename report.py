@@ -6,6 +6,7 @@ Runs as people look at them: a summary in the terminal, one HTML page, a picture
     python report.py out/a --html=report.html --watch=10            # while it trains
     python report.py out/new --baseline=docs/reference/shakespeare_char_cpu.json   # or a run; exits 1 if it is worse
     python report.py out/seed1 ... out/seed5 --reference=docs/reference/mine.json  # makes such a file
+    python report.py out/ablations/architecture/results.jsonl [--png=curves.png]   # an ablation's tables, as Markdown
 
 In Python, `from report import plot_loss, read_runs` gives the same data and curves for a notebook.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import alarm
 import page
+import tables
 from configurator import configure, fail
 from history import (
     AXES,
@@ -34,7 +36,7 @@ from history import (
 )
 
 # -----------------------------------------------------------------------------
-runs: tuple[str, ...] = ()  # run folders, as bare words
+runs: tuple[str, ...] = ()  # run folders, or one results.jsonl of ablate.py's, as bare words
 html = ""                   # file for the page; empty: none
 png = ""                    # file for a picture of the curves; empty: none
 x = "step"                  # the picture's horizontal axis: step | tokens | flops | wall_s
@@ -238,6 +240,21 @@ def make(found, base, findings, again):
         picture(found, png, x)
 
 
+def ablation(path):
+    """Print the tables of ablate.py's results, and draw the learning curves."""
+    need("scipy")
+    print(tables.report_of(path))
+    if png:
+        from matplotlib.figure import Figure
+
+        rows, by = tables.read_rows(path), {"step": "tokens"}.get(x, x)
+        names = tables.references(rows)
+        figure = Figure(figsize=(10, 6 * len(names)), layout="constrained", dpi=110)
+        for name, ax in zip(names, figure.subplots(len(names), squeeze=False).flat, strict=True):
+            tables.learning_curves(ax, tables.of_reference(rows, name), by)
+        figure.savefig(png)
+
+
 def need(package):
     try:
         __import__(package)
@@ -275,6 +292,11 @@ def main():
     if png:
         need("matplotlib")
     try:
+        if runs[0].endswith(".jsonl"):
+            if len(runs) > 1 or html or watch or baseline or reference:
+                fail("the results of an ablation are read by themselves, with no other key than png and x")
+            ablation(runs[0])
+            return 0
         found = read_runs(runs)
         tell(found)
         base = alarm.read_baseline(baseline) if baseline else None

@@ -34,7 +34,15 @@ from export import read_model
 from guard import ACTIONS, Guard, Watch, keep_skipped, parse_steps, read_skipped
 from infer import stream
 from loader import (
-    DataError, Loader, context_length, data_step, fixed_batches, keyed, open_datasets, open_tokens, verify_shards,
+    DataError,
+    Loader,
+    context_length,
+    data_step,
+    fixed_batches,
+    keyed,
+    open_datasets,
+    open_tokens,
+    verify_shards,
 )
 from model import GPT, GPTConfig, pick_attention
 from monitor import Hardware, Profiler, Run, StepTimer, environment

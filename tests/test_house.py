@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ablate import read_experiment  # noqa: E402
 from configurator import read_file, read_keys  # noqa: E402
 
 FLOORS = [
@@ -39,6 +40,7 @@ MOST_LINES = 450
 LONGER = {  # file: why it is one file all the same
     "train.py": "a hundred lines of settings above the story",
     "bench.py": "five benchmarks, each by itself",
+    "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
     "export.py": "two ways in and two ways out, each by itself",
     "parallel.py": "data, tensor and pipeline parallelism meet on one grid and in every step",
 }
@@ -208,10 +210,14 @@ def faults(words, root):
     wrong = [f"no file {file}" for file in files if not (root / file).is_file()]
     if wrong or not re.fullmatch(r"(.*/)?python[\d.]*", words[0]) or len(words) < 2 or words[1] not in files:
         return wrong
-    keys = {**(read_keys(root / "train.py") if words[1] == "plan.py" else {}), **read_keys(root / words[1])}
+    also = read_keys(root / "train.py") if words[1] in ("plan.py", "ablate.py") else {}
+    keys = {**also, **read_keys(root / words[1])}
     try:
         for file in files[1:]:
-            read_file(os.fspath(root / file), keys)
+            if words[1] == "ablate.py":  # an experiment is no list of keys
+                read_experiment(os.fspath(root / file), also)
+            else:
+                read_file(os.fspath(root / file), keys)
         for word in words[2:]:
             name, equals, value = word.removeprefix("--").partition("=")
             if word.startswith("--") and name != "help":
@@ -313,7 +319,7 @@ def holds_layouts(rows, result):
 
 @pytest.mark.slow
 def test_the_readmes_commands_run(tmp_path):
-    """In a fresh copy, in the README's order, as they stand; not what sets up, and not the benchmarks."""
+    """In a fresh copy, in the README's order, as they stand; not what sets up, not the benchmarks and ablations."""
     for name in present():
         if not name.startswith("tests/"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -321,7 +327,7 @@ def test_the_readmes_commands_run(tmp_path):
     ran = []
     for words in commands(read(ROOT / "README.md")):
         to_fill_in = any(re.search(r"(^|=)[A-Z_]+$", word) for word in words)
-        if words[0] != "python" or words[1] in ("-m", "bench.py") or to_fill_in:
+        if words[0] != "python" or words[1] in ("-m", "bench.py", "ablate.py") or to_fill_in:
             continue
         done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, encoding="utf-8")
         if done.returncode and "no text to prepare" in done.stderr:

@@ -177,3 +177,18 @@ def test_shakespeare_is_nanogpts(tmp_path, run_script):
     tokenizer = load_tokenizer(tmp_path)
     text = tokenizer.decode(stream(tmp_path, "train") + stream(tmp_path, "val"))
     assert text == (RANKS.parent / "tinyshakespeare.txt").read_text(encoding="utf-8")
+
+
+@needs_ranks
+def test_shakespeare_has_a_bpe_of_its_own(tmp_path, run_script):
+    """Learned from the training part alone, the same at every call, and it gives the text back."""
+    pytest.importorskip("rustbpe")
+    made = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        done = run_script("data/shakespeare_bpe/prepare.py", f"--out_dir={folder}", MINICHAT_MIRROR=str(RANKS.parent))
+        assert done.returncode == 0, done.stderr
+        made.append((folder / "manifest.json").read_bytes())
+    tokenizer = load_tokenizer(tmp_path / "a")
+    text = tokenizer.decode(stream(tmp_path / "a", "train") + stream(tmp_path / "a", "val"))
+    assert text == (RANKS.parent / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    assert tokenizer.vocab_size == 1024 and made[0] == made[1]

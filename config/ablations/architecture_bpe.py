@@ -1,0 +1,28 @@
+"""
+Does what helps on characters help on tokens, too? The larger parts of config/ablations/architecture.py on Tiny
+Shakespeare in a byte-level BPE of 1,024 tokens, trained on its training part, where the head is a larger share of the
+model and a text is shorter.
+
+    python data/shakespeare_bpe/prepare.py
+    python ablate.py config/ablations/architecture_bpe.py
+
+The same number of tokens as there, which see more of the text, and the same learning rates. Losses are per token: not
+to be compared with those of characters.
+"""
+
+from config.ablations.architecture import _alone, _away, _stack
+
+base = "config/shakespeare_char_gpt2.py"
+common = {"dataset": "shakespeare_bpe", "tokens_per_run": 768_000}
+seeds = (1, 2, 3, 4, 5)
+
+_alone = {name: _alone[name] for name in ("rope", "rmsnorm_nogain", "relu2", "untied", "mqa", "muon")}
+_away = {name: _away[name] for name in ("learned_positions", "layernorm", "gelu", "tied", "mqa", "adamw")}
+
+variants = {
+    "base": {},
+    **_alone,
+    "stack": _stack,
+    **{f"stack_{name}": {**_stack, **change} for name, change in _away.items()},
+}
+against = {f"stack_{name}": "stack" for name in _away}

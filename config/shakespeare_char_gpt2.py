@@ -1,0 +1,31 @@
+# GPT-2's architecture at the size of the ablations: what config/ablations/ changes one thing of at a time.
+#     python data/shakespeare_char/prepare.py
+#     python train.py config/shakespeare_char_gpt2.py
+out_dir = "out/shakespeare_char_gpt2"
+dataset = "shakespeare_char"
+block_size = 128
+batch_size = 12
+max_iters = 500
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+bias = True             # the rest of GPT-2's architecture is the default
+
+learning_rate = 2e-3
+min_lr = 0.0
+beta2 = 0.99
+warmup_iters = 20
+lr_schedule = "wsd"
+wsd_decay_frac = 0.6
+
+muon_learning_rate = 0.03  # where optimizer is "muon"
+muon_momentum = 0.9
+muon_dtype = "auto"
+
+eval_interval = 50
+eval_iters = 2
+log_interval = 5
+always_save_checkpoint = False
+device = "cpu"
+threads = 1
