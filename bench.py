@@ -723,19 +723,20 @@ def held_bytes(model, opt):
 
 
 def updates_once(stage, shape, tokens, device):
-    """What this rank holds when the optimizer steps, and the peak of an update of two micro-batches, the second one."""
+    """What this rank holds when the optimizer steps, and at most in an update of two micro-batches, the second one:
+    weights and optimizer state, which stay, and how far memory rises meanwhile."""
     where = own_device(device, pick_device(device)[0])
     layout = Layout(where, zero_stage=stage)
-    before = memory_gb(where)
     whole, x = (t.to(where) for t in large_model(shape, tokens))
-    planned = plan.step_memory(plan.costs_of(whole), 1, torch.float32, 0, plan.Layout(layout.dp, layout.zero),
-                               2, where.type == "cuda")["total"]
     theory = 4 * whole.param_bytes() / (layout.dp if layout.zero else 1)
+    planned = plan.step_memory(plan.costs_of(whole), 1, layout=plan.Layout(layout.dp, layout.zero), micro_steps=2,
+                               cuda=where.type == "cuda")["total"]
     model = layout.place(whole)
     del whole
     opt = Optimizers(model, learning_rate=1e-3, whole=layout.whole, part=layout.part)
     for _ in range(2):  # the first makes the optimizer's state
         forget_peak(where)
+        before = memory_gb(where)
         for last in (False, True):
             layout.before_forward(model, last)
             _, loss = layout.module(x, x, loss_only=True)
@@ -744,7 +745,8 @@ def updates_once(stage, shape, tokens, device):
         opt.step()
         held = held_bytes(model, opt)
         opt.zero_grad()
-    return {**held, "theory": theory, "peak": 1e9 * (memory_gb(where) - before), "plan": planned}
+    peak = held["weights"] + held["optimizer"] + 1e9 * (memory_gb(where) - before)
+    return {**held, "theory": theory, "peak": peak, "plan": planned}
 
 
 def bench_zero():
@@ -754,6 +756,7 @@ def bench_zero():
     gradients after each micro-batch, 1 keeps them whole up to the last."""
     if not worlds or min(worlds) < 1:
         fail("worlds must be at least 1 each")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "100000"  # for the children: glibc gives back at once what they free
     rows = []
     for ranks in worlds:
         for stage in (0, 1, 2, 3) if ranks > 1 else (0,):
@@ -764,7 +767,7 @@ def bench_zero():
                          **most, "of_theory_%": 100 * held / most["theory_mb"]})
     print(f"{shape[0]} layers of {shape[2]}, {shape[1]} heads, 2 micro-batches of 1 sequence of {tokens} tokens, fp32; "
           "MB on the rank that has most: at the optimizer's step (theory: of all three), then the peak of an update, "
-          "over what the process had before the model, and what plan.py says of it")
+          "and what plan.py says of it")
     table(rows, ("processes", "layout", "weights_mb", "gradients_mb", "optimizer_mb", "theory_mb", "of_theory_%",
                  "peak_mb", "plan_mb"))
     return {"machine": machine(), "rows": rows}
