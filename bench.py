@@ -46,7 +46,7 @@ import torch
 
 import plan
 from configurator import configure, fail, read_file, read_keys
-from device import memory_gb, pick_device
+from device import DTYPES, memory_gb, pick_device
 from export import write_gguf
 from infer import Engine, stream
 from loader import Loader, Tokens, find_dataset
@@ -773,12 +773,30 @@ def bench_zero():
     return {"machine": machine(), "rows": rows}
 
 
+def check():
+    """Ends where a setting cannot be had."""
+    if what in ("train", "scaling", "loader") and not Path(config).exists():
+        fail(f"no config file {config}")
+    unknown = [form for form in forms if form not in (*DTYPES, "int8")]
+    if unknown:
+        fail(f"--forms={','.join(unknown)}: it takes {', '.join(DTYPES)}, int8")
+    if len(shape) != 3:
+        fail("--shape takes three numbers: layers, heads and width")
+    try:
+        if what in ("infer", "activations", "zero"):
+            pick_device(device)
+        for heads in kv_heads:
+            GPTConfig(n_kv_head=heads)
+        GPTConfig(block_size=tokens, n_layer=shape[0], n_head=shape[1], n_embd=shape[2])
+    except ValueError as e:
+        fail(e)
+
+
 if __name__ == "__main__":
     benchmarks = {"train": bench_train, "scaling": bench_scaling, "data": bench_data, "loader": bench_loader,
                   "infer": bench_infer, "activations": bench_activations, "zero": bench_zero}
     settings = configure(globals(), verb="what", verbs=tuple(benchmarks))
-    if what in ("train", "scaling", "loader") and not Path(config).exists():
-        fail(f"no config file {config}")
+    check()
     figures = benchmarks[what]()
     settings["input"] = Path(input).name  # where it lies is this machine's own affair
     print(json.dumps({"benchmark": what, "settings": settings, **figures}))

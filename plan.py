@@ -231,14 +231,15 @@ def divisors(n):
 
 
 def grids(c, sequences, count, machine):
-    """(data, tensor, pipeline) that use `count` GPUs, and can: heads and machine divide by tensor, layers suffice for
-    the stages, the batch divides over data."""
+    """(data, tensor, pipeline) that use `count` GPUs and that train.py takes: heads, hidden units and machine divide by
+    tensor, layers suffice for the stages, the batch divides over data and leaves a micro-batch for each stage."""
     for tensor in divisors(min(count, machine)):
-        if c.n_head % tensor or count % tensor:
+        shared = c.kv_heads % tensor and tensor % c.kv_heads
+        if c.n_head % tensor or c.mlp_dim % tensor or shared or count % tensor:
             continue
         for pipeline in divisors(count // tensor):
             data = count // tensor // pipeline
-            if pipeline <= c.n_layer and sequences % data == 0:
+            if pipeline <= c.n_layer and sequences % data == 0 and sequences // data >= pipeline:
                 yield data, tensor, pipeline
 
 
@@ -255,6 +256,8 @@ def plans(model, sequences, count, card):
                 layout, found = Layout(data, zero, tensor, pipeline, recompute), []
                 for batch_size in divisors(sequences // data):
                     micro_steps = sequences // data // batch_size
+                    if micro_steps < pipeline:
+                        break
                     memory = step_memory(costs, batch_size, torch.bfloat16, 0, layout, micro_steps)
                     row = {"layout": layout, "batch_size": batch_size, "micro_steps": micro_steps, "memory": memory}
                     if memory["total"] > limit:
@@ -316,7 +319,8 @@ def show_layouts(model, sequences, count, card):
           + (f", the nearest being {named(too_large[0]['layout'])}: {too_large[0]['memory']['total'] / 1e9:.1f} GB"
              if too_large else ""))
     if not fit and not too_large:
-        print(f"{sequences} sequences cannot be shared out over {count} GPUs: the data-parallel size must divide them")
+        print(f"{sequences} sequences cannot be shared out over {count} GPUs: the data-parallel size must divide them, "
+              "and a pipeline needs as many micro-batches as it has stages")
     return [{**row, "layout": row["layout"]._asdict()} for row in fit[: rows or None]]
 
 
@@ -378,6 +382,8 @@ def main(config):
         model = meta_model({**sizes, "vocab_size": sizes["vocab_size"] or GPTConfig.vocab_size})
     except ValueError as e:
         fail(e)
+    if config["tokens_per_step"] % config["block_size"]:
+        fail(f"tokens_per_step={config['tokens_per_step']} is not a multiple of block_size={config['block_size']}")
     steps = config["gradient_accumulation_steps"] or 1
     sequences = config["tokens_per_step"] // config["block_size"] or config["batch_size"] * steps
     found = show_layouts(model, sequences, gpus, GPUS[gpu])

@@ -84,9 +84,12 @@ def test_a_part_that_was_not_recorded_is_not_known():
         (["scaling", "--warm_up=0", "--updates=1"], "two together"),
         (["scaling", "--overrides=batch_size=3"], "--overrides=batch_size=3"),
         (["zero", "--worlds=()"], "worlds must be at least 1"),
+        (["zero", "--shape=2,3,64"], "64"),
+        (["activations", "--device=tpu"], "device='tpu'"),
+        (["infer", "--forms=float32,fp8"], "--forms=fp8"),
     ],
 )
-def test_a_grid_that_has_no_meaning_is_one_line(call_script, bench, tmp_path, words, named):
+def test_what_cannot_be_measured_is_one_line(call_script, bench, tmp_path, words, named):
     code, _, err = call_script("bench.py", *words, f"--config={bench.config}", f"--out_dir={tmp_path / 'out'}")
     assert code == 2 and named in err and err.startswith("error: ") and err.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -338,7 +338,8 @@ def holds_zero(rows, result):
 
 
 def test_a_wrong_figure_in_the_readme_is_seen():
-    numbers = dict.fromkeys(("tok_per_s", "peak_mb", "step_ms", "data_ms", "forward_ms", "backward_ms", "optim_ms"), 1.0)
+    names = ("tok_per_s", "peak_mb", "step_ms", "data_ms", "forward_ms", "backward_ms", "optim_ms")
+    numbers = dict.fromkeys(names, 1.0)
     grid = {**numbers, "length": 64, "batch": 4, "mfu_%": None, "comm_ms": None, "micro_batches": 2}
     grid = {"rows": [{**grid, "processes": n, "strong_%": 100.0, "weak_%": None} for n in (1, 2)]}
     lines = [f"| 64 | 4 | {n} | 2 | 1.0 | n/a | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | n/a | 1.0 | 100.0 | n/a | [x](y) |"
