@@ -724,7 +724,7 @@ def held_bytes(model, opt):
 
 def updates_once(stage, shape, tokens, device):
     """What this rank holds when the optimizer steps, and at most in an update of two micro-batches, the second one:
-    weights and optimizer state, which stay, and how far memory rises meanwhile."""
+    what stays from one to the next, and how far memory rises meanwhile."""
     where = own_device(device, pick_device(device)[0])
     layout = Layout(where, zero_stage=stage)
     whole, x = (t.to(where) for t in large_model(shape, tokens))
@@ -745,7 +745,10 @@ def updates_once(stage, shape, tokens, device):
         opt.step()
         held = held_bytes(model, opt)
         opt.zero_grad()
-    peak = held["weights"] + held["optimizer"] + 1e9 * (memory_gb(where) - before)
+    stays = held["weights"] + held["optimizer"]
+    if layout.module is not model:  # DDP's buckets, which the gradients lie in
+        stays += held["gradients"]
+    peak = stays + 1e9 * (memory_gb(where) - before)
     return {**held, "theory": theory, "peak": peak, "plan": planned}
 
 

@@ -140,8 +140,9 @@ def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=Layout(), mi
     shards = data if zero else 1
 
     parts = {"weights": weights / shards, "gradients": weights, "optimizer": 2 * weights / shards}
-    if zero:  # whole up to the last micro-batch, or in shards; and a copy of what is being reduced
-        parts["gradients"] = (weights if zero == 1 else weights / shards) + max(block, ends / tensor)
+    if zero >= 2:
+        parts["gradients"] = weights / shards + max(block, ends / tensor)
+    if zero:
         parts["casts"] = small / 4 * (weights if zero < 3 else 2 * block + ends / tensor)
     else:
         parts["casts"] = 0 if dtype == torch.float32 else small * costs.matrices / tensor * layers / c.n_layer

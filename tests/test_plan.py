@@ -191,8 +191,7 @@ def test_what_the_zero_stages_share_out():
     layouts = [Layout(data=64, zero=zero) for zero in range(4)]
     ddp, one, two, three = (step_memory(costs, 1, torch.bfloat16, layout=layout) for layout in layouts)
     assert (ddp["weights"], ddp["gradients"], ddp["optimizer"]) == (P, P, 2 * P)
-    assert (one["weights"], one["optimizer"], one["casts"]) == (P // 64, P // 32, P // 2)
-    assert P < one["gradients"] < 1.07 * P  # and a copy of those that are being reduced, at most the ends
+    assert (one["weights"], one["gradients"], one["optimizer"], one["casts"]) == (P // 64, P, P // 32, P // 2)
     assert two["gradients"] < 0.08 * P and two["optimizer"] == one["optimizer"] and two["casts"] == P // 2
     assert three["casts"] < 0.1 * P and three["gradients"] == two["gradients"]
     assert len({plan["activations"] for plan in (ddp, one, two, three)}) == 1
