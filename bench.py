@@ -2,78 +2,95 @@
 Benchmarks, as a user would run the thing: the same commands, timed.
 
     python bench.py train --config=config/shakespeare_char_cpu.py --seeds=1,2,3
+    python bench.py scaling --config=config/shakespeare_char.py --batches=1,4,8 --lengths=64,256 --worlds=1,2
+    python bench.py scaling --config=config/owt_124m.py --batches=1,4,8 --lengths=1024 --worlds=1,2,4,8 \\
+        --overrides=device=cuda,compile=true    # the same on GPUs
     python bench.py data --input=documents.jsonl.gz     # any file that data/openwebtext/prepare.py reads
     python bench.py loader --config=config/shakespeare_char_cpu.py
     python bench.py infer --forms=float32,int8 --batches=1,16
     python bench.py activations
+    python bench.py zero --worlds=1,2 --shape=12,12,768 --tokens=256
 
 `train` runs train.py on the config once per seed, each in a fresh folder under out_dir, then eval.py on the whole
-validation split in fp32. `data` makes corpora of several sizes from the lines of a file and prepares them, by number
-of workers, beside nanoGPT's recipe, and watches the memory. `loader` reads batches as fast as it can, beside nanoGPT's
-way, and trains for a while to see how long a step waits. `infer` decodes with a GPT-2 of random weights, beside the
-plain way, transformers and llama.cpp (llama-cpp-python). `activations` takes one training step with each of train.py's
-activation_checkpointing and says what it holds in memory and how long it takes. Each prints a table and, as the last
-line, one JSON object.
+validation split in fp32. `scaling` runs a few updates of it for each size of micro-batch, length of context and number
+of processes, and says how fast they are, what they hold, and where a step's time goes. `data` makes corpora of several
+sizes from the lines of a file and prepares them, by number of workers, beside nanoGPT's recipe, and watches the memory.
+`loader` reads batches as fast as it can, beside nanoGPT's way, and trains for a while to see how long a step waits.
+`infer` decodes with a GPT-2 of random weights, beside the plain way, transformers and llama.cpp (llama-cpp-python).
+`activations` takes one training step with each of train.py's activation_checkpointing and says what it holds in memory
+and how long it takes. `zero` says what each rank holds of weights, gradients and optimizer state when the optimizer
+steps, by ZeRO stage, and its peak. Each prints a table and, as the last line, one JSON object.
 """
 
 import atexit
 import copy
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import plan
 from configurator import configure, fail, read_file, read_keys
-from device import memory_gb, pick_device
+from device import DTYPES, memory_gb, pick_device
 from export import write_gguf
 from infer import Engine, stream
 from loader import Loader, Tokens, find_dataset
 from model import GPT, GPTConfig
 from monitor import cpu_name, git
-from parallel import checkpoint_activations
+from optim import Optimizers
+from parallel import Layout, checkpoint_activations, local, one_fate, own_device
 from weights import convert
 
 # -----------------------------------------------------------------------------
-what = "train"              # train | data | loader | infer | activations
+what = "train"              # train | scaling | data | loader | infer | activations | zero
 out_dir = "out/bench"       # where the run folders go; those of an earlier benchmark must be gone
 
-# train and loader
+# train, scaling and loader
 config = "config/shakespeare_char_cpu.py"  # the run to time
 seeds = (1, 2, 3)           # train: one run each
 processes = 1               # train: more than one are started by torchrun
 overrides: tuple[str, ...] = ()  # more keys of train.py, such as --overrides=max_iters=100,device=cuda
 reads = 2000                # loader: batches read in each round
 
+# scaling, with batches (below), which are those of one micro-step there
+lengths = (64, 256)         # tokens of context
+worlds = (1, 2)             # scaling, zero: numbers of processes
+warm_up = 3                 # updates that are not timed, ...
+updates = 10                # ... and those that are, in each run
+
 # data
 input = ""                  # a file of documents, of whose lines the corpora are made
 english = True              # only of its documents that are ASCII to 99 %, as OpenWebText's are
 sizes = (50, 150, 500)      # megabytes of text in each corpus; speed is measured on the second
 workers = (1, 2)            # numbers of processes
-rounds = 3                  # data, loader, infer: times each thing is measured, in turns
+rounds = 3                  # scaling, data, loader, infer: times each thing is measured, in turns
 
 # infer
 forms = ("float32", "bfloat16", "int8")  # of the weights
 kv_heads = (12,)            # key and value heads of 12; 1 is multi-query attention
-batches = (1, 4, 8, 16)     # requests at once
+batches = (1, 4, 8, 16)     # requests at once; scaling: sequences in a micro-batch
 prompts = (16, 512)         # tokens of each prompt
 new_tokens = 24             # tokens drawn after the first
 peers = True                # also the plain way, without a cache, and transformers and llama.cpp where installed
 crowd = 32                  # requests of mixed lengths, all at once and one after another; 0: none
-device = "auto"             # infer, activations: auto | cpu | cuda | cuda:N | mps
+device = "auto"             # infer, activations, zero: auto | cpu | cuda | cuda:N | mps
 
-# activations: one fp32 step on one sequence
+# activations, zero: fp32 steps on one sequence
 shape = (24, 16, 1024)      # layers, heads and width; these are GPT-2's 355M
 tokens = 1024               # in the sequence
 # -----------------------------------------------------------------------------
@@ -82,8 +99,9 @@ ROOT = Path(__file__).resolve().parent
 PARTS = ("data_ms", "forward_ms", "backward_ms", "optim_ms")  # of a step
 
 
-def run(script, *args, ranks=1):
-    """Run one of our scripts, its output on the screen's stderr; -> the last line of its stdout. Ends when it fails."""
+def run(script, *args, ranks=1, must=True):
+    """Run one of our scripts, its output on the screen's stderr; -> the last line of its stdout. Where it fails the
+    benchmark ends, unless it need not (`must`): -> None."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *torchrun, ROOT / script, *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
@@ -91,7 +109,11 @@ def run(script, *args, ranks=1):
     for line in process.stdout:
         print("   ", line, end="", file=sys.stderr)
     if process.wait():
-        fail(f"{script} {' '.join(args)} exited with {process.returncode}")
+        failed = f"{script} {' '.join(args)} exited with {process.returncode}"
+        if must:
+            fail(failed)
+        print(f"warning: {failed}", file=sys.stderr)
+        return None
     return line
 
 
@@ -108,15 +130,41 @@ def machine():
 
 
 def table(rows, columns):
-    """Print `rows` (dicts) as a table."""
-    print("  ".join(f"{column:>12}" for column in columns))
-    for row in rows:
-        shown = [f"{row[c]:.1f}" if isinstance(row[c], float) else str(row[c]) for c in columns]
-        print("  ".join(f"{text:>12}" for text in shown))
+    """Print `rows` (dicts) as a Markdown table; None is n/a."""
+    def cell(value):
+        if value is None:
+            return "n/a"
+        return f"{value:.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    lines = [list(columns), *([cell(row[c]) for c in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    for line in lines:
+        print("| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |")
 
 
 # -----------------------------------------------------------------------------
 # train
+
+
+def read_run(folder):
+    """-> (the records of a run's metrics.jsonl, what they depend on)"""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+    kept = ("commit", "threads", "dataset_sha256", "environment_sha256", "cpu", "device")
+    origin = {"dirty": bool(env["dirty_diff"] or env["untracked"]), "torch": env["packages"]["torch"]}
+    return records, {**{key: env[key] for key in kept}, **origin}
+
+
+def typical(records):
+    """The median of a step's time, of its parts and of its speed; None where nothing was recorded, as of
+    communication, which is measured at evaluations, in one process."""
+    parts = (*PARTS, "pipeline_ms")  # a pipeline's forward and backward passes are one
+    found = {"step_ms": statistics.median(sum(r.get(part, 0) for part in parts) for r in records)}
+    for part in (*PARTS, "comm_ms", "tok_per_s", "mfu"):
+        values = [r[part] for r in records if r.get(part) is not None]
+        found[part] = statistics.median(values) if values else None
+    return found
 
 
 def train_once(seed):
@@ -125,25 +173,15 @@ def train_once(seed):
     keys = (f"--seed={seed}", f"--out_dir={folder}", *(f"--{key}" for key in overrides))
     run("train.py", config, *keys, ranks=processes)
     evaluated = json.loads(run("eval.py", f"--out_dir={folder}"))
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    env = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+    records, origin = read_run(folder)
     return {
         "seed": seed,
         "val_loss": evaluated["loss"],
         "train_s": records[-1]["wall_s"],  # compilation counts, evaluation and saving do not
-        "step_ms": statistics.median(sum(r[part] for part in PARTS) for r in records),
-        **{part: statistics.median(r[part] for r in records) for part in PARTS},
-        "tok_per_s": statistics.median(r["tok_per_s"] for r in records),
+        **typical(records),
         "mem_gb": records[-1]["mem_gb"],
         "steps": records[-1]["step"],
-        "commit": env["commit"],
-        "dirty": bool(env["dirty_diff"] or env["untracked"]),
-        "threads": env["threads"],
-        "dataset_sha256": env["dataset_sha256"],
-        "environment_sha256": env["environment_sha256"],
-        "cpu": env["cpu"],
-        "device": env["device"],
-        "torch": env["packages"]["torch"],
+        **origin,
     }
 
 
@@ -167,6 +205,73 @@ def bench_train():
         print(f"{column}: mean {statistics.mean(values):.4f}, standard deviation {spread:.4f}, "
               f"{min(values):.4f} to {max(values):.4f}")
     return {**summary, "runs": rows}
+
+
+# -----------------------------------------------------------------------------
+# scaling
+
+
+def run_few(batch_size, length, ranks, micro_batches, folder, must):
+    """A few updates of train.py. -> (the records after the warm-up, peak memory in MB, what they depend on) or None"""
+    steps = warm_up + updates
+    grid = {"batch_size": batch_size, "block_size": length, "gradient_accumulation_steps": micro_batches,
+            "tokens_per_step": 0, "context_start": 0, "max_iters": steps, "log_interval": 1, "eval_interval": steps,
+            "eval_iters": 1, "save_interval": 0, "save_minutes": 0, "sample_tokens": 0, "out_dir": folder}
+    for key in overrides:
+        if key.partition("=")[0] in grid:
+            fail(f"--overrides={key}: that is for the grid of scaling to say")
+    # a process has as many threads alone as beside others, so that it stands for a GPU
+    keys = [f"threads={max(1, (os.cpu_count() or 1) // max(worlds))}", *overrides]
+    keys += [f"{name}={value}" for name, value in grid.items()]
+    if run("train.py", config, *(f"--{key}" for key in keys), ranks=ranks, must=must) is None:
+        return None
+    records, origin = read_run(folder)
+    shutil.rmtree(folder / "ckpt")  # of hundreds of megabytes each
+    peak = records[-2]["mem_gb"]  # rank 0's; the last record's has the evaluation in it
+    return records[warm_up:], peak and 1000 * peak, origin
+
+
+def bench_scaling():
+    """Per batch, length and number of processes, at a global batch that stays (strong scaling: all processes together
+    take as many micro-batches) and at one that grows (weak: each takes one). Efficiency is the speed of each process
+    as a share of that with the fewest processes."""
+    if not (batches and lengths and worlds) or min(*batches, *lengths, *worlds, rounds, updates, warm_up + 1) < 1:
+        fail("batches, lengths, worlds, rounds and updates must be at least 1, warm_up at least 0")
+    if warm_up + updates < 2:
+        fail("warm_up and updates must be two together: the last update's memory has the evaluation in it")
+    most = math.lcm(*worlds)
+    sizes = sorted({(n, most) for n in worlds} | {(n, n) for n in worlds})
+    cases = [(batch, length, *size) for length in lengths for batch in batches for size in sizes]
+    found, origins = {case: [] for case in cases}, []
+    for turn in range(rounds):
+        for case in cases:
+            name = "b{}_t{}_p{}_m{}".format(*case)
+            folder = new_folder(Path(out_dir) / f"{Path(config).stem}_{name}_{turn}")
+            done = run_few(*case, folder, must=not origins)  # a larger one may not fit
+            if done:
+                found[case].append(done[:2])
+                origins.append(done[2])
+    rows = []
+    for (batch, length, ranks, micro_batches), done in found.items():
+        if len(done) == rounds:
+            peaks = [peak for _, peak in done if peak is not None]
+            row = {"length": length, "batch": batch, "processes": ranks, "micro_batches": micro_batches,
+                   **typical([record for records, _ in done for record in records])}
+            row["peak_mb"] = max(peaks, default=None)
+            row["mfu_%"] = None if row["mfu"] is None else 100 * row["mfu"]
+            rows.append(row)
+    for row in rows:
+        for kind, same in (("strong_%", lambda r: r["micro_batches"] == most),
+                           ("weak_%", lambda r: r["micro_batches"] == r["processes"])):
+            alike = [r for r in rows if (r["length"], r["batch"]) == (row["length"], row["batch"]) and same(r)]
+            each = [r["tok_per_s"] / r["processes"] for r in alike]  # the fewest processes come first
+            row[kind] = 100 * row["tok_per_s"] / row["processes"] / each[0] if same(row) else None
+    print(f"{config}: median of {rounds} x {updates} updates after {warm_up}, {origins[0]['device']} "
+          f"({origins[0]['cpu']}), {origins[0]['threads']} threads a process; micro_batches are those of a step, of "
+          "all processes; strong and weak: speed of a process beside that with the fewest processes")
+    table(rows, ("length", "batch", "processes", "micro_batches", "tok_per_s", "mfu_%", "peak_mb", "step_ms", "data_ms",
+                 "forward_ms", "backward_ms", "comm_ms", "optim_ms", "strong_%", "weak_%"))
+    return {"runs": origins, "rows": rows, "missing": [case for case, done in found.items() if len(done) < rounds]}
 
 
 # -----------------------------------------------------------------------------
@@ -356,7 +461,7 @@ def bench_loader():
         speeds["nanoGPT"].append(tokens_per_s(crops(tokens.paths[0], block_size, batch_size)))
     folder = new_folder(Path(out_dir) / f"{Path(config).stem}_loader")
     run("train.py", config, f"--out_dir={folder}", *(f"--{key}" for key in overrides))
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records, _ = read_run(folder)
     waiting, whole = (sum(r[p] for r in records for p in parts) for parts in (("data_ms",), PARTS))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     print(f"{config}: batches of {batch_size} x {block_size}, median of {rounds} rounds of {reads:,}")
@@ -524,6 +629,16 @@ def bench_infer():
     return {"machine": machine(), "device": str(where), "read_gb_per_s": memory / 1e9, "rows": rows, "others": others}
 
 
+def weight_bytes(layer):
+    """Bytes that a linear layer reads for one row."""
+    kept = [layer.packed] if hasattr(layer, "packed") else [layer.weight]
+    return sum(w.numel() * w.element_size() for w in kept)
+
+
+# -----------------------------------------------------------------------------
+# activations and zero: what is held in memory
+
+
 def forget_peak(where):
     """Peak memory, of all that this process holds, counts from now on (proc(5), clear_refs); where it cannot, from the
     start of the process."""
@@ -533,14 +648,51 @@ def forget_peak(where):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def step_once(kind, shape, tokens, device, ends):
-    """Sends what one forward and backward pass takes, in a process of its own, as the peak of a process never falls."""
-    where, (n_layer, n_head, n_embd) = pick_device(device)[0], shape
+def apart(function, *args, ranks=1):
+    """What `function` gives, by rank, in processes of their own, as the peak of a process never falls."""
+    spawn = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    waiting, found = {}, {}
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        here, there = spawn.Pipe(duplex=False)
+        spawn.Process(target=tell, args=(there, place, function, args), daemon=True).start()
+        there.close()  # so that a child that dies ends the wait
+        waiting[here] = rank
+    while waiting:
+        for end in wait(list(waiting)):
+            rank = waiting.pop(end)
+            try:
+                found[rank] = end.recv()
+            except EOFError:
+                fail(f"{function.__name__}: process {rank} of {ranks} ended without a result; its error is above")
+    return [found[rank] for rank in range(ranks)]
+
+
+def tell(end, place, function, args):
+    """A child of `apart`: what `function` gives goes to the parent."""
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(max(1, torch.get_num_threads() // place["WORLD_SIZE"]))
+    with one_fate():
+        end.send(function(*args))
+
+
+def large_model(shape, tokens):
+    """A GPT-2 of `shape` (layers, heads, width) with random weights, always the same, and a sequence for it."""
+    n_layer, n_head, n_embd = shape
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=tokens, n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(where)
+    model = GPT(GPTConfig(block_size=tokens, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    return model, torch.randint(50257, (1, tokens))
+
+
+def step_once(kind, shape, tokens, device):
+    """What one forward and backward pass takes."""
+    where = pick_device(device)[0]
+    model, x = (t.to(where) for t in large_model(shape, tokens))
     if kind != "none":
         checkpoint_activations(model, kind)
-    x = torch.randint(50257, (1, tokens), device=where)
     weights, clock = memory_gb(where), time.perf_counter()
     _, loss = model(x, x, loss_only=True)
     held = memory_gb(where) - weights
@@ -548,37 +700,106 @@ def step_once(kind, shape, tokens, device, ends):
     digest = hashlib.sha256()
     for p in model.parameters():
         digest.update(p.grad.cpu().numpy().data)
-    ends.send({"checkpointing": kind, "activations_mb": 1000 * held, "peak_mb": 1000 * memory_gb(where),
-               "step_s": time.perf_counter() - clock, "gradients": digest.hexdigest()[:16]})
+    return {"checkpointing": kind, "activations_mb": 1000 * held, "peak_mb": 1000 * memory_gb(where),
+            "step_s": time.perf_counter() - clock, "gradients": digest.hexdigest()[:16]}
 
 
 def bench_activations():
-    spawn, rows = multiprocessing.get_context("spawn"), []
-    for kind in ("none", "selective", "full"):
-        ends = spawn.Pipe(duplex=False)
-        child = spawn.Process(target=step_once, args=(kind, shape, tokens, device, ends[1]))
-        child.start()
-        ends[1].close()  # so that a child that dies ends the wait
-        rows.append(ends[0].recv())
-        child.join()
-        rows[-1]["of_none_%"] = 100 * rows[-1]["activations_mb"] / rows[0]["activations_mb"]
+    rows = [apart(step_once, kind, shape, tokens, device)[0] for kind in ("none", "selective", "full")]
+    for row in rows:
+        row["of_none_%"] = 100 * row["activations_mb"] / rows[0]["activations_mb"]
     print(f"{shape[0]} layers of {shape[2]}, {shape[1]} heads, 1 sequence of {tokens} tokens, fp32, "
           f"{torch.get_num_threads()} threads; activations: how far the forward pass raises the peak")
     table(rows, ("checkpointing", "activations_mb", "of_none_%", "peak_mb", "step_s", "gradients"))
     return {"machine": machine(), "rows": rows}
 
 
-def weight_bytes(layer):
-    """Bytes that a linear layer reads for one row."""
-    kept = [layer.packed] if hasattr(layer, "packed") else [layer.weight]
-    return sum(w.numel() * w.element_size() for w in kept)
+def held_bytes(model, opt):
+    """Bytes that lie on this rank of weights, gradients and what the optimizer keeps; its step counts aside."""
+    states = [t for kind in opt.state_dict().values() for values in kind.values() for t in values.values() if t.ndim]
+    parts = {"weights": list(model.parameters()), "gradients": [p.grad for p in model.parameters()],
+             "optimizer": states}
+    return {name: sum(local(t).numel() * t.element_size() for t in tensors) for name, tensors in parts.items()}
+
+
+def updates_once(stage, shape, tokens, device):
+    """What this rank holds when the optimizer steps, and at most in an update of two micro-batches, the second one:
+    what stays from one to the next, and how far memory rises meanwhile."""
+    where = own_device(device, pick_device(device)[0])
+    layout = Layout(where, zero_stage=stage)
+    whole, x = (t.to(where) for t in large_model(shape, tokens))
+    theory = 4 * whole.param_bytes() / (layout.dp if layout.zero else 1)
+    planned = plan.step_memory(plan.costs_of(whole), 1, layout=plan.Layout(layout.dp, layout.zero), micro_steps=2,
+                               cuda=where.type == "cuda")["total"]
+    model = layout.place(whole)
+    del whole
+    opt = Optimizers(model, learning_rate=1e-3, whole=layout.whole, part=layout.part)
+    for _ in range(2):  # the first makes the optimizer's state
+        forget_peak(where)
+        before = memory_gb(where)
+        for last in (False, True):
+            layout.before_forward(model, last)
+            _, loss = layout.module(x, x, loss_only=True)
+            (loss / 2).backward()
+        layout.reduce(model)
+        opt.step()
+        held = held_bytes(model, opt)
+        opt.zero_grad()
+    stays = held["weights"] + held["optimizer"]
+    if layout.module is not model:  # DDP's buckets, which the gradients lie in
+        stays += held["gradients"]
+    peak = stays + 1e9 * (memory_gb(where) - before)
+    return {**held, "theory": theory, "peak": peak, "plan": planned}
+
+
+def bench_zero():
+    """Theory: weights, gradients and AdamW's two moments, 4 numbers for each parameter; in every stage each of n ranks
+    has an n-th of them at the step (Rajbhandari et al. 2020), as fully_shard reduces gradients into shards and frees
+    whole weights by then. What the stages differ in is the peak: 3 frees weights between uses, 2 and 3 reduce
+    gradients after each micro-batch, 1 keeps them whole up to the last."""
+    if not worlds or min(worlds) < 1:
+        fail("worlds must be at least 1 each")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "100000"  # for the children: glibc gives back at once what they free
+    rows = []
+    for ranks in worlds:
+        for stage in (0, 1, 2, 3) if ranks > 1 else (0,):
+            each = apart(updates_once, stage, shape, tokens, device, ranks=ranks)
+            most = {f"{name}_mb": max(one[name] for one in each) / 1e6 for name in each[0]}
+            held = sum(most[f"{name}_mb"] for name in ("weights", "gradients", "optimizer"))
+            rows.append({"processes": ranks, "layout": f"ZeRO-{stage}" if stage else "DDP" if ranks > 1 else "one",
+                         **most, "of_theory_%": 100 * held / most["theory_mb"]})
+    print(f"{shape[0]} layers of {shape[2]}, {shape[1]} heads, 2 micro-batches of 1 sequence of {tokens} tokens, fp32; "
+          "MB on the rank that has most: at the optimizer's step (theory: of all three), then the peak of an update, "
+          "and what plan.py says of it")
+    table(rows, ("processes", "layout", "weights_mb", "gradients_mb", "optimizer_mb", "theory_mb", "of_theory_%",
+                 "peak_mb", "plan_mb"))
+    return {"machine": machine(), "rows": rows}
+
+
+def check():
+    """Ends where a setting cannot be had."""
+    if what in ("train", "scaling", "loader") and not Path(config).exists():
+        fail(f"no config file {config}")
+    unknown = [form for form in forms if form not in (*DTYPES, "int8")]
+    if unknown:
+        fail(f"--forms={','.join(unknown)}: it takes {', '.join(DTYPES)}, int8")
+    if len(shape) != 3:
+        fail("--shape takes three numbers: layers, heads and width")
+    try:
+        if what in ("infer", "activations", "zero"):
+            pick_device(device)
+        for heads in kv_heads:
+            GPTConfig(n_kv_head=heads)
+        GPTConfig(block_size=tokens, n_layer=shape[0], n_head=shape[1], n_embd=shape[2])
+    except ValueError as e:
+        fail(e)
 
 
 if __name__ == "__main__":
-    settings = configure(globals(), verb="what", verbs=("train", "data", "loader", "infer", "activations"))
-    if what in ("train", "loader") and not Path(config).exists():
-        fail(f"no config file {config}")
-    figures = {"train": bench_train, "data": bench_data, "loader": bench_loader, "infer": bench_infer,
-               "activations": bench_activations}[what]()
+    benchmarks = {"train": bench_train, "scaling": bench_scaling, "data": bench_data, "loader": bench_loader,
+                  "infer": bench_infer, "activations": bench_activations, "zero": bench_zero}
+    settings = configure(globals(), verb="what", verbs=tuple(benchmarks))
+    check()
+    figures = benchmarks[what]()
     settings["input"] = Path(input).name  # where it lies is this machine's own affair
     print(json.dumps({"benchmark": what, "settings": settings, **figures}))

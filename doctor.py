@@ -41,7 +41,7 @@ largest = 64                  # megabytes of the largest all-reduce
 # -----------------------------------------------------------------------------
 
 SETTINGS = {  # what to try, by backend
-    "nccl": (
+    "nccl": (  # docs/scaling.md says more of them
         ("NCCL_DEBUG=INFO", "says which network and which transport NCCL takes, and what fails"),
         ("NCCL_SOCKET_IFNAME={interfaces}", "the interface that reaches the other machines, where NCCL takes another"),
         ("NCCL_IB_DISABLE=1", "without InfiniBand or RoCE: if that works, look at them (ibstat)"),
@@ -54,6 +54,10 @@ SETTINGS = {  # what to try, by backend
         ("TORCH_DISTRIBUTED_DEBUG=DETAIL", "has PyTorch check that all ranks ask for the same"),
     ),
 }
+# what torch and its communication read from the environment, by how a name begins; doctor.py prints those that are set
+READ = ("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "TORCH_DISTRIBUTED_DEBUG", "GLOO_", "TP_SOCKET_IFNAME", "OMP_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF")
 GRACE = 3  # seconds in which the rank that reports is not ended by torchrun because another one was
 
 
@@ -107,6 +111,11 @@ def topology():
     return done.stdout.partition("\n\n")[0].rstrip() if done.returncode == 0 else ""
 
 
+def environment_settings():
+    """Those of READ that are set, by name."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(READ)}
+
+
 def machine(where, why):
     """What there is, as (name, text) lines for people and a dict for programs."""
     precision, dtype_why = pick_dtype(dtype, where)
@@ -118,7 +127,7 @@ def machine(where, why):
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "none"
     gloo = "yes" if dist.is_available() and dist.is_gloo_available() else "no"
     dirty = " with changes" if recorded["dirty_diff"] or recorded["untracked"] else ""
-    ports = infiniband()
+    ports, settings = infiniband(), environment_settings()
     lines = [
         ("system", f"{platform.platform()}, Python {recorded['python']}"),
         ("packages", ", ".join(f"{package} {version}" for package, version in recorded["packages"].items())),
@@ -133,12 +142,13 @@ def machine(where, why):
         ("disk", f"{free:.1f} GB free, {speed:.0f} MB/s written, at out_dir={out_dir}"),
         *(("infiniband", port) for port in ports or ["none"]),
         *(("topology", line) for line in topology().splitlines()),
+        ("variables", " ".join(f"{key}={value}" for key, value in settings.items()) or "none set"),
         ("commit", f"{recorded['commit'] or 'not a git checkout'}{dirty}"),
         ("env.json", f"environment_sha256 {recorded['environment_sha256']}"),
     ]
     del recorded["dirty_diff"], recorded["untracked"]
     return lines, {**recorded, "dtype": name, "peak_flops": peak, "disk_free_gb": free, "disk_mb_per_s": speed,
-                   "infiniband": ports}
+                   "infiniband": ports, "variables": settings}
 
 
 # -----------------------------------------------------------------------------
@@ -288,7 +298,7 @@ def arrive(where, rank, world):
         if name not in os.environ:
             fail(f"WORLD_SIZE={world}, but {name} is not set: torchrun sets both")
     them = Ranks(rank, world, "nccl" if where.type == "cuda" else "gloo")
-    card = {"host": socket.gethostname(), "pid": os.getpid(), "device": where.type}
+    card = {"host": socket.gethostname(), "pid": os.getpid(), "device": where.type, "variables": environment_settings()}
     if where.type == "cuda":
         card |= {"name": torch.cuda.get_device_name(where), "uuid": str(torch.cuda.get_device_properties(where).uuid)}
     them.done("here", json.dumps(card))
@@ -318,12 +328,24 @@ def talk(them, where):
     return rows
 
 
+def differing(cards):
+    """{variable: {value: ranks}} of those that are not the same everywhere, which may be meant so, or forgotten."""
+    found = {}
+    for name in sorted({name for card in cards for name in card["variables"]} - {"CUDA_VISIBLE_DEVICES"}):
+        for r, card in enumerate(cards):
+            found.setdefault(name, {}).setdefault(card["variables"].get(name, ""), []).append(r)
+    return {name: held for name, held in found.items() if len(held) > 1}
+
+
 def show_ranks(backend, cards, rows):
     print(f"\n{len(cards)} ranks over {backend}, all reached")
     for host in dict.fromkeys(card["host"] for card in cards):
         there = [r for r, card in enumerate(cards) if card["host"] == host]
         kinds = sorted({cards[r].get("name", "CPU") for r in there})
         print(f"  {host}: {ranks(there)}, {', '.join(kinds)}")
+    for name, held in differing(cards).items():
+        values = [f"{value or 'not set'} on {ranks(there)}" for value, there in held.items()]
+        print(f"  {name} differs: {'; '.join(values)}")
     print(f"\n{'all-reduce':>12} {'ms':>9} {'algbw GB/s':>11} {'busbw GB/s':>11}")
     for row in rows:
         print(f"{row['bytes']:>12,} {row['ms']:>9.3f} {row['algbw_gb_s']:>11.3f} {row['busbw_gb_s']:>11.3f}")

@@ -47,14 +47,18 @@ class GPU(NamedTuple):
     machine: int = 8  # GPUs in one
 
 
+# Each figure is the data sheet's that `source` names, dense where it also gives a sparse one, and one way where it adds
+# both up: NVLink's 600, 900 and 1,800 GB/s, PCIe 4.0 x16's 64. Of a DGX each GPU has one adapter, of 200 Gb/s (A100) or
+# 400. A B200's driver reports a narrower bus, 7.67 TB/s (https://github.com/pytorch/ao/pull/4002). A GeForce's driver
+# allows no direct copies between GPUs: they go through the host's memory, and are slower than what is here.
 GPUS = {
-    "a100-40": GPU(40e9, 312e12, 1555e9, 300e9, 25e9, "NVIDIA A100 and DGX A100 data sheets"),
-    "a100": GPU(80e9, 312e12, 2039e9, 300e9, 25e9, "NVIDIA A100 and DGX A100 data sheets"),
+    "a100-40": GPU(40e9, 312e12, 1555e9, 300e9, 25e9, "NVIDIA A100 (SXM) and DGX A100 data sheets"),
+    "a100": GPU(80e9, 312e12, 2039e9, 300e9, 25e9, "NVIDIA A100 (SXM) and DGX A100 data sheets"),
     "h100": GPU(80e9, 989e12, 3350e9, 450e9, 50e9, "NVIDIA H100 (SXM) and DGX H100 data sheets"),
     "h200": GPU(141e9, 989e12, 4800e9, 450e9, 50e9, "NVIDIA H200 and DGX H200 data sheets"),
     "b200": GPU(180e9, 2250e12, 8000e9, 900e9, 50e9, "NVIDIA DGX B200 data sheet"),
     "l40s": GPU(48e9, 362e12, 864e9, 32e9, 12.5e9, "NVIDIA L40S data sheet (PCIe 4.0 x16); 100 Gb/s a GPU assumed"),
-    "rtx4090": GPU(24e9, 165e12, 1008e9, 32e9, 1.25e9, "NVIDIA Ada white paper (PCIe 4.0 x16); 10 Gb/s a GPU assumed"),
+    "rtx4090": GPU(24e9, 165e12, 1008e9, 32e9, 1.25e9, "NVIDIA Ada white paper, PCIe 4.0 x16; 10 Gb/s a GPU assumed"),
 }
 
 
@@ -175,8 +179,9 @@ def ring(size, ranks, bandwidth):
 def step_time(costs, batch_size, micro_steps, layout, card):
     """Seconds of an update of `micro_steps` micro-batches.
 
-    Exposed is the communication that computing does not hide: all of tensor parallelism's and the pipeline's; of data
-    parallelism's what outlasts the passes that it runs beside. Latencies are not counted.
+    Ranks lie as parallel.py has them: those of a tensor-parallel group next to each other, then those of a
+    data-parallel one. Exposed is the communication that computing does not hide: all of tensor parallelism's and the
+    pipeline's; of data parallelism's what outlasts the passes that it runs beside. Latencies are not counted.
     -> {"compute", "bubble", "optimizer", "exposed", "total"}
     """
     data, zero, tensor, pipeline, recompute = layout
@@ -192,13 +197,12 @@ def step_time(costs, batch_size, micro_steps, layout, card):
 
     # two all-reduces forward and two backward in each layer, and the forward ones again where it is computed again
     reduced = 2 * ring(tokens * c.n_embd * 2, tensor, card.link) * (4 + 2 * again) * layers if tensor > 1 else 0
-    within = card.machine // tensor  # ranks of a pipeline, or of a data-parallel group, in one machine
-    hop = card.link if tensor * pipeline <= card.machine else card.network
+    hop = card.link if data * tensor * pipeline <= card.machine else card.network  # stages lie furthest apart
     sent = 2 * tokens * c.n_embd * 4 / hop if pipeline > 1 else 0
     slots = micro_steps + pipeline - 1
 
     # data parallelism: a ring through every machine uses the adapters of all its members there
-    members = max(1, min(data, within // pipeline if tensor * pipeline <= card.machine else 1))
+    members = min(data, max(1, card.machine // tensor))
     bandwidth = card.link if members == data else min(card.link, members * card.network)
     gather, scatter = ring(2 * weights, data, bandwidth), ring(4 * weights, data, bandwidth)
     backward = compute - forward
@@ -228,14 +232,15 @@ def divisors(n):
 
 
 def grids(c, sequences, count, machine):
-    """(data, tensor, pipeline) that use `count` GPUs, and can: heads and machine divide by tensor, layers suffice for
-    the stages, the batch divides over data."""
+    """(data, tensor, pipeline) that use `count` GPUs and that train.py takes: heads, hidden units and machine divide by
+    tensor, layers suffice for the stages, the batch divides over data and leaves a micro-batch for each stage."""
     for tensor in divisors(min(count, machine)):
-        if c.n_head % tensor or count % tensor:
+        shared = c.kv_heads % tensor and tensor % c.kv_heads
+        if c.n_head % tensor or c.mlp_dim % tensor or shared or count % tensor:
             continue
         for pipeline in divisors(count // tensor):
             data = count // tensor // pipeline
-            if pipeline <= c.n_layer and sequences % data == 0:
+            if pipeline <= c.n_layer and sequences % data == 0 and sequences // data >= pipeline:
                 yield data, tensor, pipeline
 
 
@@ -252,6 +257,8 @@ def plans(model, sequences, count, card):
                 layout, found = Layout(data, zero, tensor, pipeline, recompute), []
                 for batch_size in divisors(sequences // data):
                     micro_steps = sequences // data // batch_size
+                    if micro_steps < pipeline:
+                        break
                     memory = step_memory(costs, batch_size, torch.bfloat16, 0, layout, micro_steps)
                     row = {"layout": layout, "batch_size": batch_size, "micro_steps": micro_steps, "memory": memory}
                     if memory["total"] > limit:
@@ -313,7 +320,8 @@ def show_layouts(model, sequences, count, card):
           + (f", the nearest being {named(too_large[0]['layout'])}: {too_large[0]['memory']['total'] / 1e9:.1f} GB"
              if too_large else ""))
     if not fit and not too_large:
-        print(f"{sequences} sequences cannot be shared out over {count} GPUs: the data-parallel size must divide them")
+        print(f"{sequences} sequences cannot be shared out over {count} GPUs: the data-parallel size must divide them, "
+              "and a pipeline needs as many micro-batches as it has stages")
     return [{**row, "layout": row["layout"]._asdict()} for row in fit[: rows or None]]
 
 
@@ -375,6 +383,8 @@ def main(config):
         model = meta_model({**sizes, "vocab_size": sizes["vocab_size"] or GPTConfig.vocab_size})
     except ValueError as e:
         fail(e)
+    if config["tokens_per_step"] % config["block_size"]:
+        fail(f"tokens_per_step={config['tokens_per_step']} is not a multiple of block_size={config['block_size']}")
     steps = config["gradient_accumulation_steps"] or 1
     sequences = config["tokens_per_step"] // config["block_size"] or config["batch_size"] * steps
     found = show_layouts(model, sequences, gpus, GPUS[gpu])

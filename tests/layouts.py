@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import machine  # noqa: E402
+from bench import held_bytes, machine  # noqa: E402
 from eval import evaluate  # noqa: E402
 from loader import Loader, Tokens  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -133,8 +133,7 @@ def train(layout, changes, optimizer, layers, scale=1.0):
         norms.append(layout.grad_norm(model))
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.3, norms[-1])
         opt.step()
-        held = [*model.parameters(), *(p.grad for p in model.parameters())]
-        held += [t for each in opt.state_dict().values() for values in each.values() for t in values.values() if t.ndim]
+        held = held_bytes(model, opt)
         opt.zero_grad()
         losses.append(torch.stack(means).mean())
     loader.close()
@@ -151,7 +150,7 @@ def train(layout, changes, optimizer, layers, scale=1.0):
     # as one vector: of a gradient that is 0 but for rounding (a key's bias) AdamW makes as large a step as of others
     vectors = {kind: torch.cat([t.flatten() for key, _, t in sorted(kept, key=lambda one: one[1]) if key == kind])
                for kind in {key for key, *_ in kept} - {"step"}} if layout.rank == 0 else {}
-    return {"same start": same, "scattered": scattered, "held": sum(local(t).numel() for t in held),
+    return {"same start": same, "scattered": scattered, "held": sum(held.values()),
             "losses": layout.mean(torch.stack(losses)), "norms": torch.stack(norms), "grads": grads,
             "state": vectors, "val": torch.tensor(val["loss"])}
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from test_tokenizer import RANKS, needs_ranks
 
+from bench import typical
+
 KEYS = ("seed", "val_loss", "train_s", "step_ms", "data_ms", "forward_ms", "backward_ms", "optim_ms", "tok_per_s")
 
 
@@ -64,6 +66,74 @@ def test_mistakes_are_named(seeds, words, named, bench, tmp_path):
     done = bench(seeds, tmp_path / "out", *words)
     assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_was_not_recorded_is_not_known():
+    record = {"data_ms": 1.0, "forward_ms": 2.0, "backward_ms": 3.0, "optim_ms": 4.0, "tok_per_s": 10, "mfu": None}
+    found = typical([record, {**record, "optim_ms": 8.0, "comm_ms": 5.0}, {**record, "optim_ms": 9.0}])
+    assert found["step_ms"] == 14.0 and found["optim_ms"] == 8.0 and found["tok_per_s"] == 10
+    assert found["comm_ms"] == 5.0 and found["mfu"] is None  # the one measured; none
+    piped = {"data_ms": 1.0, "pipeline_ms": 6.0, "optim_ms": 4.0, "tok_per_s": 10, "mfu": 0.5}
+    assert typical([piped])["step_ms"] == 11.0 and typical([piped])["forward_ms"] is None
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["scaling", "--worlds=0"], "must be at least 1"),
+        (["scaling", "--warm_up=0", "--updates=1"], "two together"),
+        (["scaling", "--overrides=batch_size=3"], "--overrides=batch_size=3"),
+        (["zero", "--worlds=()"], "worlds must be at least 1"),
+        (["zero", "--shape=2,3,64"], "64"),
+        (["activations", "--device=tpu"], "device='tpu'"),
+        (["infer", "--forms=float32,fp8"], "--forms=fp8"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(call_script, bench, tmp_path, words, named):
+    code, _, err = call_script("bench.py", *words, f"--config={bench.config}", f"--out_dir={tmp_path / 'out'}")
+    assert code == 2 and named in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_grid_of_processes_has_equal_work_and_its_efficiency(bench, run_script, tmp_path):
+    words = ["--batches=2", "--lengths=8", "--worlds=1,2", "--warm_up=1", "--updates=2", "--rounds=1"]
+    done = run_script("bench.py", "scaling", f"--config={bench.config}", *words, f"--out_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    rows = {(row["processes"], row["micro_batches"]): row for row in result["rows"]}
+    assert list(rows) == [(1, 1), (1, 2), (2, 2)] and not result["missing"]
+    for (ranks, micro_batches), row in rows.items():
+        folder = tmp_path / f"tiny_b2_t8_p{ranks}_m{micro_batches}_0"
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        assert [r["tokens"] for r in records] == [2 * 8 * micro_batches * n for n in (1, 2, 3)]
+        assert row["tok_per_s"] == statistics.median(r["tok_per_s"] for r in records[1:])
+        assert row["peak_mb"] == 1000 * records[1]["mem_gb"] and row["mfu_%"] is None
+        assert not (folder / "ckpt").exists()
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert config["threads"] == 1  # as tiny has it
+    alone, twice, both = rows.values()
+    assert alone["comm_ms"] is None and both["comm_ms"] >= 0
+    assert alone["strong_%"] is None and both["strong_%"] == pytest.approx(50 * both["tok_per_s"] / twice["tok_per_s"])
+    assert twice["weak_%"] is None and both["weak_%"] == pytest.approx(50 * both["tok_per_s"] / alone["tok_per_s"])
+    row = next(line for line in done.stdout.splitlines() if line.startswith("|      8 |     2 |         2 |"))
+    assert [cell.strip() for cell in row.split("|")][5] == f"{both['tok_per_s']:.1f}"
+
+
+@pytest.mark.slow
+def test_zero_holds_what_theory_says_and_its_peak_is_beside_it(run_script):
+    done = run_script("bench.py", "zero", "--worlds=2", "--shape=2,2,64", "--tokens=64", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["layout"] for row in rows] == ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    whole = rows[0]["weights_mb"]
+    for row in rows:
+        share = whole / (1 if row["layout"] == "DDP" else 2)
+        assert row["weights_mb"] == pytest.approx(share, rel=0.05) == row["gradients_mb"]
+        assert row["optimizer_mb"] == pytest.approx(2 * share, rel=0.05)
+        assert row["of_theory_%"] == pytest.approx(100, abs=5)
+        assert row["peak_mb"] > row["weights_mb"] + row["optimizer_mb"] and row["plan_mb"] > row["theory_mb"]
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,22 @@ def test_the_topology_is_what_nvidia_smi_says(tmp_path, monkeypatch):
     assert doctor.topology() == ""
 
 
+def test_what_is_set_is_said(monkeypatch, call_script, tmp_path):
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("NCCLX", "no variable of it")
+    code, out, err = call_script("doctor.py", "--device=cpu", f"--out_dir={tmp_path / 'run'}")
+    found = json.loads(out.splitlines()[-1])["variables"]
+    assert code == 0 and found["NCCL_DEBUG"] == "INFO" and "NCCLX" not in found and "NCCL_DEBUG=INFO" in out
+
+
+def test_a_variable_that_some_ranks_lack_is_told_of(capsys):
+    values = [{"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "0"}, {"NCCL_DEBUG": "INFO", "NCCL_IB_HCA": "mlx5"}]
+    cards = [{"host": "ab"[i], "variables": each} for i, each in enumerate(values)]
+    assert doctor.differing(cards) == {"NCCL_IB_HCA": {"": [0], "mlx5": [1]}}
+    doctor.show_ranks("nccl", cards, [])
+    assert "NCCL_IB_HCA differs: not set on rank 0; mlx5 on rank 1" in capsys.readouterr().out
+
+
 def test_ranks_are_named_in_spans():
     assert doctor.ranks([3]) == "rank 3"
     assert doctor.ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"

@@ -39,7 +39,7 @@ DATA_FLOOR = {name: floor for floor, names in enumerate(DATA_FLOORS) for name in
 MOST_LINES = 450
 LONGER = {  # file: why it is one file all the same
     "train.py": "a hundred lines of settings above the story",
-    "bench.py": "five benchmarks, each by itself",
+    "bench.py": "eight benchmarks, each by itself",
     "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
     "export.py": "two ways in and two ways out, each by itself",
     "parallel.py": "data, tensor and pipeline parallelism meet on one grid and in every step",
@@ -255,7 +255,8 @@ def test_the_readmes_figures_are_those_of_the_results():
         rows = [line for line in measured.splitlines() if f"/{path.name})" in line]
         assert rows, f"{path.name} is in no row"
         holds = {"train": holds_train, "data": holds_data, "loader": holds_loader, "infer": holds_infer,
-                 "activations": holds_activations, "layouts": holds_layouts}
+                 "activations": holds_activations, "layouts": holds_layouts, "scaling": holds_scaling,
+                 "zero": holds_zero}
         holds[result["benchmark"]](rows, result)
         made = result.get("runs") or [result["machine"]]
         assert not any(run["dirty"] for run in made) and len({run["commit"] for run in made}) == 1
@@ -315,6 +316,52 @@ def holds_layouts(rows, result):
     line = f"| {result['ranks']} | {len(right)} | " + " | ".join(f"{figure:.1e}" for figure in most) + " |"
     assert any(found.startswith(line) for found in rows), line
     assert all(row["same start"] and row["scattered"] for row in right)
+
+
+def cells(row, columns):
+    """A row as bench.py prints it."""
+    def cell(value):
+        if value is None:
+            return "n/a"
+        return f"{value:.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+    return "| " + " | ".join(cell(row[column]) for column in columns.split()) + " |"
+
+
+def holds_scaling(rows, result):
+    """Each row that is told is one of the grid, and each number of processes is told of."""
+    columns = ("length batch processes micro_batches tok_per_s mfu_% peak_mb step_ms data_ms forward_ms backward_ms "
+               "comm_ms optim_ms strong_% weak_%")
+    told = [row for row in result["rows"] if any(line.startswith(cells(row, columns)) for line in rows)]
+    assert len(told) == len(rows), "a row that is not the grid's"
+    assert {row["processes"] for row in told} == {row["processes"] for row in result["rows"]}
+
+
+def holds_zero(rows, result):
+    """At the optimizer's step each rank holds what theory says, within a twentieth."""
+    columns = "processes layout weights_mb gradients_mb optimizer_mb theory_mb of_theory_% peak_mb plan_mb"
+    for row in result["rows"]:
+        assert any(line.startswith(cells(row, columns)) for line in rows), cells(row, columns)
+        assert row["of_theory_%"] == pytest.approx(100, abs=5)
+
+
+def test_a_wrong_figure_in_the_readme_is_seen():
+    names = ("tok_per_s", "peak_mb", "step_ms", "data_ms", "forward_ms", "backward_ms", "optim_ms")
+    numbers = dict.fromkeys(names, 1.0)
+    grid = {**numbers, "length": 64, "batch": 4, "mfu_%": None, "comm_ms": None, "micro_batches": 2}
+    grid = {"rows": [{**grid, "processes": n, "strong_%": 100.0, "weak_%": None} for n in (1, 2)]}
+    lines = [f"| 64 | 4 | {n} | 2 | 1.0 | n/a | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | n/a | 1.0 | 100.0 | n/a | [x](y) |"
+             for n in (1, 2)]
+    holds_scaling(lines, grid)
+    for wrong in (lines[:1], [*lines, lines[0].replace("100.0", "101.0")]):
+        with pytest.raises(AssertionError):
+            holds_scaling(wrong, grid)
+    parts = dict.fromkeys(("weights_mb", "gradients_mb", "optimizer_mb", "theory_mb", "peak_mb", "plan_mb"), 2.0)
+    row = {"processes": 2, "layout": "ZeRO-1", **parts, "of_theory_%": 99.0}
+    line = "| 2 | ZeRO-1 | 2.0 | 2.0 | 2.0 | 2.0 | 99.0 | 2.0 | 2.0 | [x](y) |"
+    holds_zero([line], {"rows": [row]})
+    for wrong, of_theory in ((line.replace("ZeRO-1", "ZeRO-2"), 99.0), (line.replace("99.0", "94.0"), 94.0)):
+        with pytest.raises(AssertionError):
+            holds_zero([wrong], {"rows": [{**row, "of_theory_%": of_theory}]})
 
 
 @pytest.mark.slow

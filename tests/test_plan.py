@@ -228,6 +228,31 @@ def test_time_by_hand():
     assert across - tensor == pytest.approx(2 * 15 / 16 * costs.weights / 8 / 50e9)  # one of its ranks in each machine
 
 
+def test_ranks_lie_as_parallel_has_them():
+    """Pipeline x data x tensor, the last innermost: stages in other machines, data-parallel ranks in one."""
+    costs, card = costs_of(meta_model(SHAPES["7B"][0])), GPUS["h100"]._replace(flops=1e30)
+    T, width = 4096, 4096
+
+    def exposed(layout, machine=8):
+        return step_time(costs, 1, 1, layout, card._replace(machine=machine))["exposed"]
+
+    sent = 2 * T * width * 4
+    assert exposed(Layout(pipeline=8)) == pytest.approx(8 * sent / 450e9)
+    assert exposed(Layout(pipeline=8), machine=4) == pytest.approx(8 * sent / 50e9)
+    stages = exposed(Layout(data=8, pipeline=2)) - 2 * sent / 50e9  # each data-parallel group fills a machine
+    assert stages == pytest.approx(2 * 7 / 8 * costs.weights / 2 / 450e9)
+
+
+def test_what_train_would_refuse_is_no_plan():
+    """parallel.Layout's rules: heads, key and value heads, a micro-batch for each stage."""
+    model = meta_model(dict(n_layer=8, n_head=12, n_kv_head=6, n_embd=768, block_size=1024))
+    fit, too_large = plans(model, 16, 8, GPUS["h100"])
+    layouts = {row["layout"] for row in fit}
+    assert not too_large and {layout.tensor for layout in layouts} == {1, 2}  # of 4, which 6 does not share out over
+    assert {layout.pipeline for layout in layouts} == {1, 2, 4, 8}
+    assert all(row["micro_steps"] >= row["layout"].pipeline for row in fit)
+
+
 def test_the_best_comes_first_and_what_does_not_fit_is_kept():
     model = meta_model(SHAPES["13B"][0])
     fit, too_large = plans(model, 1024, 8, GPUS["h100"])
@@ -253,7 +278,8 @@ def test_the_command_takes_a_config_and_keys_of_train(call_script):
                                                               "--n_head=2")[1]
 
 
-@pytest.mark.parametrize("words", [["--gpu=tpu"], ["--gpus=0"], ["--n_head=5"], ["--dtype=float32"], ["--n_layr=1"]])
+@pytest.mark.parametrize("words", [["--gpu=tpu"], ["--gpus=0"], ["--n_head=5"], ["--dtype=float32"], ["--n_layr=1"],
+                                   ["--tokens_per_step=1000"]])
 def test_what_cannot_be_planned_is_one_line(call_script, words):
     code, out, err = call_script("plan.py", *words)
     assert code == 2 and not out and err.startswith("error:") and err.count("\n") == 1
