@@ -6,13 +6,15 @@ Benchmarks, as a user would run the thing: the same commands, timed.
     python bench.py loader --config=config/shakespeare_char_cpu.py
     python bench.py infer --forms=float32,int8 --batches=1,16
     python bench.py activations
+    python bench.py monitor --config=config/shakespeare_char_cpu.py
 
 `train` runs train.py on the config once per seed, each in a fresh folder under out_dir, then eval.py on the whole
 validation split in fp32. `data` makes corpora of several sizes from the lines of a file and prepares them, by number
 of workers, beside nanoGPT's recipe, and watches the memory. `loader` reads batches as fast as it can, beside nanoGPT's
 way, and trains for a while to see how long a step waits. `infer` decodes with a GPT-2 of random weights, beside the
 plain way, transformers and llama.cpp (llama-cpp-python). `activations` takes one training step with each of train.py's
-activation_checkpointing and says what it holds in memory and how long it takes. Each prints a table and, as the last
+activation_checkpointing and says what it holds in memory and how long it takes. `monitor` trains on the config with
+its logging and probes and without, in turns, and says what they take of a step. Each prints a table and, as the last
 line, one JSON object.
 """
 
@@ -46,10 +48,10 @@ from parallel import checkpoint_activations
 from weights import convert
 
 # -----------------------------------------------------------------------------
-what = "train"              # train | data | loader | infer | activations
+what = "train"              # train | data | loader | infer | activations | monitor
 out_dir = "out/bench"       # where the run folders go; those of an earlier benchmark must be gone
 
-# train and loader
+# train, loader and monitor
 config = "config/shakespeare_char_cpu.py"  # the run to time
 seeds = (1, 2, 3)           # train: one run each
 processes = 1               # train: more than one are started by torchrun
@@ -61,7 +63,7 @@ input = ""                  # a file of documents, of whose lines the corpora ar
 english = True              # only of its documents that are ASCII to 99 %, as OpenWebText's are
 sizes = (50, 150, 500)      # megabytes of text in each corpus; speed is measured on the second
 workers = (1, 2)            # numbers of processes
-rounds = 3                  # data, loader, infer: times each thing is measured, in turns
+rounds = 3                  # data, loader, infer, monitor: times each thing is measured, in turns
 
 # infer
 forms = ("float32", "bfloat16", "int8")  # of the weights
@@ -574,11 +576,61 @@ def weight_bytes(layer):
     return sum(w.numel() * w.element_size() for w in kept)
 
 
+# -----------------------------------------------------------------------------
+# monitor
+
+# train.py, whose last line is the time of every optimizer step: between two of them lies all that a step takes
+TIMED = """
+import json, runpy, sys, time
+sys.path.insert(0, sys.argv[1])
+import optim
+times, step = [], optim.Optimizers.step
+def timed(self):
+    times.append(time.perf_counter())
+    return step(self)
+optim.Optimizers.step = timed
+sys.argv = sys.argv[2:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(json.dumps(times))
+"""
+
+
+def step_times(folder, *keys):
+    """Seconds from each step to the next in a run of train.py, evaluated and saved at its end alone."""
+    last = ("--eval_interval=1000000000", "--eval_iters=1", "--save_interval=0", "--save_minutes=0")
+    keys = (*(f"--{key}" for key in overrides), *last, f"--out_dir={new_folder(folder)}", *keys)
+    command = [sys.executable, "-c", TIMED, ROOT, ROOT / "train.py", config, *keys]
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
+    if done.returncode:
+        fail(f"train.py {' '.join(keys)} exited with {done.returncode}")
+    return np.diff(json.loads(done.stdout.splitlines()[-1]))
+
+
+def bench_monitor():
+    """The same steps with the config's logging and probes and without any, each step by the least of its rounds."""
+    ways = {"without": ("--log_interval=1000000000", "--probe_interval=0"), "as configured": ()}
+    took = {way: [] for way in ways}
+    for i in range(rounds):
+        for way, keys in list(ways.items())[:: 1 if i % 2 else -1]:
+            took[way].append(step_times(Path(out_dir) / f"monitor_{way.split()[0]}_{i}", *keys))
+    least = {way: np.min(times, axis=0) for way, times in took.items()}
+    rows = [{"way": way, "steps": len(least[way]) + 1, "mean_ms": 1000 * float(least[way].mean()),
+             "median_ms": 1000 * float(np.median(least[way])), "longest_ms": 1000 * float(least[way].max()),
+             "rounds_ms": [1000 * float(times.mean()) for times in took[way]]} for way in ways]
+    share = float(least["as configured"].sum() / least["without"].sum() - 1)
+    print(f"{config}, {torch.get_num_threads()} threads: milliseconds from step to step, the least of {rounds} rounds")
+    table(rows, ("way", "steps", "mean_ms", "median_ms", "longest_ms"))
+    print(f"logging and probes take {share:.2%} of a step")
+    return {"machine": machine(), "rows": rows, "share": share}
+
+
 if __name__ == "__main__":
-    settings = configure(globals(), verb="what", verbs=("train", "data", "loader", "infer", "activations"))
-    if what in ("train", "loader") and not Path(config).exists():
+    settings = configure(globals(), verb="what", verbs=("train", "data", "loader", "infer", "activations", "monitor"))
+    if what in ("train", "loader", "monitor") and not Path(config).exists():
         fail(f"no config file {config}")
     figures = {"train": bench_train, "data": bench_data, "loader": bench_loader, "infer": bench_infer,
-               "activations": bench_activations}[what]()
+               "activations": bench_activations, "monitor": bench_monitor}[what]()
     settings["input"] = Path(input).name  # where it lies is this machine's own affair
     print(json.dumps({"benchmark": what, "settings": settings, **figures}))
