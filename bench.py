@@ -10,6 +10,7 @@ Benchmarks, as a user would run the thing: the same commands, timed.
     python bench.py infer --forms=float32,int8 --batches=1,16
     python bench.py activations
     python bench.py zero --worlds=1,2 --shape=12,12,768 --tokens=256
+    python bench.py monitor --config=config/shakespeare_char_cpu.py
 
 `train` runs train.py on the config once per seed, each in a fresh folder under out_dir, then eval.py on the whole
 validation split in fp32. `scaling` runs a few updates of it for each size of micro-batch, length of context and number
@@ -19,7 +20,8 @@ sizes from the lines of a file and prepares them, by number of workers, beside n
 `infer` decodes with a GPT-2 of random weights, beside the plain way, transformers and llama.cpp (llama-cpp-python).
 `activations` takes one training step with each of train.py's activation_checkpointing and says what it holds in memory
 and how long it takes. `zero` says what each rank holds of weights, gradients and optimizer state when the optimizer
-steps, by ZeRO stage, and its peak. Each prints a table and, as the last line, one JSON object.
+steps, by ZeRO stage, and its peak. `monitor` trains on the config with its logging and probes and without, in turns, and
+says what they take of a step. Each prints a table and, as the last line, one JSON object.
 """
 
 import atexit
@@ -57,10 +59,10 @@ from parallel import Layout, checkpoint_activations, local, one_fate, own_device
 from weights import convert
 
 # -----------------------------------------------------------------------------
-what = "train"              # train | scaling | data | loader | infer | activations | zero
+what = "train"              # train | scaling | data | loader | infer | activations | zero | monitor
 out_dir = "out/bench"       # where the run folders go; those of an earlier benchmark must be gone
 
-# train, scaling and loader
+# train, scaling, loader and monitor
 config = "config/shakespeare_char_cpu.py"  # the run to time
 seeds = (1, 2, 3)           # train: one run each
 processes = 1               # train: more than one are started by torchrun
@@ -78,7 +80,7 @@ input = ""                  # a file of documents, of whose lines the corpora ar
 english = True              # only of its documents that are ASCII to 99 %, as OpenWebText's are
 sizes = (50, 150, 500)      # megabytes of text in each corpus; speed is measured on the second
 workers = (1, 2)            # numbers of processes
-rounds = 3                  # scaling, data, loader, infer: times each thing is measured, in turns
+rounds = 3                  # scaling, data, loader, infer, monitor: times each thing is measured, in turns
 
 # infer
 forms = ("float32", "bfloat16", "int8")  # of the weights
@@ -778,7 +780,7 @@ def bench_zero():
 
 def check():
     """Ends where a setting cannot be had."""
-    if what in ("train", "scaling", "loader") and not Path(config).exists():
+    if what in ("train", "scaling", "loader", "monitor") and not Path(config).exists():
         fail(f"no config file {config}")
     unknown = [form for form in forms if form not in (*DTYPES, "int8")]
     if unknown:
@@ -795,9 +797,60 @@ def check():
         fail(e)
 
 
+# -----------------------------------------------------------------------------
+# monitor
+
+# train.py, whose last line is the time of every optimizer step: between two of them lies all that a step takes
+TIMED = """
+import json, runpy, sys, time
+sys.path.insert(0, sys.argv[1])
+import optim
+times, step = [], optim.Optimizers.step
+def timed(self):
+    times.append(time.perf_counter())
+    return step(self)
+optim.Optimizers.step = timed
+sys.argv = sys.argv[2:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(json.dumps(times))
+"""
+
+
+def step_times(folder, *keys):
+    """Seconds from each step to the next in a run of train.py, evaluated and saved at its end alone."""
+    last = ("--eval_interval=1000000000", "--eval_iters=1", "--save_interval=0", "--save_minutes=0")
+    keys = (*(f"--{key}" for key in overrides), *last, f"--out_dir={new_folder(folder)}", *keys)
+    command = [sys.executable, "-c", TIMED, ROOT, ROOT / "train.py", config, *keys]
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
+    if done.returncode:
+        fail(f"train.py {' '.join(keys)} exited with {done.returncode}")
+    return np.diff(json.loads(done.stdout.splitlines()[-1]))
+
+
+def bench_monitor():
+    """The same steps with the config's logging and probes and without any, each step by the least of its rounds."""
+    ways = {"without": ("--log_interval=1000000000", "--probe_interval=0"), "as configured": ()}
+    took = {way: [] for way in ways}
+    for i in range(rounds):
+        for way, keys in list(ways.items())[:: 1 if i % 2 else -1]:
+            took[way].append(step_times(Path(out_dir) / f"monitor_{way.split()[0]}_{i}", *keys))
+    least = {way: np.min(times, axis=0) for way, times in took.items()}
+    rows = [{"way": way, "steps": len(least[way]) + 1, "mean_ms": 1000 * float(least[way].mean()),
+             "median_ms": 1000 * float(np.median(least[way])), "longest_ms": 1000 * float(least[way].max()),
+             "rounds_ms": [1000 * float(times.mean()) for times in took[way]]} for way in ways]
+    share = float(least["as configured"].sum() / least["without"].sum() - 1)
+    print(f"{config}, {torch.get_num_threads()} threads: milliseconds from step to step, the least of {rounds} rounds")
+    table(rows, ("way", "steps", "mean_ms", "median_ms", "longest_ms"))
+    print(f"logging and probes take {share:.2%} of a step")
+    return {"machine": machine(), "rows": rows, "share": share}
+
+
 if __name__ == "__main__":
     benchmarks = {"train": bench_train, "scaling": bench_scaling, "data": bench_data, "loader": bench_loader,
-                  "infer": bench_infer, "activations": bench_activations, "zero": bench_zero}
+                  "infer": bench_infer, "activations": bench_activations, "zero": bench_zero,
+                  "monitor": bench_monitor}
     settings = configure(globals(), verb="what", verbs=tuple(benchmarks))
     check()
     figures = benchmarks[what]()

@@ -45,7 +45,9 @@ class Tracker:
     def log(self, record):
         """A record of metrics.jsonl."""
         if self.send:
-            self.tried(lambda: self.send(flat(record), record["step"]))
+            values = flat(record)
+            step = values.pop("step")
+            self.tried(lambda: self.send(values, step))
 
     def finish(self, failed=False):
         """The run has ended."""
@@ -94,6 +96,7 @@ def id_of(run_dir, resumed):
 
 
 def begin_wandb(run_dir, config, project, name, step):
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which goes over the network in offline mode, too
     import wandb
 
     mode, why = wandb_mode(wandb)
@@ -108,17 +111,22 @@ def begin_wandb(run_dir, config, project, name, step):
         if mode != "online":
             raise
         mode, why = "offline", one_line(e)
+        wandb.teardown()  # its process still holds the run's id
         run = wandb.init(mode=mode, **common)
-    run.define_metric("*", step_metric="step")  # wandb's own count would refuse the steps that a resumed run repeats
+    run.define_metric("*", step_metric="step")
+
+    def send(values, step):  # as a value: wandb's own count would refuse the steps that a resumed run repeats
+        run.log({**values, "step": step})
+
     where = f"wandb {run.url}" if mode == "online" else f"wandb {mode} ({why}); wandb sync {Path(run.dir).parent}"
-    return lambda values, step: run.log(values), lambda failed: run.finish(exit_code=int(failed)), where
+    return send, lambda failed: run.finish(exit_code=int(failed)), where
 
 
 def wandb_mode(wandb):
     """-> ("online" | "offline" | another that WANDB_MODE asks for, why)"""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"], "as WANDB_MODE says"
-    settings = wandb.Settings()
+    settings = wandb.setup().settings  # with those of the environment and of its files
     if not has_key(settings):
         return "offline", "no key: wandb login"
     if not reachable(settings.base_url):

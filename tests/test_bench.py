@@ -183,6 +183,21 @@ def test_the_loader_is_timed_and_its_wait_is_a_share(bench, run_script, tmp_path
     assert all(len(result["all"][name]) == 2 and result["tokens_per_s"][name] > 0 for name in ("minichat", "nanoGPT"))
 
 
+def test_the_share_of_logging_and_probes_is_that_of_the_same_steps(bench, run_script, tmp_path):
+    words = [f"--config={bench.config}", "--rounds=2", f"--out_dir={tmp_path}", "--overrides=probe_interval=2"]
+    done = run_script("bench.py", "monitor", *words)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    without, configured = result["rows"]
+    assert without["steps"] == configured["steps"] == 6 and len(without["rounds_ms"]) == 2
+    assert result["share"] == pytest.approx(configured["mean_ms"] / without["mean_ms"] - 1)
+    assert f"{result['share']:.2%} of a step" in done.stdout
+    with_probes, none = ((tmp_path / f"monitor_{way}_0" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                         for way in ("as", "without"))
+    assert sum("attn_entropy" in line for line in with_probes) == 3 and len(with_probes) == 6
+    assert len(none) == 1 and "attn_entropy" not in none[0]
+
+
 @pytest.mark.slow
 def test_activations_that_are_computed_again_are_not_held(run_script):
     done = run_script("bench.py", "activations", "--shape=6,4,256", "--device=cpu")

@@ -1,22 +1,27 @@
 """The run folder: what a run leaves on the disk, through interruptions and a full disk."""
 
+import gzip
 import json
 import math
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import monitor
+from device import rss_gb
 from loader import read_manifest
-from monitor import Run, StepTimer, environment
+from monitor import Hardware, Profiler, Run, StepTimer, environment, largest
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -279,6 +284,174 @@ def test_a_step_knows_nothing_of_the_one_before(time):
     time(2)
     timer.mark("backward_ms")
     assert timer.read() == {"backward_ms": 2000}
+
+
+def test_what_is_looked_at_aside_is_not_the_steps(time):
+    timer = StepTimer(CPU)
+    timer.start()
+    time(1)
+
+    def look():
+        time(4)
+        return "seen"
+
+    assert timer.aside("optim_ms", look) == "seen"
+    time(2)
+    timer.mark("optim_ms")
+    assert timer.read() == {"optim_ms": 3000, "probe_ms": 4000}
+
+
+# -----------------------------------------------------------------------------
+# MFU and the hardware
+
+SMALL = ["--gradient_accumulation_steps=2", "--log_interval=1"]
+
+
+def mfus(out):
+    return [(r["mfu"], r["tok_per_s"]) for r in lines(out / "metrics.jsonl")]
+
+
+def flops_per_token(n_embd=16, block_size=16, vocab=64):
+    """Of a training step of tiny_settings' model, counted by hand: 3 times 2 for each weight of its matrices, and
+    attention over half of the context on average."""
+    matrices = 12 * n_embd**2 + vocab * n_embd
+    return 3 * (2 * matrices + 4 * n_embd * (block_size + 1) / 2)
+
+
+def test_mfu_is_the_share_of_peak_flops(tmp_path, tiny_settings, call_script):
+    code, out, err = call_script("train.py", *tiny_settings, *SMALL, "--peak_flops=1e9", f"--out_dir={tmp_path / 'a'}")
+    assert code == 0 and "peak        0.001 TFLOP/s (asked for)" in out, err
+    for mfu, tok_per_s in mfus(tmp_path / "a"):
+        assert mfu == pytest.approx(tok_per_s * flops_per_token() / 1e9, rel=1e-3)
+
+
+def test_mfu_on_a_cpu_is_the_share_of_what_a_matrix_product_reaches(tmp_path, tiny_settings, call_script, monkeypatch):
+    monkeypatch.setattr("device.matmul_flops", lambda dtype, threads: {(torch.float32, 1): 2e9}[dtype, threads])
+    code, out, err = call_script("train.py", *tiny_settings, *SMALL, f"--out_dir={tmp_path / 'a'}")
+    assert code == 0 and "peak        0.002 TFLOP/s (measured)" in out and "  mfu " in out, err
+    for mfu, tok_per_s in mfus(tmp_path / "a"):
+        assert mfu == pytest.approx(tok_per_s * flops_per_token() / 2e9, rel=1e-3)
+
+
+def test_an_unknown_device_has_no_mfu(tmp_path, tiny_settings, call_script, monkeypatch):
+    monkeypatch.setattr("device.peak_flops", lambda device, dtype: None)
+    code, out, err = call_script("train.py", *tiny_settings, *SMALL, f"--out_dir={tmp_path / 'a'}")
+    assert code == 0 and "peak        not known, so MFU is n/a" in out, err
+    assert out.count("  mfu n/a  ") == 6 and {mfu for mfu, _ in mfus(tmp_path / "a")} == {None}
+
+
+class Nvml(ModuleType):
+    """nvidia-ml-py on a machine with a GPU that is busy."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, fault=None):
+        super().__init__("pynvml")
+        self.asked, self.fault = [], fault
+
+    def __getattr__(self, name):
+        if not name.startswith("nvml"):
+            raise AttributeError(name)
+
+        def answer(*args):
+            self.asked.append((name, *args))
+            if name == self.fault:
+                raise self.NVMLError(name)
+            return {"nvmlDeviceGetHandleByUUID": "handle", "nvmlDeviceGetPowerUsage": 312500,
+                    "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=97),
+                    "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=41_000_000_000)}.get(name)
+
+        return answer
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(Nvml()): Hardware of a machine with one."""
+
+    def pretend(nvml):
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ab-cd"))
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2_500_000_000)
+        return Hardware(torch.device("cuda", 1))
+
+    return pretend
+
+
+def test_a_gpus_load_power_and_memory(gpu):
+    nvml = Nvml()
+    found = gpu(nvml).read()
+    assert nvml.asked[1] == ("nvmlDeviceGetHandleByUUID", "GPU-ab-cd")  # not by number: torch's may be another's
+    assert found.pop("rss_gb") == pytest.approx(rss_gb(), rel=0.5) or os.name == "nt"
+    assert found == {"mem_gb": 2.5, "gpu_util": 0.97, "gpu_power_w": 312.5, "gpu_mem_gb": 41.0}
+
+
+@pytest.mark.parametrize("fault", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetUtilizationRates"])
+def test_a_gpu_that_does_not_tell_is_asked_once(fault, gpu):
+    nvml = Nvml(fault)
+    hardware = gpu(nvml)
+    assert [set(hardware.read()) for _ in range(3)] == [{"mem_gb", "rss_gb"}] * 3
+    assert [name for name, *_ in nvml.asked].count(fault) == 1
+
+
+def test_without_nvidia_ml_py(gpu):
+    assert set(gpu(None).read()) == {"mem_gb", "rss_gb"}
+
+
+def test_a_cpu_is_not_asked_for_a_gpu(gpu):
+    nvml = Nvml()
+    gpu(nvml)
+    asked = len(nvml.asked)
+    assert set(Hardware(CPU).read()) == {"mem_gb", "rss_gb"} and len(nvml.asked) == asked
+
+
+# -----------------------------------------------------------------------------
+# Profiler
+
+
+def test_a_profile_of_some_steps(tmp_path, tiny_settings, run_script, tiny_run):
+    """The trace has those steps' work alone, and the run is the same."""
+    out = tmp_path / "run"
+    done = run_script("train.py", *tiny_settings, f"--out_dir={out}", "--profile=4:6")
+    assert done.returncode == 0, done.stderr
+    with gzip.open(out / "profile" / "trace_4_6.json.gz", "rt", encoding="utf-8") as f:
+        names = [event.get("name") for event in json.load(f)["traceEvents"]]
+    assert names.count("Optimizer.step#AdamW.step") == 3
+    assert sum(name == "aten::linear" for name in names) > 3
+    header = [line.split()[0] for line in done.stdout.splitlines() if line.endswith("operation")]
+    assert header == ["ms", "MB"] and "by time" in done.stdout and "by memory" in done.stdout
+    tables = done.stdout.split("by time")[1].split("\n")
+    assert sum(bool(re.match(r" +[\d.]+ +[\d.]+% +\d+  \S", line)) for line in tables) == 20
+    assert [r["loss"] for r in lines(out / "metrics.jsonl")] == [r["loss"] for r in lines(tiny_run / "metrics.jsonl")]
+    weights = [load_file(run / "ckpt" / "step_00000006" / "model.safetensors") for run in (out, tiny_run)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_profile_from_the_first_step_on(tmp_path):
+    profiler = Profiler("1:2", CPU, tmp_path, max_iters=5)
+    profiler.after(0)
+    for step in (1, 2):
+        torch.ones(300, 300) @ torch.ones(300, 300)
+        assert bool(profiler.after(step)) == (step == 2)
+    assert (tmp_path / "profile" / "trace_1_2.json.gz").exists() and profiler.after(3) == []
+
+
+@pytest.mark.parametrize("steps, writes, began", [("", True, 0), ("2:3", False, 0), ("2:3", True, 2)])
+def test_no_profile_where_none_is_asked_for_or_its_steps_are_past(steps, writes, began, tmp_path):
+    profiler = Profiler(steps, CPU, tmp_path, max_iters=5, writes=writes)
+    assert [profiler.after(step) for step in range(began, 6)] == [[]] * (6 - began) and not list(tmp_path.iterdir())
+
+
+def test_the_largest_come_first_with_their_share():
+    rows = largest([(1000, 2, "small"), (3000, 1, "large"), (-500, 1, "freed")], 1e-3, "ms", count=2)
+    assert [row.split() for row in rows] == [["ms", "share", "calls", "operation"], ["3.00", "75.0%", "1", "large"],
+                                             ["1.00", "25.0%", "2", "small"]]
+
+
+@pytest.mark.parametrize("profile", ["10", "10-13", "0:3", "5:4", "2:", "1:7", "a:b", "-1:2"])
+def test_a_profile_of_no_steps_is_one_line(profile, tmp_path, tiny_settings, call_script):
+    code, out, err = call_script("train.py", *tiny_settings, f"--out_dir={tmp_path / 'run'}", f"--profile={profile}")
+    assert code == 2 and f"profile='{profile}'" in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 # -----------------------------------------------------------------------------

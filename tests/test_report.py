@@ -229,8 +229,8 @@ def test_the_page_in_a_browser(call_script, seeds, other, copy, tmp_path):
     seen = json.loads(seen.group(1).replace("&quot;", '"').replace("&amp;", "&"))
     # 3 runs x (raw, smoothed, validation); then a line a run, of which one logs the probes; then the first run's own
     shared = {"loss": 9, "grad_norm": 3, "lr": 3, "attn_entropy": 1, "attn_logit_max": 1, "act_rms": 1,
-              "tok_per_s": 3, "mfu": 1, "mem_gb": 3, "gpu_util": 1, "gpu_power_w": 1}
-    assert seen["first"] == [*shared.values(), 4, 1] and seen["charts"] > len(shared) + 3 * 2
+              "tok_per_s": 3, "mfu": 3, "mem_gb": 3, "gpu_util": 1, "gpu_power_w": 1}
+    assert seen["first"] == [*shared.values(), 4, 2] and seen["charts"] > len(shared) + 3 * 2
     for axis in history.AXES:
         assert seen[axis] == seen["first"], axis
     assert seen["hidden"][:3] == [6, 2, 2] and seen["inner"] == ["probed"] and seen["samples"] == 2

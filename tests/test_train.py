@@ -443,7 +443,7 @@ def test_samples_at_evaluation(tiny, finished, tmp_path):
 def test_progress_bar_on_a_terminal(train, words, tmp_path):
     """One line that is written over, but where there was an evaluation; never wider than the terminal."""
     master, slave = pty.openpty()
-    train.start(dataset=words, out_dir=tmp_path, tty=os.ttyname(slave), env={"COLUMNS": "150"})
+    train.start(dataset=words, out_dir=tmp_path, tty=os.ttyname(slave), env={"COLUMNS": "170"})
     shown = b""
     done = train.wait()
     while select.select([master], [], [], 0.2)[0]:
@@ -453,7 +453,7 @@ def test_progress_bar_on_a_terminal(train, words, tmp_path):
     assert done.code == 0, done.err
     bars = [line for line in shown.decode().replace("\r\n", "\n").split("\r") if "step " in line and "[" in line]
     assert len(bars) == 12
-    assert all(len(line.split("\n")[0]) < 150 for line in bars)
+    assert all(len(line.split("\n")[0]) < 170 for line in bars)
     assert [i + 1 for i, line in enumerate(bars) if "\n" in line] == [4, 8, 12]
     assert bars[-1].startswith("[#####") and bars[0].count("#") < bars[6].count("#") < bars[-1].count("#")
 
