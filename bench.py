@@ -20,8 +20,8 @@ sizes from the lines of a file and prepares them, by number of workers, beside n
 `infer` decodes with a GPT-2 of random weights, beside the plain way, transformers and llama.cpp (llama-cpp-python).
 `activations` takes one training step with each of train.py's activation_checkpointing and says what it holds in memory
 and how long it takes. `zero` says what each rank holds of weights, gradients and optimizer state when the optimizer
-steps, by ZeRO stage, and its peak. `monitor` trains on the config with its logging and probes and without, in turns, and
-says what they take of a step. Each prints a table and, as the last line, one JSON object.
+steps, by ZeRO stage, and its peak. `monitor` trains on the config with its logging and probes and without, in turns,
+and says what they take of a step. Each prints a table and, as the last line, one JSON object.
 """
 
 import atexit
