@@ -4,8 +4,8 @@
 out_dir = "out/shakespeare_char_gpt2"
 dataset = "shakespeare_char"
 block_size = 128
-batch_size = 12
-max_iters = 500
+batch_size = 8
+max_iters = 1000
 
 n_layer = 4
 n_head = 4
@@ -23,9 +23,9 @@ muon_learning_rate = 0.03  # where optimizer is "muon"
 muon_momentum = 0.9
 muon_dtype = "auto"
 
-eval_interval = 50
+eval_interval = 100
 eval_iters = 2
-log_interval = 5
+log_interval = 10
 always_save_checkpoint = False
 device = "cpu"
 threads = 1

@@ -12,8 +12,8 @@ learned positions change the number of parameters: the tables say by how much.
 """
 
 base = "config/shakespeare_char_gpt2.py"
-common = {"tokens_per_run": 768_000}
-seeds = (1, 2, 3, 4, 5)
+common = {"tokens_per_run": 1_024_000}
+seeds = (1, 2, 3)
 
 _muon = {"optimizer": "muon"}  # with the base's muon_learning_rate
 _stack = {

@@ -13,8 +13,8 @@ to be compared with those of characters.
 from config.ablations.architecture import _alone, _away, _stack
 
 base = "config/shakespeare_char_gpt2.py"
-common = {"dataset": "shakespeare_bpe", "tokens_per_run": 768_000}
-seeds = (1, 2, 3, 4, 5)
+common = {"dataset": "shakespeare_bpe", "tokens_per_run": 1_024_000}
+seeds = (1, 2, 3)
 
 _alone = {name: _alone[name] for name in ("rope", "rmsnorm_nogain", "relu2", "untied", "mqa", "muon")}
 _away = {name: _away[name] for name in ("learned_positions", "layernorm", "gelu", "tied", "mqa", "adamw")}

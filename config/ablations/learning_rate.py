@@ -10,8 +10,8 @@ the best is at an end of the sweep, it has to go on.
 from config.ablations.architecture import _stack
 
 base = "config/shakespeare_char_gpt2.py"
-common = {"tokens_per_run": 768_000}
-seeds = (1, 2, 3)
+common = {"tokens_per_run": 1_024_000}
+seeds = (1, 2)
 
 _factors = {"x1": 1, "x0.25": 1 / 4, "x0.5": 1 / 2, "x2": 2, "x4": 4}
 
