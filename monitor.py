@@ -246,9 +246,12 @@ class Profiler:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.profiler.stop()
-        self.folder.mkdir(exist_ok=True)
         path = self.folder / f"trace_{self.first}_{self.last}.json.gz"
-        self.profiler.export_chrome_trace(os.fspath(path))
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self.profiler.export_chrome_trace(os.fspath(path))
+        except (OSError, RuntimeError) as e:  # a full disk ends no run
+            path = f"no file ({e})"
         operations = self.profiler.key_averages()
         self.profiler = None
         if self.device.type == "cuda":  # time by kernel, as the operation that starts one has its time, too

@@ -88,8 +88,8 @@ class Update:
 
     @torch.no_grad()
     def __init__(self, model, norms):
-        """Keeps a copy of the weights. `norms(tensors, group_of, n)` gives the norms of `n` groups of tensors by name
-        that lie as the parameters do (parallel.Layout.norms)."""
+        """Keeps a copy of the weights until the step is done. `norms(tensors, group_of, n)` gives the norms of `n`
+        groups of tensors by name that lie as the parameters do (parallel.Layout.norms)."""
         self.model, self.groups, layers = model, groups_of(model.config), model.config.n_layer
         self.norms = lambda tensors: norms(tensors, lambda name: group_of(name, layers), layers + 2)
         self.grads = self.norms({name: p.grad for name, p in model.named_parameters()})
@@ -99,8 +99,9 @@ class Update:
     def end(self):
         """After the step; nothing is read from the device yet."""
         weights = self.norms(self.before)
-        moved = {name: p.detach() - self.before[name] for name, p in self.model.named_parameters()}
-        self.ratios = self.norms(moved) / weights  # of weights that are all 0 no number
+        for name, p in self.model.named_parameters():
+            self.before[name].sub_(p.detach())  # in place: no second copy
+        self.ratios = self.norms(self.before) / weights  # of weights that are all 0 no number
         self.before = None
 
     def read(self):

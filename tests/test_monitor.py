@@ -436,6 +436,15 @@ def test_a_profile_from_the_first_step_on(tmp_path):
     assert (tmp_path / "profile" / "trace_1_2.json.gz").exists() and profiler.after(3) == []
 
 
+def test_a_trace_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "profile").write_text("in the way", encoding="utf-8")
+    profiler = Profiler("1:1", CPU, tmp_path, max_iters=5)
+    profiler.after(0)
+    torch.ones(30, 30) @ torch.ones(30, 30)
+    report = profiler.after(1)
+    assert "no file (" in report[0] and any("aten::mm" in line for line in report)
+
+
 @pytest.mark.parametrize("steps, writes, began", [("", True, 0), ("2:3", False, 0), ("2:3", True, 2)])
 def test_no_profile_where_none_is_asked_for_or_its_steps_are_past(steps, writes, began, tmp_path):
     profiler = Profiler(steps, CPU, tmp_path, max_iters=5, writes=writes)
