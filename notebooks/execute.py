@@ -37,6 +37,7 @@ def execute(path, small=False, timeout=1800):
 
     notebook = nbformat.read(path, as_version=4)
     environment = {**os.environ, **({"MINICHAT_SMALL": "1"} if small else {})}
+    environment.pop("MPLBACKEND", None)  # one that is set, such as agg, would draw nothing
     client = NotebookClient(
         notebook, timeout=timeout, kernel_name=notebook.metadata.kernelspec.name, record_timing=False,
         coalesce_streams=True, extra_arguments=["--log-level=ERROR"],
