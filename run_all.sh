@@ -5,11 +5,12 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'END'
-usage: ./run_all.sh [setup | demo | test [PYTEST ARGUMENTS]]
+usage: ./run_all.sh [setup | demo | perf | test [PYTEST ARGUMENTS]]
   setup   create .venv with the pinned versions of everything that training, sampling and the tests need
   demo    learn Tiny Shakespeare and write some; the same command again picks up where it was stopped
+  perf    run the notebooks, with what they measure of this machine, into out/notebooks
   test    setup, then the whole test suite; for example: ./run_all.sh test -m "not slow"
-With no argument: setup, test and demo in turn. PYTHON=python3.12 ./run_all.sh picks the interpreter for .venv.
+With no argument: setup, test, demo and perf in turn. PYTHON=python3.12 ./run_all.sh picks the interpreter for .venv.
 END
 }
 
@@ -98,6 +99,13 @@ demo() {
     .venv/bin/python sample.py --out_dir=out/shakespeare_char_demo --num_samples=1 --max_new_tokens=500
 }
 
+perf() {
+    install dev
+    .venv/bin/python -m ipykernel install --sys-prefix --name=minichat --display-name=minichat >/dev/null
+    .venv/bin/python data/shakespeare_char/prepare.py
+    .venv/bin/python notebooks/execute.py
+}
+
 run_tests() {
     install dev
     .venv/bin/python -m pytest "$@"
@@ -110,8 +118,9 @@ if [ $# -gt 0 ]; then shift; fi
 case $verb in
     setup) no_more "$@"; install dev ;;
     demo) no_more "$@"; demo ;;
+    perf) no_more "$@"; perf ;;
     test) run_tests "$@" ;;
-    all) run_tests; demo ;;  # the tests begin with setup
+    all) run_tests; demo; perf ;;  # the tests begin with setup
     -h | --help) usage ;;
-    *) stop "unknown verb '$verb': it is one of setup, demo, test; --help explains them" ;;
+    *) stop "unknown verb '$verb': it is one of setup, demo, perf, test; --help explains them" ;;
 esac

@@ -82,10 +82,10 @@ def test_scripts_are_whole(script):
 
 def test_help_names_the_verbs(house):
     code, out, asked = house("--help")
-    assert code == 0 and not asked and all(f"  {verb} " in out for verb in ["setup", "demo", "test"])
+    assert code == 0 and not asked and all(f"  {verb} " in out for verb in ["setup", "demo", "perf", "test"])
 
 
-@pytest.mark.parametrize("args", [["frobnicate"], ["demo", "twice"]])
+@pytest.mark.parametrize("args", [["frobnicate"], ["demo", "twice"], ["perf", "gpt.ipynb"]])
 def test_wrong_arguments_are_one_line(house, args):
     code, out, asked = house(*args)
     assert code == 2 and one_line(out) and args[-1] in out and not asked
@@ -125,6 +125,14 @@ def test_demo_takes_base_and_tests_take_dev(house):
     assert house("demo")[2][0].endswith("-e .[dev]")  # and stays dev when it is renewed
 
 
+def test_perf_registers_the_kernel_and_runs_the_notebooks(house):
+    code, _, asked = house("perf")
+    assert code == 0 and asked[0].endswith("-e .[dev]")
+    register, *scripts = asked[1:]
+    assert register.startswith("-m ipykernel install --sys-prefix --name=minichat")
+    assert scripts == ["data/shakespeare_char/prepare.py", "notebooks/execute.py"]
+
+
 def test_an_interrupted_setup_is_not_taken_for_a_finished_one(house):
     code, out, asked = house("setup", FAKE_PIP_FAILS="1")
     assert code == 2 and "pip failed" in out and len(asked) == 1
@@ -136,8 +144,14 @@ def test_an_interrupted_setup_is_not_taken_for_a_finished_one(house):
 def test_a_failing_test_suite_fails_and_stops_the_rest(house):
     code, _, asked = house(FAKE_TESTS_FAIL="1")
     assert code == 1 and asked[-1] == "-m pytest"
+
+
+def test_no_argument_is_setup_tests_demo_and_notebooks(house):
     code, _, asked = house()
-    assert code == 0 and asked[0] == "-m pytest" and len(asked) == 4
+    assert code == 0 and asked[0].endswith("-e .[dev]") and asked[1] == "-m pytest"
+    assert [line.split()[0] for line in asked[2:5]] == ["data/shakespeare_char/prepare.py", "train.py", "sample.py"]
+    assert asked[-1] == "notebooks/execute.py" and "ipykernel" in asked[-3]
+    assert len([line for line in asked if "pip " in line]) == 1, "set up once"
 
 
 @pytest.mark.skipif(sys.platform != "linux" or Path("/proc/driver/nvidia/version").exists(), reason="has a GPU driver")
