@@ -187,7 +187,7 @@ class StepTimer:
 
 
 class Hardware:
-    """What the machine is doing. Reading it takes microseconds, and waits for no kernel."""
+    """What the machine is doing. Reading it waits for no kernel."""
 
     def __init__(self, device):
         self.device, self.gpu = device, None
