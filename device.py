@@ -145,10 +145,15 @@ def memory_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as f:  # Linux
+            return next(int(line.split()[1]) * 1024 / 1e9 for line in f if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    try:
         import resource  # not on Windows
     except ImportError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes; elsewhere a parent's peak is in it, too
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
