@@ -62,8 +62,8 @@ def stretch(model, rope_scaling, rope_factor):
     rope_scaling "none" its positions go on past that. Raises ValueError where they are learned: there are no more."""
     c = model.config
     if c.pos != "rope":
-        raise ValueError(f"a context longer than block_size={c.block_size} needs a model with pos='rope': the positions "
-                         "of this one are learned, and end there")
+        raise ValueError(f"a context longer than block_size={c.block_size} needs a model with pos='rope': those of "
+                         "this one are learned, and end there")
     size, factor = round(c.block_size / c.rope_factor * rope_factor), 1.0 if rope_scaling == "none" else rope_factor
     model.config = replace(c, block_size=size, rope_scaling=rope_scaling, rope_factor=factor)
     for name, table in zip(("rope_cos", "rope_sin"), rope_tables(model.config), strict=True):

@@ -19,7 +19,7 @@ from configurator import read_file, read_keys  # noqa: E402
 
 FLOORS = [
     {"model", "configurator", "tokenizer", "device"},
-    {"loader", "optim", "checkpoint", "monitor", "plan", "sampling", "weights", "kvcache"},
+    {"loader", "optim", "checkpoint", "monitor", "plan", "sampling", "weights", "kvcache", "tasks"},
     {"parallel", "infer", "export"},
     {"eval"},
     {"train"},
