@@ -179,8 +179,9 @@ def code(text, fence=False):
 
 
 def read_prompts():
+    path = Path(prompts) if Path(prompts).exists() else Path(__file__).resolve().parent / prompts
     try:
-        lines = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"--prompts={prompts} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if not lines:
@@ -213,7 +214,8 @@ def write_samples(model, tokenizer, state, folder, context):
         f"- checkpoint: {code(str(folder))}{val_loss}; sha256 of its weights "
         f"{code(state['files'].get('model.safetensors', 'in parts')[:16])}",
         f"- temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}, at most {max_new_tokens} new tokens",
-        f"- seeds {seed} to {seed + num_samples - 1}, the same for each prompt; {device}, {dtype}"
+        f"- seeds {seed} to {seed + num_samples - 1}, the same for each prompt; {engine.device}, "
+        f"{str(engine.dtype).removeprefix('torch.')}"
         + (f", {quantize}" if quantize else ""),
         *(f"- left out: {code(line)}, as it {code(why)}" for line, why in skipped.items()),
     ])]
@@ -245,28 +247,32 @@ def score_task(model, tokenizer, state, folder, context):
 # Long contexts
 
 
-def stretched(model):
-    """For each of `lengths`, and past the context of the model each of `rope_scaling`, give it that context and yield
-    (length, scaling). Raises ValueError where it cannot have it."""
-    config = model.config
-    first = config.block_size / config.rope_factor  # what it was trained at before any stretching
-    default = [config.block_size * n for n in ((1, 2, 4) if config.pos == "rope" else (1,))]
-    for length in lengths or default:
-        fits = length <= config.block_size and not rope_factor
-        for scaling in (config.rope_scaling,) if fits else rope_scaling or SCALINGS:
-            if config.pos == "rope" or not fits:
-                stretch(model, scaling, config.rope_factor if fits else rope_factor or length / first)
-            if length > model.config.block_size:
-                raise ValueError(f"--rope_factor={rope_factor:g} makes a context of {model.config.block_size}: "
-                                 f"--lengths={length} is more")
-            yield length, scaling
+def contexts(model, tokens):
+    """What to try: each of `lengths`, and past the context of the model each of `rope_scaling`.
+    -> [(length, scaling, factor, which is 0 for learned positions), ...]. Raises ValueError for what cannot be."""
+    c = model.config
+    asked = lengths or [c.block_size * n for n in ((1, 2, 4) if c.pos == "rope" else (1,))]
+    if len(tokens) <= max(asked):
+        raise ValueError(f"{tokens.folder}: {len(tokens):,} tokens are too few for --lengths={max(asked)}")
+    first = c.block_size / c.rope_factor  # what it was trained at before any stretching
+    if c.pos != "rope" and max(asked) > first:
+        raise ValueError(f"--lengths={max(asked)} needs a model with pos='rope': this one's positions are learned, and "
+                         f"end with block_size={c.block_size}")
+    if rope_factor and max(asked) > rope_factor * first:
+        raise ValueError(f"--rope_factor={rope_factor:g} makes a context of {rope_factor * first:g}: "
+                         f"--lengths={max(asked)} is more")
+    found = []
+    for length in asked:
+        if length <= c.block_size and not rope_factor:
+            found.append((length, c.rope_scaling, c.rope_factor if c.pos == "rope" else 0))
+        else:
+            found += [(length, scaling, rope_factor or length / first) for scaling in rope_scaling or SCALINGS]
+    return found
 
 
 def loss_by_position(model, tokens, length, rows, context):
     """Summed loss of the targets after 1, 2, ... tokens of context over the fixed windows of `length`, `rows` at once,
     and how many there are. -> two of (length,), fp64"""
-    if len(tokens) <= length:
-        raise ValueError(f"{tokens.folder}: {len(tokens):,} tokens are too few for --lengths={length}")
     where, total, count = next(model.parameters()).device, torch.zeros(length).double(), torch.zeros(length).double()
     for x, y in fixed_batches(tokens, length, rows, eval_iters):
         total += score_tokens(model, x.to(where), y.to(where), context)[0].cpu().double().sum(0)
@@ -281,11 +287,14 @@ def long_context(model, tokenizer, state, folder, context):
     tokens, dataset_sha256 = open_split(model, tokenizer, state, folder)
     if len(tokens.parts) > 1:
         raise ValueError("eval.py context reads one dataset: name it with --dataset")
-    own, per_batch, rows = model.config.block_size, batch_size * model.config.block_size, []
+    tried = contexts(model, tokens)
+    trained, own, rows = model.config, model.config.block_size, []
     width = bin_size or max(1, own // 2)
     print(f"{folder} on {tokens.folder}, split {split}; context {own}; loss by position, in bins of {width}:")
-    for length, scaling in stretched(model):
-        total, count = loss_by_position(model, tokens, length, max(1, per_batch // length), context)
+    for length, scaling, factor in tried:
+        if factor:
+            stretch(model, trained, scaling, factor)
+        total, count = loss_by_position(model, tokens, length, max(1, batch_size * own // length), context)
         edges = [*range(0, length, width), length]
         bins = [(total[a:b].sum() / count[a:b].sum()).item() for a, b in itertools.pairwise(edges)]
         rows.append({"length": length, "rope_scaling": scaling, "rope_factor": model.config.rope_factor,
@@ -307,12 +316,14 @@ def open_figure():
 
 
 def draw(figure, rows, own, width):
-    """A line for each row, the model's own context marked."""
-    axes = figure.add_subplot()
+    """A line for each row, in its scaling's colour and its length's dashes, and a mark at the model's own context."""
+    axes, lengths = figure.add_subplot(), sorted({row["length"] for row in rows})
     for row in rows:
         middles = [min(at + width / 2, (at + row["length"]) / 2) for at in range(0, row["length"], width)]
-        axes.plot(middles, row["bins"], marker="o", markersize=3, label=f"{row['length']} {row['rope_scaling']}")
-    axes.axvline(own, color="grey", linestyle=":", label="context trained at")
+        dashes = (":", "--", "-.", "-")[max(-4, lengths.index(row["length"]) - len(lengths))]
+        axes.plot(middles, row["bins"], color=f"C{SCALINGS.index(row['rope_scaling'])}", linestyle=dashes, marker="o",
+                  markersize=3, label=f"{row['length']} {row['rope_scaling']}")
+    axes.axvline(own, color="grey", linewidth=0.8, label="context trained at")
     axes.set(xlabel="tokens of context", ylabel="loss, nats per token", title=f"{out_dir}, split {split}")
     axes.legend(fontsize="small")
     figure.savefig(plot, dpi=150)
@@ -320,12 +331,13 @@ def draw(figure, rows, own, width):
 
 def hidden_key(model, tokenizer, state, folder, context):
     tokens, dataset_sha256 = open_split(model, tokenizer, state, folder)
-    filler, rows = tokens.parts[0][0], []
+    filler, trained, rows = tokens.parts[0][0], model.config, []
+    tried = contexts(model, filler)
     print(f"{folder}: a key hidden in {tokens.folder}, split {split}; found exactly / chosen among {alternatives}, "
           f"of {trials}\n length scaling " + " ".join(f"depth {depth:<5g}" for depth in depths))
-    for length, scaling in stretched(model):
-        if len(filler) < length:
-            raise ValueError(f"{filler.folder}: {len(filler):,} tokens are too few for --lengths={length}")
+    for length, scaling, factor in tried:
+        if factor:
+            stretch(model, trained, scaling, factor)
         cells = []
         for depth in depths:
             found = passkey(model, tokenizer, filler, length, depth, sentence=sentence, trials=trials,

@@ -218,7 +218,8 @@ FAMILIES = {
     "llama": {**PLAIN, **ROTARY, "norm": ("rmsnorm",), "qk_norm": ("none",), "activation": ("swiglu",)},
     "qwen3": {**PLAIN, **ROTARY, "norm": ("rmsnorm",), "qk_norm": ("rms_gain",), "activation": ("swiglu",)},
     "nanochat": {**ROTARY, "norm": ("rmsnorm_nogain",), "norm_embed": (True,), "qk_norm": ("rms",),
-                 "activation": ("relu2",)},
+                 "activation": ("relu2",),
+                 "rope_scaling": ("none", "linear", "ntk")},  # its norm after the rotation undoes YaRN's temperature
 }
 # llama.cpp's, by the same names; its gpt2 has no GELU but the tanh form
 LLAMA_CPP = {

@@ -53,19 +53,20 @@ def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0
         raise CheckpointError(f"{folder} holds a model that this version does not know ({e})") from None
     load_model(model, folder)
     if rope_scaling:
-        stretch(model, rope_scaling, rope_factor)
+        stretch(model, model.config, rope_scaling, rope_factor)
     return model.to(device).eval(), tokenizer, state, folder
 
 
-def stretch(model, rope_scaling, rope_factor):
-    """Give `model` a context rope_factor times as long as the one it was first trained at, without any training. With
-    rope_scaling "none" its positions go on past that. Raises ValueError where they are learned: there are no more."""
-    c = model.config
-    if c.pos != "rope":
-        raise ValueError(f"a context longer than block_size={c.block_size} needs a model with pos='rope': those of "
-                         "this one are learned, and end there")
-    size, factor = round(c.block_size / c.rope_factor * rope_factor), 1.0 if rope_scaling == "none" else rope_factor
-    model.config = replace(c, block_size=size, rope_scaling=rope_scaling, rope_factor=factor)
+def stretch(model, trained, rope_scaling, rope_factor):
+    """Give `model`, trained as the GPTConfig `trained` says, a context rope_factor times as long as the one that it was
+    first trained at, without any training. With rope_scaling "none" its positions go on past that. Raises ValueError
+    where they are learned: there are no more."""
+    if trained.pos != "rope":
+        raise ValueError(f"a context longer than block_size={trained.block_size} needs a model with pos='rope': the "
+                         "positions of this one are learned, and end there")
+    size = round(trained.block_size / trained.rope_factor * rope_factor)
+    factor = 1.0 if rope_scaling == "none" else rope_factor
+    model.config = replace(trained, block_size=size, rope_scaling=rope_scaling, rope_factor=factor)
     for name, table in zip(("rope_cos", "rope_sin"), rope_tables(model.config), strict=True):
         setattr(model, name, table.to(getattr(model, name)))
 
