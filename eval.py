@@ -130,7 +130,7 @@ def text_size(tokenizer, tokens, first, end, piece=1 << 20):
     A character of several tokens counts where its first byte is, so that all counts are those of the decoded text;
     special tokens have no text. Read a `piece` at a time, so that a split of any length takes no more memory.
     """
-    sizes = np.zeros((tokens.vocab_size, 2), np.int64)
+    sizes = np.zeros((max(tokens.vocab_size, len(tokenizer.pieces)), 2), np.int64)
     for i, text in enumerate(tokenizer.pieces):
         sizes[i] = sum(byte & 0xC0 != 0x80 for byte in text), len(text)
     total = np.zeros(2, np.int64)
@@ -150,6 +150,7 @@ def open_split(model, tokenizer, state, folder):
 
 
 def whole_split(model, tokenizer, state, folder, context):
+    """`evaluate` from the command line."""
     tokens, dataset_sha256 = open_split(model, tokenizer, state, folder)
     if not 0 <= block_size <= model.config.block_size:
         raise ValueError(f"--block_size={block_size}: the model sees at most {model.config.block_size} tokens")
@@ -232,6 +233,7 @@ def write_samples(model, tokenizer, state, folder, context):
 
 
 def score_task(model, tokenizer, state, folder, context):
+    """Multiple choice, or last words."""
     words = what == "lastword"
     items = open_items(task, data, words, limit)
     result = (last_word if words else multiple_choice)(model, tokenizer, items, batch_size, context)
@@ -317,10 +319,10 @@ def open_figure():
 
 def draw(figure, rows, own, width):
     """A line for each row, in its scaling's colour and its length's dashes, and a mark at the model's own context."""
-    axes, lengths = figure.add_subplot(), sorted({row["length"] for row in rows})
+    axes, each = figure.add_subplot(), sorted({row["length"] for row in rows})
     for row in rows:
         middles = [min(at + width / 2, (at + row["length"]) / 2) for at in range(0, row["length"], width)]
-        dashes = (":", "--", "-.", "-")[max(-4, lengths.index(row["length"]) - len(lengths))]
+        dashes = (":", "--", "-.", "-")[max(-4, each.index(row["length"]) - len(each))]
         axes.plot(middles, row["bins"], color=f"C{SCALINGS.index(row['rope_scaling'])}", linestyle=dashes, marker="o",
                   markersize=3, label=f"{row['length']} {row['rope_scaling']}")
     axes.axvline(own, color="grey", linewidth=0.8, label="context trained at")
@@ -330,6 +332,7 @@ def draw(figure, rows, own, width):
 
 
 def hidden_key(model, tokenizer, state, folder, context):
+    """Whether the model finds a key that is hidden in text of the split, at each depth of each length."""
     tokens, dataset_sha256 = open_split(model, tokenizer, state, folder)
     filler, trained, rows = tokens.parts[0][0], model.config, []
     tried = contexts(model, filler)

@@ -189,9 +189,10 @@ def score_tokens(model, x, y, context=contextlib.nullcontext):
     rows = max(1, MOST_LOGITS // (x.size(1) * model.config.vocab_size))
     for xs, ys in zip(x.split(rows), y.split(rows), strict=True):
         with context():
-            logits = model(xs)[0].float().transpose(1, 2)  # (rows, vocab_size, T)
-        losses.append(F.cross_entropy(logits, ys, ignore_index=-1, reduction="none"))
-        likeliest.append(logits.argmax(1) == ys)
+            logits = model(xs)[0].float()  # (rows, T, vocab_size)
+        each = F.cross_entropy(logits.flatten(0, 1), ys.flatten(), ignore_index=-1, reduction="none")
+        losses.append(each.view_as(ys))
+        likeliest.append(logits.argmax(-1) == ys)
     return torch.cat(losses), torch.cat(likeliest)
 
 
