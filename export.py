@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from configurator import configure, fail
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, rope_base
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -218,11 +218,14 @@ FAMILIES = {
     "llama": {**PLAIN, **ROTARY, "norm": ("rmsnorm",), "qk_norm": ("none",), "activation": ("swiglu",)},
     "qwen3": {**PLAIN, **ROTARY, "norm": ("rmsnorm",), "qk_norm": ("rms_gain",), "activation": ("swiglu",)},
     "nanochat": {**ROTARY, "norm": ("rmsnorm_nogain",), "norm_embed": (True,), "qk_norm": ("rms",),
-                 "activation": ("relu2",)},
+                 "activation": ("relu2",),
+                 "rope_scaling": ("none", "linear", "ntk")},  # its norm after the rotation undoes YaRN's temperature
 }
 # llama.cpp's, by the same names; its gpt2 has no GELU but the tanh form
-LLAMA_CPP = {**{family: FAMILIES[family] for family in ("gpt2", "llama", "qwen3")},
-             "gpt2": {**FAMILIES["gpt2"], "activation": ("gelu_tanh",)}}
+LLAMA_CPP = {
+    "gpt2": {**FAMILIES["gpt2"], "activation": ("gelu_tanh",)},
+    **{family: {**FAMILIES[family], "rope_scaling": ("none", "ntk")} for family in ("llama", "qwen3")},
+}
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM",
            "nanochat": "NanoChatForCausalLM"}
 
@@ -293,11 +296,21 @@ def rotary_tensors(tensors, config, family):
         "hidden_size": config.n_embd, "intermediate_size": config.mlp_dim, "max_position_embeddings": config.block_size,
         "rms_norm_eps": config.norm_eps, "hidden_act": {"swiglu": "silu"}.get(config.activation, config.activation),
         "attention_bias": False, "mlp_bias": False, "attention_dropout": config.dropout, "head_dim": D,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "rope_theta": config.rope_theta,
+        "rope_parameters": rope_parameters(config), "rope_theta": rope_base(config),
     }
     if family == "nanochat":
         fields["final_logit_softcapping"] = config.logit_softcap or None
     return {name: t.contiguous() for name, t in out.items()}, fields
+
+
+def rope_parameters(config):
+    """As transformers has them. It knows ntk by another name only, but that is no more than a larger base."""
+    known = {"rope_type": "default", "rope_theta": rope_base(config)}
+    if config.rope_scaling in ("linear", "yarn"):
+        known |= {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_scaling == "yarn":
+        known["original_max_position_embeddings"] = round(config.block_size / config.rope_factor)
+    return known
 
 
 def merges_of(pieces):
@@ -427,7 +440,7 @@ def add_sizes(writer, config, family):
     else:
         writer.add_layer_norm_rms_eps(config.norm_eps)
         writer.add_rope_dimension_count(config.head_dim)
-        writer.add_rope_freq_base(config.rope_theta)
+        writer.add_rope_freq_base(rope_base(config))
 
 
 def add_tokenizer(writer, found, vocab_size):

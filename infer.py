@@ -32,11 +32,12 @@ from tokenizer import load_tokenizer
 from weights import computes_bfloat16, convert
 
 
-def load(out_dir, which="latest", device="cpu"):
+def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0):
     """A run's model in eval mode and fp32 on `device`, its tokenizer, the checkpoint's state and folder.
 
     `which` is latest, best or a step; a damaged latest is passed over, which is said on stderr. The tokenizer is None
-    for a run on token ids alone. Raises CheckpointError naming what is missing or damaged.
+    for a run on token ids alone. With rope_scaling the context is rope_factor times as long as it was (`stretch`).
+    Raises CheckpointError naming what is missing or damaged, ValueError where the context cannot be longer.
     """
     folder, state = find(out_dir, which, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     run = folder.resolve().parent.parent if folder.resolve().parent.name == "ckpt" else folder
@@ -51,7 +52,23 @@ def load(out_dir, which="latest", device="cpu"):
     except (TypeError, ValueError) as e:
         raise CheckpointError(f"{folder} holds a model that this version does not know ({e})") from None
     load_model(model, folder)
+    if rope_scaling:
+        stretch(model, model.config, rope_scaling, rope_factor)
     return model.to(device).eval(), tokenizer, state, folder
+
+
+def stretch(model, trained, rope_scaling, rope_factor):
+    """Give `model`, trained as the GPTConfig `trained` says, a context rope_factor times as long as the one that it was
+    first trained at, without any training. With rope_scaling "none" its positions go on past that. Raises ValueError
+    where they are learned: there are no more."""
+    if trained.pos != "rope":
+        raise ValueError(f"a context longer than block_size={trained.block_size} needs a model with pos='rope': the "
+                         "positions of this one are learned, and end there")
+    size = round(trained.block_size / trained.rope_factor * rope_factor)
+    factor = 1.0 if rope_scaling == "none" else rope_factor
+    model.config = replace(trained, block_size=size, rope_scaling=rope_scaling, rope_factor=factor)
+    for name, table in zip(("rope_cos", "rope_sin"), rope_tables(model.config), strict=True):
+        setattr(model, name, table.to(getattr(model, name)))
 
 
 # -----------------------------------------------------------------------------
@@ -160,10 +177,11 @@ class Engine:
         self.waiting, self.running = deque(), []
 
     @classmethod
-    def load(cls, out_dir, which="latest", device="auto", dtype="auto", quantize="", **options):
-        """The engine of a run's checkpoint. dtype and quantize as in weights.convert."""
+    def load(cls, out_dir, which="latest", device="auto", dtype="auto", quantize="", rope_scaling="", rope_factor=1.0,
+             **options):
+        """The engine of a run's checkpoint. dtype and quantize as in weights.convert, rope_scaling as in `load`."""
         where = pick_device(device)[0]
-        model, tokenizer, _, _ = load(out_dir, which, where)
+        model, tokenizer, _, _ = load(out_dir, which, where, rope_scaling, rope_factor)
         return cls(convert(model, pick_dtype(dtype, where)[0], quantize), tokenizer, **options)
 
     def extend_rope(self, count):

@@ -4,7 +4,8 @@ The GPT: one decoder-only transformer in one file, every architecture choice a f
 What it can be, and where each idea comes from:
 - GPT-2 as it is with the defaults (Radford et al. 2019): learned positions, LayerNorm before each
   sub-layer, biases, GELU (tanh form), tied head
-- rotary positions, `pos="rope"` (Su et al. 2021, arXiv:2104.09864), rotating the halves of a head as Llama does
+- rotary positions, `pos="rope"` (Su et al. 2021, arXiv:2104.09864), rotating the halves of a head as Llama does, and
+  three ways to stretch them over a longer context, `rope_scaling` (see rope_frequencies)
 - grouped and multi-query attention, `n_kv_head` (Ainslie et al. 2023, arXiv:2305.13245; Shazeer 2019, arXiv:1911.02150)
 - RMSNorm with or without gain (Zhang & Sennrich 2019, arXiv:1910.07467), and a norm right after the embedding
 - QK-norm (Henry et al. 2020, arXiv:2010.04245; per channel gain as in Qwen3)
@@ -42,6 +43,8 @@ class GPTConfig:
     bias: bool = True             # biases in linear layers and LayerNorms
     pos: str = "learned"          # positions: learned | rope
     rope_theta: float = 10000.0   # base of the rotary frequencies
+    rope_scaling: str = "none"    # how they fit a context longer than the first trained at: none | linear | ntk | yarn
+    rope_factor: float = 1.0      # how many times as long: block_size / rope_factor was the first
     norm: str = "layernorm"       # layernorm | rmsnorm | rmsnorm_nogain
     norm_eps: float = 1e-5        # added to the variance in every norm
     norm_embed: bool = False      # a norm right after the embedding
@@ -56,6 +59,7 @@ class GPTConfig:
         """Raises ValueError, naming the fields, for a combination that has no meaning."""
         choices = {
             "pos": ("learned", "rope"),
+            "rope_scaling": ("none", "linear", "ntk", "yarn"),
             "norm": ("layernorm", "rmsnorm", "rmsnorm_nogain"),
             "qk_norm": ("none", "rms", "rms_gain"),
             "activation": ("gelu", "gelu_tanh", "relu2", "swiglu"),
@@ -80,6 +84,14 @@ class GPTConfig:
                 f"pos='rope' rotates pairs, but n_embd={self.n_embd} / n_head={self.n_head} "
                 f"gives an odd head of {self.head_dim}"
             )
+        if not 1.0 <= self.rope_factor < math.inf:
+            raise ValueError(f"rope_factor={self.rope_factor} must be at least 1")
+        if self.rope_scaling == "none" and self.rope_factor != 1.0:
+            raise ValueError(f"rope_factor={self.rope_factor} needs rope_scaling, one of linear, ntk, yarn")
+        if self.rope_scaling != "none" and self.pos != "rope":
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} needs pos='rope': learned positions do not stretch")
+        if self.rope_scaling in ("ntk", "yarn") and (self.head_dim < 4 or self.rope_theta <= 1.0):
+            raise ValueError(f"rope_scaling={self.rope_scaling!r} needs heads of at least 4 and a rope_theta above 1")
         if self.attn == "flash" and flash_attn_func is None:
             raise ValueError("attn='flash' needs the flash-attn package; attn='auto' uses it where it is installed")
 
@@ -118,13 +130,44 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
+def rope_base(config):
+    """rope_theta, or for "ntk" the base with which the slowest pair turns rope_factor times as slowly."""
+    if config.rope_scaling != "ntk":
+        return config.rope_theta
+    return config.rope_theta * config.rope_factor ** (config.head_dim / (config.head_dim - 2))
+
+
+def rope_frequencies(config):
+    """By what angle each pair of a head's dimensions turns at each position, fp64 (head_dim / 2,), and what queries and
+    keys are multiplied by.
+
+    A context s = rope_factor times as long as the one first trained at has distances that the model never saw, so:
+    - linear: all pairs turn s times as slowly (position interpolation, Chen et al. 2023, arXiv:2306.15595)
+    - ntk: with a larger base the slowest pair does, the quickest turns as before (NTK-aware, bloc97 2023)
+    - yarn: pairs that turned at least 32 times within the first context stay, those that turned less than once are s
+      times as slow, between them it goes over; and attention is sharper by (0.1 ln s + 1)^2 (Peng et al. 2023,
+      arXiv:2309.00071; as in their code, and transformers', it goes over linearly by the number of the pair)
+    """
+    D, base, s = config.head_dim, rope_base(config), config.rope_factor
+    frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    if config.rope_scaling == "linear":
+        return frequency / s, 1.0
+    if config.rope_scaling == "yarn":
+        first = config.block_size / s
+        quick, slow = (D * math.log(first / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1))
+        quick, slow = max(math.floor(quick), 0), min(math.ceil(slow), D - 1)  # pairs that turn so often
+        slowed = ((torch.arange(D // 2) - quick) / max(slow - quick, 0.001)).clamp(0, 1).double()
+        return frequency * (1 - slowed) + frequency / s * slowed, 0.1 * math.log(s) + 1
+    return frequency, 1.0
+
+
 def rope_tables(config, positions=None):
     """Cosine and signed sine of the rotary angles of `positions` (T,), those of the context by default, for apply_rope.
     -> two tensors (T, head_dim), fp32."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    frequency, scale = rope_frequencies(config)
     positions = torch.arange(config.block_size) if positions is None else positions
-    angle = torch.outer(positions.double(), config.rope_theta**-half)
-    cos, sin = angle.cos().float(), angle.sin().float()
+    angle = torch.outer(positions.double(), frequency)
+    cos, sin = (angle.cos() * scale).float(), (angle.sin() * scale).float()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 

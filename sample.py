@@ -39,6 +39,8 @@ seed = 1337                 # of the first sample; the next ones take seed + 1, 
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
 quantize = ""               # int8: weights as 8-bit integers; empty: as dtype says
+rope_scaling = ""           # for a longer context than the model's: none | linear | ntk | yarn; empty: the model's
+rope_factor = 1.0           # how many times as long
 compile = False             # torch.compile the model
 # -----------------------------------------------------------------------------
 
@@ -115,7 +117,7 @@ def main(settings):
         where, device_why = pick_device(device)
         precision, dtype_why = pick_dtype(dtype, where)
         want = sampling_from(settings)  # what is wrong with it is said first
-        model, tokenizer, state, folder = load(out_dir, ckpt, where)
+        model, tokenizer, state, folder = load(out_dir, ckpt, where, rope_scaling, rope_factor)
         if tokenizer is None:
             raise ValueError(f"{out_dir} has no tokenizer, so its tokens cannot be turned into text")
         texts = [] if interactive else read_prompts()

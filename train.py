@@ -83,6 +83,8 @@ dropout = 0.0                 # 0 for pretraining; 0.1 and more where the data i
 bias = False                  # biases in linear layers and LayerNorms
 pos = "learned"               # learned | rope
 rope_theta = 10000.0          # base of the rotary frequencies
+rope_scaling = "none"         # none | linear | ntk | yarn: for a longer block_size than the model was first trained at
+rope_factor = 1.0             # how many times as long
 norm = "layernorm"            # layernorm | rmsnorm | rmsnorm_nogain
 norm_eps = 1e-5               # added to the variance in every norm
 norm_embed = False            # a norm right after the embedding
@@ -669,13 +671,14 @@ def what_to_skip(resumed, rewound=None):
 
 def check_resume(saved, state):
     """Ends the run where the saved one was another; -> {key: [then, now]} of what changed and may."""
-    then, now = ({**s, **s["model"], **{"model": None}} for s in (saved, state))
+    # a field that there was not yet has its default
+    then, now = ({**s, **asdict(GPTConfig()), **s["model"], "model": None} for s in (saved, state))
     for key in (*MUST_MATCH, *state["model"]):
         if then.get(key) != now[key] and key not in ("dropout", "attn"):
             fail(f"cannot resume {out_dir}: it was trained with {key}={then.get(key)}, now it is {now[key]}; "
                  "set it back, or begin in another --out_dir")
-    changed = {key: [saved["config"].get(key), value] for key, value in state["config"].items()
-               if saved["config"].get(key) != value and key not in ("init_from", "out_dir")}
+    changed = {key: [saved["config"][key], value] for key, value in state["config"].items()
+               if saved["config"].get(key, value) != value and key not in ("init_from", "out_dir")}
     for key in ("threads", "dtype", "ranks"):  # as this machine resolved them: equal to rounding only
         if saved.get(key) != state[key]:
             changed[key] = [saved.get(key), state[key]]
@@ -694,8 +697,12 @@ def check_start(theirs, its_tokenizer, model_config, tokenizer):
     for key, value in asdict(model_config).items():
         then = getattr(theirs.config, key)
         fits = key in ("dropout", "attn") or key == "block_size" and (pos == "rope" or value < then)
-        if then != value and not fits:
+        if then != value and not fits and key not in ("rope_scaling", "rope_factor"):
             fail(f"init_from={init_from}: that model has {key}={then}, this one {value}")
+    first, here = (round(c.block_size / c.rope_factor) for c in (theirs.config, model_config))
+    if rope_scaling == "yarn" and first != here:
+        fail(f"rope_scaling='yarn': block_size={block_size} must be rope_factor={rope_factor} times {first}, which "
+             f"{init_from} was first trained at")
     if tokenizer and not its_tokenizer:
         print(f"warning: {init_from} says nothing of its tokenizer, which should be that of {dataset}", file=sys.stderr)
     elif tokenizer and its_tokenizer.sha256 != tokenizer.sha256:

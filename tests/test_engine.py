@@ -48,6 +48,7 @@ TOGGLES = [
         ((0.0, "layernorm", "gelu"), (4.0, "rmsnorm_nogain", "relu2")),
     )
 ]
+TOGGLES += [dict(pos="rope", rope_scaling=kind, rope_factor=4.0) for kind in ("linear", "ntk", "yarn")]
 
 
 @pytest.mark.parametrize("toggles", TOGGLES, ids=lambda t: "-".join(map(str, t.values())))

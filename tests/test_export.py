@@ -107,6 +107,23 @@ def test_the_classes_with_rotary_positions(name, changes, tmp_path, call_script)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").encode(TEXT) == BPE.encode(TEXT)
 
 
+@pytest.mark.parametrize("changes", [LLAMA, {**LLAMA, "qk_norm": "rms_gain"}, NANOCHAT], ids=str)
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
+def test_stretched_positions_go_along(scaling, changes, tmp_path, call_script):
+    ours = make_run(tmp_path / "run", **changes, rope_scaling=scaling, rope_factor=4.0, block_size=64)
+    code, out, err = call_script("export.py", tmp_path / "run", tmp_path / "hf")
+    if changes is NANOCHAT and scaling == "yarn":  # it normalises what is rotated, and so undoes the temperature
+        assert code == 2 and "rope_scaling=yarn" in err and err.count("\n") == 1
+        return
+    assert code == 0, err
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ids = (BPE.encode(TEXT) * 9)[:64]
+    assert (logits(ours, ids) - logits(theirs, ids)).abs().max() < 1e-4
+    plain = GPT(GPTConfig(**{**vars(ours.config), "rope_scaling": "none", "rope_factor": 1.0})).eval()
+    plain.load_state_dict(ours.state_dict())
+    assert (logits(plain, ids) - logits(theirs, ids)).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("toggle", ["pos=rope", "norm=rmsnorm", "norm_embed=True", "qk_norm=rms", "activation=relu2",
                                     "logit_softcap=5.0", "n_kv_head=1"])
 def test_what_no_class_can_express_is_named(toggle, tmp_path, call_script):
@@ -486,6 +503,17 @@ def test_mistakes_on_the_way_to_a_gguf_are_one_line(tmp_path, call_script):
         code, out, err = call_script("export.py", *words)
         assert code == 2 and named in err and err.count("\n") == 1, (words, err)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "wide", "endless", "cut", "there.gguf"}
+
+
+def test_a_gguf_has_a_larger_base_and_no_other_stretching(tmp_path, call_script):
+    pytest.importorskip("gguf")
+    for scaling in ("ntk", "linear", "yarn"):
+        make_run(tmp_path / scaling, **LLAMA, rope_scaling=scaling, rope_factor=4.0)
+        code, _, err = call_script("export.py", tmp_path / scaling, tmp_path / f"{scaling}.gguf")
+        assert (code, err) == (0, "") if scaling == "ntk" else code == 2 and f"rope_scaling={scaling}" in err
+        assert (tmp_path / f"{scaling}.gguf").exists() == (scaling == "ntk")
+    base = read_gguf(tmp_path / "ntk.gguf")[0]["llama.rope.freq_base"]
+    assert base == pytest.approx(5000.0 * 4.0 ** (16 / 14), rel=1e-6)
 
 
 def test_a_gguf_of_a_model_from_elsewhere(tmp_path, call_script, tiny_dataset):

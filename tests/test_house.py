@@ -21,7 +21,7 @@ from configurator import read_file, read_keys  # noqa: E402
 FLOORS = [
     {"model", "configurator", "tokenizer", "device"},
     {"loader", "optim", "checkpoint", "monitor", "guard", "probe", "track", "plan", "tables", "sampling", "weights",
-     "kvcache"},
+     "kvcache", "tasks"},
     {"parallel", "infer", "export", "history"},
     {"eval", "page", "alarm"},
     {"train"},

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import CheckpointError, load_model_tensors
-from infer import load, probabilities, stream
+from infer import load, probabilities, stream, stretch
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
 
@@ -276,6 +276,33 @@ def test_load_by_name_step_and_folder(tiny_run, monkeypatch):
     assert load(tiny_run / "ckpt" / "step_00000003")[2]["step"] == 3
     monkeypatch.chdir(tiny_run / "ckpt" / "step_00000003")
     assert load(".")[2]["step"] == 3
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn"])
+def test_a_context_is_stretched_and_back(scaling):
+    """What a model of that config with the same weights computes; and a factor of 1 is as it was."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "n_layer": 1, "n_head": 2, "n_embd": 16, "pos": "rope"}
+    model = GPT(GPTConfig(block_size=8, **sizes)).eval()
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        before, trained = model(idx[:, :8])[0], model.config
+        stretch(model, trained, scaling, 2.5)
+        factor = 1.0 if scaling == "none" else 2.5
+        other = GPT(GPTConfig(block_size=20, rope_scaling=scaling, rope_factor=factor, **sizes)).eval()
+        other.load_state_dict(model.state_dict())
+        assert model.config == other.config and torch.equal(model(idx)[0], other(idx)[0])
+        assert torch.allclose(model(idx)[0][:, :8], before, atol=1e-6) == (scaling == "none")
+        stretch(model, trained, scaling, 1.0)
+        assert model.config.block_size == 8 and torch.equal(model(idx[:, :8])[0], before)
+        if scaling != "none":  # of a model that was trained so, the first length counts
+            stretch(model, other.config, scaling, 2.5)
+            assert model.config == other.config
+
+
+def test_learned_positions_cannot_be_stretched(tiny_run):
+    with pytest.raises(ValueError, match="block_size=16.*pos='rope'"):
+        load(tiny_run, rope_scaling="yarn", rope_factor=2.0)
 
 
 def test_a_damaged_latest_is_passed_over_and_said(run, capsys):

@@ -28,6 +28,9 @@ TOGGLES = [
     {},
     {"pos": "rope"},
     {"pos": "rope", "rope_theta": 50.0},
+    {"pos": "rope", "rope_scaling": "linear", "rope_factor": 3.0},
+    {"pos": "rope", "rope_scaling": "ntk", "rope_factor": 3.0},
+    {"pos": "rope", "rope_scaling": "yarn", "rope_factor": 1.5},
     {"norm": "rmsnorm"},
     {"norm": "rmsnorm_nogain"},
     {"norm_eps": 0.1},
@@ -133,10 +136,23 @@ def reference(model, idx):
             x = x - x.mean(-1, keepdim=True)  # LayerNorm is RMSNorm of what is centred
         return rms(x) * w.get(f"{name}.weight", 1.0) + w.get(f"{name}.bias", 0.0)
 
+    def turn(i):  # of pair i from one position to the next
+        s, first = c.rope_factor, c.block_size / c.rope_factor
+        if c.rope_scaling == "ntk":
+            return (c.rope_theta * s ** (D / (D - 2))) ** (-2 * i / D)
+        angle = c.rope_theta ** (-2 * i / D)
+        if c.rope_scaling == "yarn":  # the pairs that turn 32 times and once within the first context, rounded apart
+            quick, slow = (D / 2 * math.log(first / (2 * math.pi * n), c.rope_theta) for n in (32, 1))
+            quick, slow = max(0, math.floor(quick)), math.ceil(slow)
+            slowed = min(1, max(0, (i - quick) / (slow - quick)))
+            return angle * (1 - slowed) + angle / s * slowed
+        return angle / s if c.rope_scaling == "linear" else angle
+
     def rotate(x):  # (T, D): the pairs (i, i + D/2) as complex numbers, turned by position * theta^(-2i/D)
         z = torch.complex(x[:, : D // 2], x[:, D // 2 :])
-        frequency = c.rope_theta ** (-torch.arange(D // 2, dtype=torch.float64) * 2 / D)
+        frequency = torch.tensor([turn(i) for i in range(D // 2)], dtype=torch.float64)
         z = z * torch.exp(1j * torch.arange(T, dtype=torch.float64)[:, None] * frequency)
+        z = z * (1 + 0.1 * math.log(c.rope_factor) if c.rope_scaling == "yarn" else 1)
         return torch.cat((z.real, z.imag), dim=-1)
 
     def attention(x, name):
@@ -288,6 +304,51 @@ def test_rope_scores_depend_on_the_distance_alone():
         assert (along - along[0]).abs().max() < 1e-5 * q[0].norm() * k[0].norm()
     assert scores[:, 0].std() > 0.1  # and on the distance they do depend
     assert torch.allclose(q.norm(dim=-1), q[0].norm(), rtol=1e-6)  # a rotation keeps lengths
+
+
+ROPES = [{"head_dim": 64, "block_size": 8192, "rope_theta": 10000.0}, {"head_dim": 128, "block_size": 32768,
+         "rope_theta": 500000.0}, {"head_dim": 8, "block_size": 64, "rope_theta": 10000.0}]
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn"])
+@pytest.mark.parametrize("factor", [1.0, 2.5, 4.0])
+@pytest.mark.parametrize("sizes", ROPES, ids=str)
+def test_stretched_positions_are_those_of_transformers(sizes, factor, scaling):
+    """Angles to 1e-6, which are fp32 there, and the temperature of attention. It knows NTK-aware scaling as what its
+    dynamic kind has at a length of so many times the first."""
+    utils = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers import LlamaConfig
+
+    first = sizes["block_size"] / factor
+    if scaling == "none" or scaling == "yarn" and first != int(first):
+        factor, first = 1.0, sizes["block_size"]
+    ours = GPTConfig(pos="rope", rope_scaling=scaling, rope_factor=factor, block_size=sizes["block_size"],
+                     rope_theta=sizes["rope_theta"], n_head=2, n_embd=2 * sizes["head_dim"])
+    kind = {"none": "linear", "ntk": "dynamic"}.get(scaling, scaling)
+    said = {"rope_type": kind, "rope_theta": ours.rope_theta, "factor": 1.0 if scaling == "ntk" else factor,
+            "original_max_position_embeddings": int(first)}
+    theirs = LlamaConfig(hidden_size=ours.n_embd, num_attention_heads=2, max_position_embeddings=int(first),
+                         rope_parameters=said)
+    seq_len = int(first) * factor if scaling == "ntk" else None
+    frequency, temperature = utils.ROPE_INIT_FUNCTIONS[kind](theirs, "cpu", seq_len=seq_len)
+    found, scale = model_file.rope_frequencies(ours)
+    assert torch.allclose(found.float(), frequency, rtol=2e-6, atol=0) and scale == pytest.approx(temperature)
+    if factor > 1:
+        plain, _ = model_file.rope_frequencies(GPTConfig(pos="rope", rope_theta=ours.rope_theta, n_head=2,
+                                                         n_embd=ours.n_embd))
+        assert not torch.allclose(found, plain)
+        assert found[-1] == pytest.approx(plain[-1] / factor)  # the slowest, in all three
+
+
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
+def test_positions_that_are_stretched_once_are_as_they_were(scaling):
+    """To the bit: the default costs nothing, and a factor of 1 is none."""
+    config = GPTConfig(**SMALL, pos="rope", rope_scaling=scaling, rope_factor=1.0)
+    plain = model_file.rope_tables(GPTConfig(**SMALL, pos="rope"))
+    half = torch.arange(0, 8, 2, dtype=torch.float64) / 8
+    angle = torch.outer(torch.arange(24).double(), 10000.0**-half)
+    assert torch.equal(plain[0][:, :4], angle.cos().float()) and torch.equal(plain[1][:, 4:], angle.sin().float())
+    assert all(torch.equal(a, b) for a, b in zip(model_file.rope_tables(config), plain, strict=True))
 
 
 @pytest.mark.parametrize("pos", ["learned", "rope"])
@@ -573,6 +634,11 @@ def test_dropout_is_after_embedding_attention_and_mlp(attn):
     ({"n_head": 0}, ["n_head"]),
     ({"n_embd": 0}, ["n_embd"]),
     ({"rope_theta": 0.0}, ["rope_theta"]),
+    ({"rope_scaling": "longrope", "pos": "rope"}, ["rope_scaling", "longrope", "none", "linear", "ntk", "yarn"]),
+    ({"rope_scaling": "yarn", "rope_factor": 2.0}, ["rope_scaling='yarn'", "pos='rope'"]),
+    ({"pos": "rope", "rope_factor": 2.0}, ["rope_factor=2.0", "rope_scaling"]),
+    ({"pos": "rope", "rope_scaling": "ntk", "rope_factor": 0.5}, ["rope_factor=0.5"]),
+    ({"pos": "rope", "rope_scaling": "ntk", "rope_factor": 2.0, "n_head": 16}, ["rope_scaling='ntk'", "heads"]),
     ({"norm_eps": 0.0}, ["norm_eps"]),
     ({"dropout": -0.1}, ["dropout"]),
     ({"dropout": 1.0}, ["dropout"]),

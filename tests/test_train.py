@@ -187,6 +187,36 @@ def test_weights_that_would_mean_something_else_are_refused(key, then, now, tiny
     assert f"that model has {key}={then}, this one {now}" in error
 
 
+def test_from_a_model_for_a_longer_context(tiny, tmp_path):
+    """Its positions stretched; the length of the first training counts, and a run that begins with it has it, too."""
+    rotary = dict(pos="rope", max_iters=2)
+    assert tiny(tmp_path / "short", **rotary).code == 0
+    longer = dict(init_from=tmp_path / "short", max_iters=2, block_size=64, batch_size=1, rope_scaling="yarn", pos="")
+    done = tiny(tmp_path / "long", **longer, rope_factor=4)
+    assert done.code == 0, done.err
+    model = checkpoint.verify(tmp_path / "long" / "ckpt" / "step_00000002")["model"]
+    assert (model["block_size"], model["rope_scaling"], model["rope_factor"]) == (64, "yarn", 4.0)
+    assert tiny(tmp_path / "long", **longer | dict(init_from="resume", max_iters=3), rope_factor=4).code == 0
+    error = one_error(tiny(tmp_path / "wrong", **longer, rope_factor=2), tmp_path / "wrong")
+    assert "block_size=64" in error and "rope_factor=2" in error and "times 16" in error
+    again = dict(init_from=tmp_path / "long", max_iters=1, block_size="", batch_size=1)
+    assert tiny(tmp_path / "again", **again).code == 0
+    assert checkpoint.verify(tmp_path / "again" / "ckpt" / "step_00000001")["model"] == model
+
+
+def test_a_checkpoint_from_before_a_field_goes_on_with_its_default(tiny, unbroken, tmp_path):
+    assert tiny(tmp_path, max_iters=8, lr_decay_iters=12).code == 0
+    for folder in checkpoint.steps(tmp_path).values():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        for key in ("rope_scaling", "rope_factor"):
+            del state["model"][key], state["config"][key]
+        state = {**state, "sha256": checkpoint.own_sha256(state)}
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    done = tiny(tmp_path, max_iters=12, lr_decay_iters=12, init_from="resume")
+    assert done.code == 0, done.err
+    assert differences(outcome(tmp_path), unbroken(max_iters=12, lr_decay_iters=12)) == []
+
+
 def test_weights_for_other_characters_are_refused(tiny, finished, tmp_path):
     """The same ids would be another text, whatever the shapes."""
     other = Path(shutil.copytree(finished, tmp_path / "other"))
