@@ -227,7 +227,7 @@ def main(config, given):
             model, optimizer=optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
             weight_decay=weight_decay, betas=(beta1, beta2), muon_momentum=muon_momentum,
             muon_dtype=torch.bfloat16 if muon_dtype == "bfloat16" or auto_bfloat16 else torch.float32,
-            whole=layout.whole, part=layout.part,
+            whole=layout.whole, part=layout.part, peers=layout.peers,
         )
         scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
         if resumed:
