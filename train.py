@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 
 import torch
 
@@ -246,6 +247,7 @@ def main(config, given):
                         rank=layout.dp_rank, world=layout.dp, first_step=state["step"], prefetch=prefetch,
                         threads=loader_threads, pin=where.type == "cuda")
         run = Run(out_dir, writes=layout.rank == 0)
+        shards = checkpoint.Background() if checkpoint_format == "sharded" else None
         layout.first(lambda: run.open(config, environment(where, dataset_sha256), state["metrics_bytes"]))
         if tokenizer:
             layout.first(lambda: tokenizer.save(run.dir))
@@ -326,6 +328,7 @@ def main(config, given):
     def diverged(step, what):
         """Says that the run is lost from `step` on, and saves nothing. -> the exit code"""
         loader.close()
+        written()
         clear_bar()
         run.event("stop", step=step, reason=f"{what} is not finite")
         if layout.rank == 0:
@@ -333,28 +336,39 @@ def main(config, given):
                   "Lower learning_rate, or check the data", file=sys.stderr)
         return 1
 
+    def went_well(write, step):
+        """Whether `write` could do so. A full disk is said and the run goes on: what is there already stays good."""
+        try:
+            write()
+        except OSError as e:
+            warn(f"no checkpoint at step {step}: {e}; earlier ones stay, make room in {out_dir}")
+            return False
+        return True
+
+    def written():
+        """Waits for shards that are being written. -> whether all is that was begun"""
+        return not shards or went_well(shards.wait, shards.step)
+
     def save(val_loss=None):
-        """A checkpoint of now. A full disk is said and the run goes on: what is there already stays good."""
-        sharded = checkpoint_format == "sharded"
-        held = (model, opt) if sharded else layout.gather(model, opt)
+        """A checkpoint of now. -> whether it is written, or begun if each rank writes its shards"""
+        written()  # else those before would be told of as these
+        keep = keep_checkpoints if always_save_checkpoint else 1
+        held = (model, opt) if shards else layout.gather(model, opt)
+        state["scaler"] = scaler.state_dict() if scaler.is_enabled() else None
 
         def flush():
             return layout.rank == 0 and run.flush()
 
         def write():  # on each rank if sharded, else on the first
-            try:
-                state["metrics_bytes"] = checkpoint.together(flush)[0] if sharded else flush()
-                state["scaler"] = scaler.state_dict() if scaler.is_enabled() else None
-                how = checkpoint.save_sharded if sharded else checkpoint.save
-                how(out_dir, *held, {**state, "val_loss": val_loss})
-                if layout.rank == 0:
-                    checkpoint.prune(out_dir, keep_checkpoints if always_save_checkpoint else 1)
-            except OSError as e:
-                warn(f"no checkpoint at step {state['step']}: {e}; earlier ones stay, make room in {out_dir}")
-                return False
-            return True
+            state["metrics_bytes"] = checkpoint.together(flush)[0] if shards else flush()
+            saved = {**state, "val_loss": val_loss}
+            if shards:
+                return shards.save(out_dir, *held, saved, keep)
+            checkpoint.save(out_dir, *held, saved)
+            checkpoint.prune(out_dir, keep)
 
-        return not layout.agree(int(not write()))[0] if sharded else layout.first(write)
+        attempt = partial(went_well, write, state["step"])
+        return attempt() if shards else layout.first(attempt)
 
     # ---- compile, and fall back once if that fails ---------------------------------------
     compiled = layout.module
@@ -452,6 +466,8 @@ def main(config, given):
             }
             run.metrics(record)
             show(record, unit)
+            if shards and shards.done():
+                written()
         saved = False
         if eval_due or save_due or stopped_by:
             if not layout.finite(model):
@@ -459,6 +475,8 @@ def main(config, given):
             if eval_due and not math.isfinite(val_loss):
                 return diverged(step, "the validation loss")
             saved = save(val_loss)
+            if last or stopped_by:
+                saved = written() and saved
             last_save = time.monotonic()
         if stopped_by:
             run.event("stop", step=step, reason=signal.Signals(stopped_by).name)

@@ -37,6 +37,7 @@ DATA_FLOOR = {name: floor for floor, names in enumerate(DATA_FLOORS) for name in
 MOST_LINES = 450
 LONGER = {  # file: why it is one file all the same
     "train.py": "a hundred lines of settings above the story",
+    "checkpoint.py": "plain and sharded, at once and behind the steps, and how one becomes the other",
     "bench.py": "five benchmarks, each by itself",
     "export.py": "two ways in and two ways out, each by itself",
     "parallel.py": "data, tensor and pipeline parallelism meet on one grid and in every step",
