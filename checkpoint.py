@@ -12,7 +12,8 @@ any instant leaves the one before it whole. Nothing read from a checkpoint is ev
 Where gathering the model on one rank hurts, checkpoint_format="sharded" has each rank write what lies on it, by
 torch.distributed.checkpoint (DCP) in its safetensors storage: shard-0000R-model-00001-of-00001.safetensors instead of
 the two files, with tensors named model/NAME, adamw/NAME/exp_avg, ... and in each header where in the whole they belong.
-That storage keeps no pickled index. Such a run is read and resumed like any other, and made a plain one with
+That storage keeps no pickled index. They are written while the training goes on, from a copy in CPU memory. Such a run
+is read and resumed like any other, and made a plain one with
 
     python checkpoint.py consolidate out/mine
 """
@@ -23,8 +24,10 @@ import json
 import os
 import re
 import shutil
+import threading
 import warnings
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -248,30 +251,75 @@ def is_sharded(folder):
     return "model.safetensors" not in read_state(folder)["files"]
 
 
-def save_sharded(out_dir, model, optimizers, state):
-    """As `save`, but all ranks call it, and each writes and digests what lies on it. Raises OSError on all of them
-    where one fails. `out_dir` is on a disk that all ranks see."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
-
-    final, rank = place(out_dir, state), dist.get_rank() if dist.is_initialized() else 0
+def shards(model, optimizers):
+    """Name -> tensor of all that a checkpoint holds, as it lies on this rank."""
     tensors = {f"model/{name.removeprefix('_orig_mod.')}": p.detach() for name, p in model.named_parameters()}
     for kind, params in optimizers.state_dict().items():
         tensors |= {f"{kind}/{name}/{key}": t for name, values in params.items() for key, t in values.items()}
-    if together(lambda: rank == 0 and final.exists())[0]:
+    return tensors
+
+
+def save_sharded(out_dir, tensors, state, group=None):
+    """As `save`, but all ranks call it, and each writes and digests what of the `shards` lies on it. Raises OSError on
+    all of them where one fails. `out_dir` is on a disk that all ranks see."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    final, rank = place(out_dir, state), dist.get_rank() if dist.is_initialized() else 0
+    if together(lambda: rank == 0 and final.exists(), group)[0]:
         return final
     with writing(final):
-        together(lambda: rank == 0 and begin(final))
+        together(lambda: rank == 0 and begin(final), group)
         with one_error():
             writer = HuggingFaceStorageWriter(str(beside_of(final)), save_distributed=True)
-            save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+            save(tensors, storage_writer=writer, no_dist=not dist.is_initialized(), process_group=group)
         own = beside_of(final).glob(f"shard-{rank + 1:05d}-*")
-        each = together(lambda: {path.name: file_sha256(path) for path in own})
+        each = together(lambda: {path.name: file_sha256(path) for path in own}, group)
         files = {name: digest for digests in each for name, digest in digests.items()}
-        together(lambda: rank == 0 and finish(final, state, files))
+        together(lambda: rank == 0 and finish(final, state, files), group)
     return final
 
 
-def together(function):
+class Background:
+    """Writes sharded checkpoints while the steps go on, one after the other. Each rank has one and calls the same; what
+    the threads have to tell each other goes by a group of their own."""
+
+    def __init__(self):
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.thread = self.error = self.step = None
+
+    def save(self, out_dir, model, optimizers, state, keep):
+        """Begin as soon as the one before is done: once this returns, what lies on this rank is copied to CPU memory,
+        and model and optimizers may change. Prunes when all is written. Raises what `wait` does, before it begins."""
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        self.wait()
+        copied = BlockingAsyncStager().stage(shards(model, optimizers))
+        self.step = state["step"]
+        self.thread = threading.Thread(target=self.write, args=(out_dir, copied, deepcopy(state), keep), daemon=True)
+        self.thread.start()
+
+    def write(self, out_dir, tensors, state, keep):
+        try:
+            save_sharded(out_dir, tensors, state, self.group)
+            first = not dist.is_initialized() or dist.get_rank() == 0
+            together(lambda: first and prune(out_dir, keep), self.group)
+        except Exception as e:
+            self.error = e
+
+    def done(self):
+        """Whether there is an outcome that nobody has asked for."""
+        return self.thread is not None and not self.thread.is_alive()
+
+    def wait(self):
+        """Until all is written. Raises the OSError of what could not be, once, on all ranks."""
+        if self.thread:
+            self.thread.join()
+        error, self.thread, self.error = self.error, None, None
+        if error:
+            raise error
+
+
+def together(function, group=None):
     """What `function` gives on each rank. Raises its OSError on all of them where it has one on any."""
     try:
         mine = function()
@@ -280,7 +328,7 @@ def together(function):
     each = [mine]
     if dist.is_initialized():
         each = [None] * dist.get_world_size()
-        dist.all_gather_object(each, mine)
+        dist.all_gather_object(each, mine, group=group)
     for one in each:
         if isinstance(one, OSError):
             raise one
@@ -292,10 +340,9 @@ def one_error():
     """DCP tells every rank what failed on one, in an exception of its own: here it is what failed."""
     from torch.distributed.checkpoint import CheckpointException
 
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant to be one
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant to be one
-            yield
+        yield
     except CheckpointException as e:
         raise next(iter(e.failures.values()))[0] from None
 

@@ -23,6 +23,7 @@ import difflib
 import os
 import re
 import sys
+import time
 import tokenize
 import traceback
 import types
@@ -38,7 +39,13 @@ LITERAL = (ast.Constant, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.operat
 
 
 def fail(message) -> NoReturn:
-    """End the run for a reason that the user can mend: one line on stderr, exit code 2."""
+    """End the run for a reason that the user can mend: one line on stderr, exit code 2.
+
+    Under torchrun rank 0 says it at once. The others wait, the first of each machine less than the rest: torchrun ends
+    them meanwhile if one before them ended so, and what all would say is said once; what one alone has is said, too.
+    """
+    after = [int(os.environ.get(name) or 0) > 0 for name in ("RANK", "LOCAL_RANK")]
+    time.sleep(3 * sum(after))
     print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
     raise SystemExit(2)
 

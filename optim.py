@@ -7,6 +7,7 @@ matrices of the blocks.
 """
 
 import math
+from itertools import accumulate
 
 import torch
 
@@ -33,7 +34,7 @@ class Optimizers:
 
     The state is saved and loaded by parameter name: {"adamw": {name: {...tensors}}, "muon": {...}}. Learning rates are
     not in it, they follow from the step. Of a model that lies on many devices, `whole` and `part` (parallel.Layout's)
-    gather a matrix for Muon and give back this rank's part of it.
+    gather a matrix for Muon and give back this rank's part of it, and `peers` are the ranks that share its work.
 
     Where `found_inf`, a float on the device, is 1.0, a step changes nothing, and nothing waits to know: the name and
     the meaning are those of PyTorch's fused optimizers, to which a GradScaler says it so.
@@ -42,7 +43,8 @@ class Optimizers:
     found_inf = None
 
     def __init__(self, model, *, optimizer="adamw", learning_rate, muon_learning_rate=0.02, weight_decay=0.0,
-                 betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32, whole=None, part=None):
+                 betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32, whole=None, part=None,
+                 peers=(0, 1, None)):
         params = dict(model.named_parameters())
         self.names = {p: name for name, p in params.items()}
         groups = split_params(model, muon=optimizer == "muon")
@@ -57,7 +59,7 @@ class Optimizers:
                 [params[n] for n in groups["muon"]], lr=muon_learning_rate, momentum=muon_momentum,
                 weight_decay=weight_decay, dtype=muon_dtype,
                 whole=whole and (lambda t, p: whole(self.names[p], t)),
-                part=part and (lambda t, p: part(self.names[p], t, p)),
+                part=part and (lambda t, p: part(self.names[p], t, p)), peers=peers,
             )
         held = [id(p) for group in self.param_groups for p in group["params"]]
         assert sorted(held) == sorted(map(id, params.values())), "each parameter is trained by exactly one group"
@@ -132,14 +134,17 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) UV^T.
 
     Nesterov momentum as in the original. Matrices of one shape are orthogonalised in one batch. `dtype` is that of
-    the Newton-Schulz iteration: fp32 is reproducible to 1e-7 between layouts, bf16 faster on GPUs.
+    the Newton-Schulz iteration: fp32 is reproducible to 1e-7 between layouts, bf16 faster on GPUs. Ranks that hold the
+    same matrices (`peers`: this one's place, how many they are, their all-gather of equally long vectors) share them
+    out and tell each other the updates; momentum, which costs little, each keeps for all of what it holds.
     """
 
     found_inf = None  # as in Optimizers
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5, dtype=torch.float32,
-                 whole=None, part=None):
+                 whole=None, part=None, peers=(0, 1, None)):
         self.whole, self.part = (f or (lambda t, p: t) for f in (whole, part))
+        self.rank, self.ranks, self.all_gather = peers
         self.dtype = dtype  # no default of the groups: those are saved, as plain values
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
 
@@ -150,27 +155,69 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
+            order = [p for params in shapes.values() for p in params]
+            owners = dict(zip(order, shares([p.shape for p in order], self.ranks), strict=True))
+            sizes, updates = {}, {}
             for params in shapes.values():
-                for p in params:
-                    if "momentum_buffer" not in self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [self.state[p]["momentum_buffer"] for p in params]
-                grads, decay = [p.grad for p in params], 1 - group["lr"] * group["weight_decay"]
-                if self.found_inf is not None:  # a buffer is then its own gradient, which leaves it as it is
-                    bad = self.found_inf.to(grads[0].device).bool()
-                    grads = [torch.where(bad, b, g) for b, g in zip(buffers, grads, strict=True)]
-                    decay = torch.where(bad, 1.0, decay)
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                update = map(self.whole, torch._foreach_lerp(grads, buffers, group["momentum"]), params)
-                update = torch.stack(list(update))  # (n, rows, cols)
-                scale = math.sqrt(max(1.0, update.size(1) / update.size(2)))
-                update = orthogonalize(update, group["ns_steps"], self.dtype).unbind()
-                update = list(map(self.part, update, params))
-                if self.found_inf is not None:
-                    update = [u * ~bad for u in update]
-                if group["weight_decay"]:
-                    torch._foreach_mul_(params, decay)
-                torch._foreach_add_(params, update, alpha=-group["lr"] * scale)
+                own = {}
+                for p, update in zip(params, self.momentum(params, group), strict=True):
+                    update = self.whole(update, p)
+                    sizes[p] = update.shape
+                    if owners[p] == self.rank:
+                        own[p] = update
+                if own:
+                    batch = torch.stack(list(own.values()))  # (n, rows, cols)
+                    updates |= zip(own, orthogonalize(batch, group["ns_steps"], self.dtype).unbind(), strict=True)
+                if self.ranks == 1:
+                    self.move(params, updates, group)
+            if self.ranks > 1:
+                updates = self.exchange(updates, owners, sizes)
+                for params in shapes.values():
+                    self.move(params, updates, group)
+
+    def momentum(self, params, group):
+        """The momentum of some parameters goes on by their gradients -> the update, not yet orthogonal."""
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+        if self.found_inf is not None:  # a buffer is then its own gradient, which leaves it as it is
+            bad = self.found_inf.to(grads[0].device).bool()
+            grads = [torch.where(bad, b, g) for b, g in zip(buffers, grads, strict=True)]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        return torch._foreach_lerp(grads, buffers, group["momentum"])
+
+    def exchange(self, updates, owners, sizes):
+        """The updates of this rank's share -> those of all, in `dtype`, which loses nothing."""
+        lengths = [sum(sizes[p].numel() for p, owner in owners.items() if owner == rank) for rank in range(self.ranks)]
+        own = torch.zeros(max(lengths), dtype=self.dtype, device=next(iter(owners)).device)
+        if updates:
+            own[: lengths[self.rank]] = torch.cat([update.flatten() for update in updates.values()])
+        each, at, found = self.all_gather(own), [0] * self.ranks, {}
+        for p, owner in owners.items():
+            begin, at[owner] = at[owner], at[owner] + sizes[p].numel()
+            found[p] = each[owner, begin : at[owner]].view(sizes[p])
+        return found
+
+    def move(self, params, updates, group):
+        """Take some parameters' whole updates and apply them."""
+        updates = [updates.pop(p).to(p.dtype) for p in params]
+        rows, cols = updates[0].shape
+        updates, decay = list(map(self.part, updates, params)), 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:
+            bad = self.found_inf.to(updates[0].device).bool()
+            updates, decay = [update * ~bad for update in updates], torch.where(bad, 1.0, decay)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, decay)
+        torch._foreach_add_(params, updates, alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))
+
+
+def shares(shapes, ranks):
+    """Which of the ranks orthogonalises each of some matrices: about as many FLOPs each, in runs, so that those of one
+    shape stay together as far as they can."""
+    flops = [2 * min(shape) ** 2 * max(shape) + min(shape) ** 3 for shape in shapes]  # of a step, but for a factor
+    ends = list(accumulate(flops))
+    return [int((end - own / 2) * ranks / ends[-1]) for own, end in zip(flops, ends, strict=True)]
 
 
 # -----------------------------------------------------------------------------

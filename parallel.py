@@ -115,7 +115,7 @@ class Layout:
         self.module = None                # what a forward pass calls
         self.split, self.order = {}, {}   # of a tensor-parallel parameter's name: the dimension; c_attn's order of rows
         self.kv, self.kv_copies = {}, 1   # of c_attn's name: which rows lie on other ranks, too, and on how many
-        self.kv_group = self.tied_group = None
+        self.kv_group = self.tied_group = self.peer_group = None
         self.schedules = {}               # of a pipeline, by the shape of a step's tokens
         if self.world == 1:
             return
@@ -127,6 +127,8 @@ class Layout:
         shape = (self.pp, self.dp, self.tp)
         self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
         self.pp_rank, self.dp_rank, self.tp_rank = self.mesh.get_coordinate()
+        if self.pp > 1:  # else all of them
+            self.peer_group = own_group(self.mesh.mesh.flatten(1))
 
     def __str__(self):
         data = f"ZeRO-{self.zero}" if self.zero else "DDP"
@@ -176,6 +178,17 @@ class Layout:
         values = [None] * self.dp
         dist.all_gather_object(values, value, group=self.mesh["dp"].get_group())
         return values
+
+    @property
+    def peers(self):
+        """The ranks that train the same layers: (this one's place among them, how many, their all-gather)."""
+        return self.dp_rank * self.tp + self.tp_rank, self.dp * self.tp, self.all_gather
+
+    def all_gather(self, own):
+        """A vector (n,) of each of the peers, equally long -> (peers, n)"""
+        found = own.new_empty(self.dp * self.tp, len(own))
+        dist.all_gather(list(found), own, group=self.peer_group)
+        return found
 
     # -------------------------------------------------------------------------
     # Placing a model

@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 
 import torch
 
@@ -262,7 +263,7 @@ def main(config, given, rewound=None):
             model, optimizer=optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
             weight_decay=weight_decay, betas=(beta1, beta2), muon_momentum=muon_momentum,
             muon_dtype=torch.bfloat16 if muon_dtype == "bfloat16" or auto_bfloat16 else torch.float32,
-            whole=layout.whole, part=layout.part,
+            whole=layout.whole, part=layout.part, peers=layout.peers,
         )
         scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
         guard = Guard(spike_z, spike_window, scaler.is_enabled(), resumed and saved.get("guard"))
@@ -282,6 +283,7 @@ def main(config, given, rewound=None):
                         rank=layout.dp_rank, world=layout.dp, first_step=state["step"], prefetch=prefetch,
                         threads=loader_threads, pin=where.type == "cuda", skipped=skipped)
         run = Run(out_dir, writes=layout.rank == 0)
+        shards = checkpoint.Background() if checkpoint_format == "sharded" else None
         layout.first(lambda: run.open(config, environment(where, dataset_sha256), state["metrics_bytes"]))
         layout.first(lambda: keep_skipped(out_dir, skipped))
         if tokenizer:
@@ -391,6 +393,7 @@ def main(config, given, rewound=None):
     def diverged(step, why):
         """Says that the run is lost from `step` on, and saves nothing. -> the exit code"""
         loader.close()
+        written()
         run.event("stop", step=step, reason=str(why))
         last = list(checkpoint.steps(out_dir).values())
         kept = f"{last[-1]} is from" if last else "there is no checkpoint from"
@@ -400,6 +403,7 @@ def main(config, given, rewound=None):
     def rewind(step, bad, batch, stopped_by):
         """Notes that the run goes on from the last checkpoint, or the beginning, without the `batch` of `step`. -> what
         main gives"""
+        written()
         to = layout.first(lambda: max(checkpoint.steps(out_dir), default=0))
         since = [k for k in skipped if k > data_step(to - 1, skipped) and k not in parse_steps(skip_batches)]
         if len(since) >= max_rewinds:
@@ -426,30 +430,39 @@ def main(config, given, rewound=None):
             return 128 + stopped_by
         return more
 
+    def went_well(write, step):
+        """Whether `write` could do so. A full disk is said and the run goes on: what is there already stays good."""
+        try:
+            write()
+        except OSError as e:
+            warn(f"no checkpoint at step {step}: {e}; earlier ones stay, make room in {out_dir}")
+            return False
+        return True
+
+    def written():
+        """Waits for shards that are being written. -> whether all is that was begun"""
+        return not shards or went_well(shards.wait, shards.step)
+
     def save(val_loss=None):
-        """A checkpoint of now. A full disk is said and the run goes on: what is there already stays good."""
-        sharded = checkpoint_format == "sharded"
-        held = (model, opt) if sharded else layout.gather(model, opt)
+        """A checkpoint of now. -> whether it is written, or begun if each rank writes its shards"""
+        written()  # else those before would be told of as these
+        held = (model, opt) if shards else layout.gather(model, opt)
+        state.update(scaler=scaler.state_dict() if scaler.is_enabled() else None, guard=guard.state())
 
         def flush():
             return layout.rank == 0 and run.flush()
 
         def write():  # on each rank if sharded, else on the first
-            try:
-                state["metrics_bytes"] = checkpoint.together(flush)[0] if sharded else flush()
-                state["scaler"] = scaler.state_dict() if scaler.is_enabled() else None
-                state["guard"] = guard.state()
-                how = checkpoint.save_sharded if sharded else checkpoint.save
-                how(out_dir, *held, {**state, "val_loss": val_loss})
-                if layout.rank == 0:
-                    checkpoint.prune(out_dir, keep)
-                    watch.disk(out_dir, checkpoint.steps(out_dir).values(), keep, size)
-            except OSError as e:
-                warn(f"no checkpoint at step {state['step']}: {e}; earlier ones stay, make room in {out_dir}")
-                return False
-            return True
+            state["metrics_bytes"] = checkpoint.together(flush)[0] if shards else flush()
+            saved = {**state, "val_loss": val_loss}
+            if shards:
+                return shards.save(out_dir, *held, saved, keep)
+            checkpoint.save(out_dir, *held, saved)
+            checkpoint.prune(out_dir, keep)
+            watch.disk(out_dir, checkpoint.steps(out_dir).values(), keep, size)
 
-        return not layout.agree(int(not write()))[0] if sharded else layout.first(write)
+        attempt = partial(went_well, write, state["step"])
+        return attempt() if shards else layout.first(attempt)
 
     # ---- compile, and fall back once if that fails ---------------------------------------
     compiled = layout.module
@@ -563,6 +576,8 @@ def main(config, given, rewound=None):
             }
             run.metrics(record)
             show(record, unit)
+            if shards and shards.done():
+                written()
         saved = False
         if eval_due or save_due or stopped_by:
             if not layout.finite(model):
@@ -570,6 +585,8 @@ def main(config, given, rewound=None):
             if eval_due and not math.isfinite(val_loss):
                 return diverged(step, "the validation loss is not finite")
             saved = save(val_loss)
+            if last or stopped_by:
+                saved = written() and saved
             last_save = time.monotonic()
         if stopped_by:
             run.event("stop", step=step, reason=signal.Signals(stopped_by).name)

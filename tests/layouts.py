@@ -69,6 +69,7 @@ def cases(ranks):
     if ranks < 8:
         yield "wrong scale", "GPT-2", "adamw", {}  # which must be seen
     if ranks == 2:
+        yield "DDP", "modern", "muon", {}
         for kind in ("selective", "full"):
             yield f"ZeRO-3, {kind}", "modern", "adamw", dict(zero_stage=3, activation_checkpointing=kind)
         yield "TP 2, selective", "grouped", "adamw", dict(tp_size=2, activation_checkpointing="selective")
@@ -110,7 +111,7 @@ def train(layout, changes, optimizer, layers, scale=1.0):
     began = {name: p.detach().clone() for name, p in model.named_parameters()}
     model = layout.place(model)
     opt = Optimizers(model, optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1, whole=layout.whole,
-                     part=layout.part)
+                     part=layout.part, peers=layout.peers)
     placed = layout.whole_tensors(model)
     same = layout.rank > 0 or placed.keys() == began.keys() and all(torch.equal(placed[k], began[k]) for k in began)
     loader = Loader(Numbers(3000), T, ROWS, accumulation=accumulation, seed=1, rank=layout.dp_rank, world=layout.dp)

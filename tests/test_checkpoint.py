@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -450,7 +451,7 @@ def test_pruning_keeps_the_last_few_and_the_best(trained, tmp_path):
 
 
 def put_sharded(out, trained, step):
-    return checkpoint.save_sharded(out, *trained, {"step": step, "val_loss": None})
+    return checkpoint.save_sharded(out, checkpoint.shards(*trained), {"step": step, "val_loss": None})
 
 
 def the_shard(folder):
@@ -524,3 +525,134 @@ def test_a_full_disk_leaves_no_shard(trained, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="step_00000002 could not be written: No space left"):
         put_sharded(tmp_path, trained, 2)
     assert checkpoint.latest_good(tmp_path)[0] == good and leftovers(tmp_path) == []
+
+
+# -----------------------------------------------------------------------------
+# Shards are written while the steps go on
+
+
+def test_shards_are_of_the_moment_and_written_later(trained, tmp_path, monkeypatch):
+    """What changes meanwhile is not in them, nothing of their name is there before all is, and the next save waits."""
+    plain = put(tmp_path / "plain", trained, 1)
+    go, seen, begin = threading.Event(), [], checkpoint.begin
+
+    def held_up(final):
+        assert go.wait(60)
+        seen.append((final.name, checkpoints(tmp_path)))
+        begin(final)
+
+    monkeypatch.setattr(checkpoint, "begin", held_up)
+    behind, state = checkpoint.Background(), {"step": 1, "val_loss": None, "window": [1.0]}
+    behind.save(tmp_path, *trained, state, keep=2)
+    state["window"].append(2.0)
+    trained[1].step()
+    assert checkpoints(tmp_path) == [] and not behind.done()
+    go.set()
+    behind.save(tmp_path, *trained, {"step": 2, "val_loss": None}, keep=2)
+    behind.wait()
+    assert seen == [("step_00000001", []), ("step_00000002", [1])] and leftovers(tmp_path) == []
+    first, second = (tmp_path / "ckpt" / f"step_0000000{i}" for i in (1, 2))
+    assert checkpoint.verify(first)["window"] == [1.0]
+    for load in (checkpoint.load_model_tensors, checkpoint.load_optimizer_state):
+        assert flat(load(first)).keys() == flat(load(plain)).keys()
+        assert all(torch.equal(t, flat(load(plain))[key]) for key, t in flat(load(first)).items())
+        assert not all(torch.equal(t, flat(load(second))[key]) for key, t in flat(load(first)).items())
+
+
+def flat(tree, name=""):
+    """Tensors of nested dicts by their path."""
+    if isinstance(tree, torch.Tensor):
+        return {name: tree}
+    return {path: t for key, value in tree.items() for path, t in flat(value, f"{name}/{key}").items()}
+
+
+def test_an_error_behind_is_raised_once_where_it_is_waited_for(trained, tmp_path, monkeypatch):
+    behind = checkpoint.Background()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "finish", lambda *args: 1 / 0)
+        behind.save(tmp_path, *trained, {"step": 1, "val_loss": None}, 1)
+        with pytest.raises(ZeroDivisionError):
+            behind.wait()
+    behind.wait()
+    behind.save(tmp_path, *trained, {"step": 2, "val_loss": None}, 1)
+    behind.wait()
+    assert checkpoints(tmp_path) == [2] and leftovers(tmp_path) == []
+
+
+# the thread that writes is held up until the run waits for it, which is as late as it can be
+LATE = """
+import checkpoint, errno, optim, os, signal, threading
+begin, wait, waited = checkpoint.begin, checkpoint.Background.wait, threading.Event()
+def held_up(final):
+    assert waited.wait(60)
+    begin(final)
+def waits(self):
+    if self.thread:
+        waited.set()
+    wait(self)
+    waited.clear()
+checkpoint.begin, checkpoint.Background.wait = held_up, waits
+"""
+STOP = """
+step, count = optim.Optimizers.step, []
+def stop(self):
+    count.append(1)
+    if len(count) == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self)
+optim.Optimizers.step = stop
+"""
+NO_ROOM = """
+finish, saves = checkpoint.finish, []
+def full(*args):
+    saves.append(1)
+    if len(saves) == {n}:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finish(*args)
+checkpoint.finish = full
+"""
+# while its second checkpoint is written
+BEHIND = {
+    "nothing written": "die_at(checkpoint, 'begin', 2)",
+    "shards without digests": "die_at(checkpoint, 'file_sha256', 2)",
+    "half of state.json": "write_text = die_at(Path, 'write_text', 2, 'state.json', half_text)",
+    "before the rename": "die_at(os, 'replace', 2, '.writing_step')",
+    "complete": "replace = die_at(os, 'replace', 2, '.writing_step', lambda *args: replace(*args))",
+}
+
+
+def test_killed_while_shards_are_written_behind(tiny, unbroken, tmp_path):
+    """As above; each time when the run has gone on to its next save, so that metrics.jsonl is ahead of the shards."""
+    settings = dict(HARD, optimizer="muon", max_iters=16, init_from="auto")
+    for instant, fault in BEHIND.items():
+        done = tiny(tmp_path, before=KILL + LATE + fault, checkpoint_format="sharded", **settings)
+        assert done.code == -signal.SIGKILL, (instant, done.err)
+        for folder in checkpoint.steps(tmp_path).values():
+            checkpoint.verify(folder)
+        assert len(records(tmp_path)) > checkpoints(tmp_path)[-1], instant
+    done = tiny(tmp_path, checkpoint_format="sharded", **settings)
+    assert done.code == 0 and done.err == "" and leftovers(tmp_path) == []
+    checkpoint.consolidate(tmp_path)
+    assert differences(outcome(tmp_path), unbroken(**settings)) == []
+
+
+def test_the_end_waits_for_shards(tiny, finished, tmp_path):
+    done = tiny(tmp_path, before=LATE, checkpoint_format="sharded")
+    assert done.code == 0 and checkpoints(tmp_path) == [4, 8, 12], done.err
+    checkpoint.consolidate(tmp_path)
+    assert differences(outcome(tmp_path), outcome(finished)) == []
+
+
+def test_a_stop_waits_for_shards(tiny, tmp_path):
+    done = tiny(tmp_path, before=LATE + STOP, checkpoint_format="sharded", eval_interval=100)
+    assert done.code == 128 + signal.SIGTERM and checkpoints(tmp_path) == [6], done.err
+    assert "saved; go on" in done.out and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("n, code, there", [(2, 0, [4, 12]), (3, 1, [4, 8])])
+def test_a_full_disk_behind_is_said_and_the_run_goes_on(n, code, there, tiny, tmp_path):
+    done = tiny(tmp_path, before=LATE + NO_ROOM.format(n=n), checkpoint_format="sharded")
+    assert done.code == code and checkpoints(tmp_path) == there and leftovers(tmp_path) == []
+    assert done.err.startswith(f"warning: no checkpoint at step {4 * n}: ") and done.err.count("\n") == 1
+    assert os.strerror(errno.ENOSPC) in done.err and "make room" in done.err
+    assert [e["event"] for e in records(tmp_path, "events.jsonl")] == ["start", "warning", "end"]

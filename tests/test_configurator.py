@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -518,6 +519,19 @@ def test_a_config_file_that_is_no_text(refused):
 
 
 # what nobody knows
+
+
+@pytest.mark.parametrize("rank, local, seconds", [("0", "0", 0), ("8", "0", 3), ("3", "3", 6)])
+def test_under_torchrun_an_error_is_said_after_those_of_the_ranks_before(rank, local, seconds, monkeypatch, capsys):
+    """Which, if they have it too, end the run meanwhile."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    waited = []
+    monkeypatch.setattr(time, "sleep", lambda s: waited.append((s, capsys.readouterr().err)))
+    with pytest.raises(SystemExit) as end:
+        fail("no such thing")
+    assert end.value.code == 2 and waited == [(seconds, "")]
+    assert capsys.readouterr().err == "error: no such thing\n"
 
 
 def test_unknown_key_on_the_command_line(refused):

@@ -4,6 +4,8 @@ import copy
 import io
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import optim  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import Muon, Optimizers, lr_at, orthogonalize, split_params  # noqa: E402
 
@@ -233,6 +236,56 @@ def test_muon_leaves_a_weight_without_gradient_alone():
     a.grad = torch.randn(4, 4)
     Muon([a, b], weight_decay=0.1).step()
     assert not torch.equal(a, before[0]) and torch.equal(b, before[1])
+
+
+class Peers:
+    """Ranks that are threads; an all-gather waits for all of them."""
+
+    def __init__(self, ranks):
+        self.ranks, self.own, self.barrier = ranks, [None] * ranks, threading.Barrier(ranks, timeout=60)
+
+    def of(self, rank):
+        return rank, self.ranks, lambda own: self.all_gather(rank, own)
+
+    def all_gather(self, rank, own):
+        self.own[rank] = own
+        self.barrier.wait()
+        found = torch.stack(self.own)
+        self.barrier.wait()
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_share_the_work_of_muon(ranks, dtype, monkeypatch):
+    """Each orthogonalises some of the matrices, all end with the same bits, those of one process but for rounding, and
+    keep the whole state. Eight ranks are more than there are matrices."""
+    shapes = [(24, 16), (16, 24), (24, 16), (16, 16), (24, 16), (16, 24)]
+    _, alone, alone_buffers = run_muon(Muon, shapes, 3, weight_decay=0.1, dtype=dtype)
+    done = []  # matrices in each batch
+    monkeypatch.setattr(optim, "orthogonalize", lambda G, *rest: done.append(len(G)) or orthogonalize(G, *rest))
+    peers = Peers(ranks)
+
+    def of(rank):
+        return run_muon(Muon, shapes, 3, weight_decay=0.1, dtype=dtype, peers=peers.of(rank))
+
+    with ThreadPoolExecutor(ranks) as pool:
+        _, there, buffers = zip(*pool.map(of, range(ranks)), strict=True)
+    assert sum(done) == 3 * len(shapes), "none is done twice"
+    for params, kept in zip(there, buffers, strict=True):
+        assert all(map(torch.equal, params, there[0])) and all(map(torch.equal, kept, alone_buffers))
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
+                   for a, b in zip(params, alone, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 12])
+def test_muons_work_is_shared_out_evenly(ranks):
+    """In runs, so that a shape is cut as seldom as can be; no rank has much more than its part."""
+    shapes = [shape for shape in ((192, 64), (64, 64), (256, 64), (64, 256)) for _ in range(12)]
+    owners, flops = optim.shares(shapes, ranks), [rows * cols + 32 * 64 for rows, cols in shapes]  # as 64 is the less
+    assert owners == sorted(owners) and set(owners) == set(range(ranks))
+    load = [sum(f for f, owner in zip(flops, owners, strict=True) if owner == rank) for rank in range(ranks)]
+    assert max(load) <= sum(load) / ranks + max(flops)
 
 
 # -----------------------------------------------------------------------------
