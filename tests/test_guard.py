@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import signal
-import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -258,7 +257,7 @@ def test_a_run_says_each_of_them(tiny, tmp_path):
 FAULTY = """
 import math, os, loader, model
 faults, rank = {faults}, {rank}
-init, following, forward, now = loader.Loader.__init__, loader.Loader.__next__, model.GPT.forward, [None, 0, 0]
+init, following, loss_of, now = loader.Loader.__init__, loader.Loader.__next__, model.GPT.loss, [None, 0, 0]
 def begin(self, *args, first_step=0, **more):
     init(self, *args, first_step=first_step, **more)
     self.taken = first_step * self.accumulation
@@ -267,16 +266,16 @@ def follow(self):
     self.taken += 1
     now[:] = loader.data_step(step, self.skipped), micro, self.accumulation
     return following(self)
-def poisoned(self, *args, **kwargs):
-    logits, loss = forward(self, *args, **kwargs)
+def poisoned(self, *args):
+    loss = loss_of(self, *args)
     fault = faults.get(now[0]) if self.training and now[1] == now[2] - 1 else None
     if fault and int(os.environ.get("RANK", rank)) == rank:
         if fault == "gradient":
             loss.register_hook(lambda grad: grad * math.inf)
         else:
             loss = loss * fault
-    return logits, loss
-loader.Loader.__init__, loader.Loader.__next__, model.GPT.forward = begin, follow, poisoned
+    return loss
+loader.Loader.__init__, loader.Loader.__next__, model.GPT.loss = begin, follow, poisoned
 """
 NAN, GRADIENT, SPIKE = "math.nan", "'gradient'", "1e4"
 LOOK = dict(spike_z=1000, spike_window=3)  # as of so few steps the deviation can be small by chance
@@ -579,15 +578,14 @@ def test_a_mistake_gets_one_line(named, settings, tiny, tmp_path):
 
 @pytest.fixture(scope="session")
 def two(train, words, tmp_path_factory):
-    """Runs train.py on two ranks, with torchrun's variables. -> what each of them said"""
+    """Runs train.py on two ranks, with torchrun's variables and a store as its agent has. -> what each of them said"""
     trainers = [train, Trainer(tmp_path_factory.mktemp("second"))]
 
     def run(out, **settings):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, trainer in enumerate(trainers):
-            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
             settings = {"gradient_accumulation_steps": 4, "dataset": words, "out_dir": out, **settings}
             trainer.start(env={key: str(value) for key, value in env.items()}, **settings)
         return [trainer.wait() for trainer in trainers]
@@ -608,3 +606,27 @@ def test_two_ranks_rewind_alike(layout, two, tmp_path):
     assert [e["skipped"] for e in events(tmp_path / "a", "rewind")] == [[5], [9]]
     assert [each.code for each in two(tmp_path / "b", skip_batches="5,9", **settings)] == [0, 0]
     same(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("layout", [{"optimizer": "muon"}, {"zero_stage": 2, "optimizer": "muon"},
+                                    {"tp_size": 2, "optimizer": "muon"}, {"pp_size": 2}], ids=str)
+def test_two_ranks_leave_an_update_out_alike(layout, two, tmp_path):
+    """Of a step that is not finite, on whichever rank it was; a spike is applied."""
+    settings = dict(n_layer=2, max_iters=8, eval_interval=8, on_nan="log", **LOOK, **layout)
+    done = two(tmp_path, before=faulty({4: GRADIENT, 6: SPIKE}, rank=1), **settings)
+    assert [each.code for each in done] == [0, 0], done
+    assert done[0].err.count("\n") == 2 and done[1].err == ""
+    assert events(tmp_path, "nan")[0]["step"] == 5 and events(tmp_path, "spike")[0]["step"] == 7
+    adamw = checkpoint.load_optimizer_state(tmp_path / "ckpt" / "step_00000008")["adamw"]
+    assert {int(values["step"]) for values in adamw.values()} == {7}
+    tensors = outcome(tmp_path)["tensors"]
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+@pytest.mark.parametrize("fault", [NAN, SPIKE])
+def test_two_ranks_stop_alike(fault, two, tmp_path):
+    settings = dict(on_nan="stop", on_spike="stop", log_interval=100, **LOOK)
+    done = two(tmp_path, before=faulty({5: fault}, rank=1), **settings)
+    assert [each.code for each in done] == [1, 1]
+    assert done[0].err.startswith("error: the loss is") and "at step 6; " in done[0].err and done[1].err == ""
+    assert done[0].err.count("\n") == 1 and checkpoints(tmp_path) == [4]
