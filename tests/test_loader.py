@@ -216,6 +216,20 @@ def test_ranks_share_one_order(counting, world, accumulation):
         each.close()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_skipped_data_steps_are_left_out_and_all_else_is_as_it_was(counting, rank):
+    """Whole updates, with all their micro-batches on all ranks; wherever it begins."""
+    share = dict(accumulation=2, seed=4, rank=rank, world=2)
+    whole, left = Loader(counting, 10, 2, **share), [k for k in range(40) if k not in (0, 3, 4, 11)]
+    for first_step in (0, 2, 9):
+        skipping = Loader(counting, 10, 2, **share, first_step=first_step, skipped=[0, 3, 4, 11])
+        for step in range(first_step, 20):
+            for micro in range(2):
+                assert rows(next(skipping)) == rows(whole.batch(left[step], micro)) == rows(skipping.batch(step, micro))
+        skipping.close()
+    whole.close()
+
+
 def test_the_threads_end_on_close(counting):
     before = set(threading.enumerate())
     loader = Loader(counting, 16, 2)
