@@ -40,6 +40,7 @@ runs: tuple[str, ...] = ()  # run folders, or one results.jsonl of ablate.py's, 
 html = ""                   # file for the page; empty: none
 png = ""                    # file for a picture of the curves; empty: none
 x = "step"                  # the picture's horizontal axis: step | tokens | flops | wall_s
+into = ""                   # a Markdown file to put an ablation's tables into, where it has a line for them
 watch = 0.0                 # seconds after which the page is made anew, until the runs have ended; 0: made once
 
 # is it as it should be?
@@ -241,9 +242,13 @@ def make(found, base, findings, again):
 
 
 def ablation(path):
-    """Print the tables of ablate.py's results, and draw the learning curves."""
+    """Print the tables of ablate.py's results, or put them into a file, and draw the learning curves."""
     need("scipy")
-    print(tables.report_of(path))
+    if into:
+        write(into, tables.put_into(Path(into).read_text(encoding="utf-8"), path))
+        print(f"written to {into}")
+    else:
+        print(tables.report_of(path))
     if png:
         from matplotlib.figure import Figure
 
@@ -292,9 +297,11 @@ def main():
     if png:
         need("matplotlib")
     try:
+        if into and not runs[0].endswith(".jsonl"):
+            fail("into is for the tables of an ablation: python report.py RESULTS.jsonl --into=FILE.md")
         if runs[0].endswith(".jsonl"):
             if len(runs) > 1 or html or watch or baseline or reference:
-                fail("the results of an ablation are read by themselves, with no other key than png and x")
+                fail("the results of an ablation are read by themselves, with no other key than into, png and x")
             ablation(runs[0])
             return 0
         found = read_runs(runs)

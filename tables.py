@@ -18,6 +18,7 @@ its end has not lowered its learning rate all the way, so these two are hard on 
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -372,7 +373,25 @@ def markdown(rows, reference=None):
 
 def report_of(path):
     """The tables of a results.jsonl as Markdown. Raises OSError or ValueError."""
-    return f"# Ablation: {Path(path).resolve().parent.name}\n\n{markdown(read_rows(path))}\n"
+    path = Path(path)
+    name = path.resolve().parent.name if path.stem == "results" else path.stem
+    return f"# Ablation: {name}\n\n{markdown(read_rows(path))}\n"
+
+
+def put_into(text, path):
+    """The Markdown `text` with the tables of the results at `path` between its two lines for them, one level down:
+
+        <!-- python report.py PATH -->
+        <!-- end -->
+
+    Raises ValueError where it has no such lines, and what report_of raises.
+    """
+    begin, end = f"<!-- python report.py {path} -->\n", "<!-- end -->"
+    before, found, rest = text.partition(begin)
+    if not found or end not in rest:
+        raise ValueError(f"no lines {begin.strip()} and {end} to put the tables between")
+    tables = re.sub(r"^#", "##", report_of(path), flags=re.M)
+    return before + begin + "\n" + tables + "\n" + rest[rest.index(end) :]
 
 
 # -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ n_head = 4
 n_embd = 128
 bias = True             # the rest of GPT-2's architecture is the default
 
-learning_rate = 2e-3
+learning_rate = 4e-3     # what config/ablations/learning_rate.py finds
 min_lr = 0.0
 beta2 = 0.99
 warmup_iters = 20

@@ -2,12 +2,16 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 import tables
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def row(variant, seed, loss, *, curve=None, against=None, diverged=False, flops=100.0, **more):
@@ -199,3 +203,30 @@ def test_learning_curves_have_bands():
     assert (x[0], x[-1]) == pytest.approx((1e4, 1e5)) and (y[0], y[-1]) == pytest.approx((3.1, 2.1))
     low, high = ax.bands[0]
     assert (high[-1] - low[-1]) / 2 == pytest.approx(math.sqrt(0.02))
+
+
+# -----------------------------------------------------------------------------
+# In a document
+
+
+def test_tables_in_a_document_are_renewed(tmp_path):
+    path = tmp_path / "letters.jsonl"
+    path.write_text("".join(json.dumps(row(name, seed, loss + seed / 100)) + "\n"
+                            for name, loss in (("base", 1.5), ("rope", 1.4)) for seed in (1, 2)), encoding="utf-8")
+    text = f"before\n<!-- python report.py {path} -->\nold\n<!-- end -->\nafter\n"
+    new = tables.put_into(text, path)
+    assert new.startswith("before\n") and new.endswith("<!-- end -->\nafter\n") and "old" not in new
+    assert "\n## Ablation: letters\n" in new and "\n### Against base\n" in new and "1.4150 ± 0.0071 (2)" in new
+    assert tables.put_into(new, path) == new
+    with pytest.raises(ValueError, match="no lines"):
+        tables.put_into("nothing here", path)
+
+
+def test_the_report_is_what_its_results_say(monkeypatch):
+    """Each table of docs/report.md, made anew from the results that are kept."""
+    monkeypatch.chdir(ROOT)
+    text = Path("docs/report.md").read_text(encoding="utf-8")
+    found = re.findall(r"^<!-- python report.py (\S+) -->$", text, re.M)
+    assert found
+    for path in found:
+        assert tables.put_into(text, path) == text, f"python report.py {path} --into=docs/report.md"

@@ -27,7 +27,6 @@ _alone = {
     "norm_embed": {"norm_embed": True},
     "qk_norm": {"qk_norm": "rms"},
     "qk_norm_gain": {"qk_norm": "rms_gain"},
-    "gelu_erf": {"activation": "gelu"},
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},
     "untied": {"tie_weights": False},
@@ -35,7 +34,6 @@ _alone = {
     "zero_init": {"zero_init": True},
     "gqa": {"n_kv_head": 2},
     "mqa": {"n_kv_head": 1},
-    "softcap": {"logit_softcap": 15.0},
     "muon": _muon,
 }
 _away = {
@@ -51,8 +49,7 @@ _away = {
     "random_init": {"zero_init": False},
     "gqa": {"n_kv_head": 2},
     "mqa": {"n_kv_head": 1},
-    "softcap": {"logit_softcap": 15.0},
-    "adamw": {"optimizer": "adamw", "learning_rate": 2e-3},
+    "adamw": {"optimizer": "adamw"},
 }
 
 variants = {
