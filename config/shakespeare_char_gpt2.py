@@ -12,14 +12,14 @@ n_head = 4
 n_embd = 128
 bias = True             # the rest of GPT-2's architecture is the default
 
-learning_rate = 4e-3     # what config/ablations/learning_rate.py finds
+learning_rate = 4e-3    # what config/ablations/learning_rate.py finds for it
 min_lr = 0.0
 beta2 = 0.99
 warmup_iters = 20
 lr_schedule = "wsd"
 wsd_decay_frac = 0.6
 
-muon_learning_rate = 0.03  # where optimizer is "muon"
+muon_learning_rate = 0.015  # where optimizer is "muon"; what it finds for the stack
 muon_momentum = 0.9
 muon_dtype = "auto"
 

@@ -18,7 +18,7 @@ seeds = (1, 2, 3)
 _muon = {"optimizer": "muon"}  # with the base's muon_learning_rate
 _stack = {
     "pos": "rope", "norm": "rmsnorm_nogain", "norm_embed": True, "qk_norm": "rms", "activation": "relu2",
-    "tie_weights": False, "bias": False, "zero_init": True, **_muon, "learning_rate": 4e-3,
+    "tie_weights": False, "bias": False, "zero_init": True, **_muon, "learning_rate": 2e-3,
 }
 _alone = {
     "rope": {"pos": "rope"},
@@ -49,7 +49,7 @@ _away = {
     "random_init": {"zero_init": False},
     "gqa": {"n_kv_head": 2},
     "mqa": {"n_kv_head": 1},
-    "adamw": {"optimizer": "adamw"},
+    "adamw": {"optimizer": "adamw", "learning_rate": 4e-3},
 }
 
 variants = {
