@@ -383,7 +383,7 @@ def test_the_readmes_commands_run(tmp_path):
         done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, encoding="utf-8")
         if done.returncode and "no text to prepare" in done.stderr:
             pytest.skip("neither the text nor a package index can be reached")
-        judged = any(word.startswith("--baseline=") for word in words)  # 1: slower than there, which tells of the machine
+        judged = any(word.startswith("--baseline=") for word in words)  # 1: the machine is slower
         ended = "Traceback" not in done.stderr and done.returncode in ((0, 1) if judged else (0,))
         assert ended, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         ran.append(words[1])
