@@ -109,7 +109,7 @@ def test_a_grid_of_processes_has_equal_work_and_its_efficiency(bench, run_script
         records = [json.loads(line) for line in lines]
         assert [r["tokens"] for r in records] == [2 * 8 * micro_batches * n for n in (1, 2, 3)]
         assert row["tok_per_s"] == statistics.median(r["tok_per_s"] for r in records[1:])
-        assert row["peak_mb"] == 1000 * records[1]["mem_gb"] and row["mfu_%"] is None
+        assert row["peak_mb"] == 1000 * records[1]["mem_gb"] and row["mfu_%"] > 0
         assert not (folder / "ckpt").exists()
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         assert config["threads"] == 1  # as tiny has it

@@ -213,9 +213,9 @@ def test_tables_in_a_document_are_renewed(tmp_path):
     path = tmp_path / "letters.jsonl"
     path.write_text("".join(json.dumps(row(name, seed, loss + seed / 100)) + "\n"
                             for name, loss in (("base", 1.5), ("rope", 1.4)) for seed in (1, 2)), encoding="utf-8")
-    text = f"before\n<!-- python report.py {path} -->\nold\n<!-- end -->\nafter\n"
+    text = f"before\n<!-- python report.py {path} -->\nof last year\n<!-- end -->\nafter\n"
     new = tables.put_into(text, path)
-    assert new.startswith("before\n") and new.endswith("<!-- end -->\nafter\n") and "old" not in new
+    assert new.startswith("before\n") and new.endswith("<!-- end -->\nafter\n") and "last year" not in new
     assert "\n## Ablation: letters\n" in new and "\n### Against base\n" in new and "1.4150 ± 0.0071 (2)" in new
     assert tables.put_into(new, path) == new
     with pytest.raises(ValueError, match="no lines"):
