@@ -257,7 +257,7 @@ def test_the_readmes_figures_are_those_of_the_results():
         assert rows, f"{path.name} is in no row"
         holds = {"train": holds_train, "data": holds_data, "loader": holds_loader, "infer": holds_infer,
                  "activations": holds_activations, "layouts": holds_layouts, "scaling": holds_scaling,
-                 "zero": holds_zero}
+                 "zero": holds_zero, "monitor": holds_monitor}
         holds[result["benchmark"]](rows, result)
         made = result.get("runs") or [result["machine"]]
         assert not any(run["dirty"] for run in made) and len({run["commit"] for run in made}) == 1
@@ -343,6 +343,13 @@ def holds_zero(rows, result):
     for row in result["rows"]:
         assert any(line.startswith(cells(row, columns)) for line in rows), cells(row, columns)
         assert row["of_theory_%"] == pytest.approx(100, abs=5)
+
+
+def holds_monitor(rows, result):
+    """What logging and probes take of a step is below 2%."""
+    without, configured = (row["median_ms"] for row in result["rows"])
+    assert f"| {without:.1f} ms | {configured:.1f} ms | {result['share']:.2%} |" in rows[0]
+    assert result["share"] < 0.02
 
 
 def test_a_wrong_figure_in_the_readme_is_seen():
