@@ -24,6 +24,7 @@ ENOUGH = 32          # records until a median says something
 SLOW = 5             # times the median: a slow step,
 SLOW_MS = 1000       # if it is longer by this much, too: below it is what any system does now and then
 STALLED = 0.3        # of a step spent waiting for its batches
+AHEAD = 3            # checkpoints to come that there has to be room for
 BYTES_A_WEIGHT = 12  # of a checkpoint, before there is one: fp32 weights and AdamW's two moments
 
 # -----------------------------------------------------------------------------
@@ -166,11 +167,14 @@ class Watch:
                       "loader_threads or prefetch, or a faster disk")
 
     def disk(self, out_dir, checkpoints, keep, weights):
-        """Whether there is room for the checkpoints to come: up to `keep` of them and the best are kept, and one is
-        written before another is removed. `checkpoints` are the folders there are, of a model of so many `weights`."""
-        sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in checkpoints]
-        each, more = sizes[-1] if sizes else BYTES_A_WEIGHT * weights, max(1, keep + 2 - len(sizes))
-        free = shutil.disk_usage(out_dir).free
+        """Whether there is room for the next checkpoints: `keep` of them and the best stay, and one is written before
+        another is removed. `checkpoints` are the folders there are, rising, of a model of so many `weights`."""
+        try:
+            sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in checkpoints]
+            free = shutil.disk_usage(out_dir).free
+        except OSError:  # another process removed one meanwhile, say
+            return
+        each, more = sizes[-1] if sizes else BYTES_A_WEIGHT * weights, min(AHEAD, max(1, keep + 2 - len(sizes)))
         if free < each * more:
-            self.once("disk", f"{free / 1e9:.3g} GB are free in {out_dir}, less than the {each * more / 1e9:.3g} GB of "
-                      f"the checkpoints to come ({more} of {each / 1e9:.3g}): make room, or lower keep_checkpoints")
+            self.once("disk", f"{free / 1e9:.3g} GB are free in {out_dir}, less than the next checkpoints take ({more} "
+                      f"of {each / 1e9:.3g} GB): make room, or lower keep_checkpoints")

@@ -459,7 +459,8 @@ def main(config, given, rewound=None):
                 return shards.save(out_dir, *held, saved, keep)
             checkpoint.save(out_dir, *held, saved)
             checkpoint.prune(out_dir, keep)
-            watch.disk(out_dir, checkpoint.steps(out_dir).values(), keep, size)
+            if state["step"] < max_iters:
+                watch.disk(out_dir, checkpoint.steps(out_dir).values(), keep, size)
 
         attempt = partial(went_well, write, state["step"])
         return attempt() if shards else layout.first(attempt)

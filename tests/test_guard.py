@@ -218,14 +218,15 @@ def test_a_disk_about_to_fill_is_said_once(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"0" * 700)
         (folder / "optimizer.pt").write_bytes(b"0" * 300)
-    # keep, how many there are -> how many more at most, with the best and the one being written
-    for keep, there, more, each in ((3, 0, 5, 12 * 100), (3, 1, 4, 1000), (3, 4, 1, 1000), (1, 2, 1, 1000)):
+    # keep, how many there are -> how many more at most, of the next three, with the best and the one being written
+    for keep, there, more, each in ((3, 0, 3, 12 * 100), (1, 1, 2, 1000), (3, 3, 2, 1000), (3, 4, 1, 1000),
+                                    (1, 4, 1, 1000), (999, 4, 3, 1000)):
         for free["bytes"], full in ((more * each, False), (more * each - 1, True)):
             watch = Watch(said.append)
             watch.disk(tmp_path, folders[:there], keep, weights=100)
             watch.disk(tmp_path, folders[:there], keep, weights=100)
             assert len(said) == full
-            assert not said or f"({more} of {each / 1e9:.3g})" in said.pop()
+            assert not said or f"({more} of {each / 1e9:.3g} GB)" in said.pop()
 
 
 def test_a_run_says_each_of_them(tiny, tmp_path):
