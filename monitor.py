@@ -4,7 +4,7 @@ The run folder and what is written there while a run goes on: config, environmen
     out_dir/config.json     the resolved settings
     out_dir/env.json        commit, packages, hardware, dataset
     out_dir/metrics.jsonl   one record per logged step
-    out_dir/events.jsonl    start, resume, warning, sample, stop, end
+    out_dir/events.jsonl    start, resume, warning, sample, nan, spike, rewind, stop, end
     out_dir/profile/        a trace of some steps, if asked for
     out_dir/ckpt/           checkpoint.py's
 """

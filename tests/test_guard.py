@@ -573,6 +573,23 @@ def test_a_mistake_gets_one_line(named, settings, tiny, tmp_path):
     assert named in one_error(tiny(tmp_path / "run", **settings), tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_compiled_rewinds(tiny, tmp_path):
+    """The second time, too, it is compiled, and computes the same."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler here")
+    settings = dict(compile=True, on_nan="rewind", env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    told = "\nimport torch\nreal = torch.compile\n" \
+        "torch.compile = lambda *args, **more: print('compiled') or real(*args, **more)\n"
+    once = "\nreal_judge, seen = guard.Guard.judge, []\ndef judge(self, loss, norm):\n    seen.append(1)\n" \
+        "    return real_judge(self, math.nan if len(seen) == 6 else loss, norm)\nguard.Guard.judge = judge\n"
+    done = tiny(tmp_path / "a", before="import guard, math" + told + once, **settings)
+    assert done.code == 0 and done.err.count("\n") == 1 and done.out.count("compiled") == 2, done.err
+    done = tiny(tmp_path / "b", skip_batches=5, **settings)
+    assert done.code == 0 and done.err == ""
+    same(tmp_path / "a", tmp_path / "b")
+
+
 # -----------------------------------------------------------------------------
 # Two ranks
 

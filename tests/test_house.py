@@ -147,6 +147,8 @@ def test_no_file_grows_beyond_one_job():
 def test_nothing_is_left_for_later():
     words = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
     for name in present():
+        if name.endswith(".png"):
+            continue
         found = words.search((ROOT / name).read_text(encoding="utf-8", errors="replace"))
         assert not found, f"{name} says {found.group()}: do it, or open an issue"
 
@@ -390,8 +392,8 @@ def test_the_readmes_commands_run(tmp_path):
         done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, encoding="utf-8")
         if done.returncode and "no text to prepare" in done.stderr:
             pytest.skip("neither the text nor a package index can be reached")
-        judged = any(word.startswith("--baseline=") for word in words)  # 1: the machine is slower
-        ended = "Traceback" not in done.stderr and done.returncode in ((0, 1) if judged else (0,))
+        judged = any(word.startswith("--baseline=") for word in words)  # 1: the machine is slower, not the loss worse
+        ended = done.returncode == 0 or judged and done.returncode == 1 and not re.search("WORSE .*loss", done.stdout)
         assert ended, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         ran.append(words[1])
     assert {"data/shakespeare_char/prepare.py", "train.py", "sample.py", "eval.py"} <= set(ran)
