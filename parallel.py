@@ -251,10 +251,12 @@ class Layout:
         options = {"mesh": self.mesh["dp"], "offload_policy": policy}
         half = {} if dtype == torch.float32 else {"param_dtype": dtype, "reduce_dtype": torch.float32}
         short = MixedPrecisionPolicy(**half, cast_forward_inputs=False)
-        for module in root.modules():
-            if isinstance(module, (Attention, MLP)):
-                fully_shard(module, reshard_after_forward=self.zero == 3, mp_policy=short, **options)
+        units = parts_of_blocks(root)
+        for module in units:
+            fully_shard(module, reshard_after_forward=self.zero == 3, mp_policy=short, **options)
         fully_shard(root, reshard_after_forward=False, **options)
+        for module, following in zip(units, units[1:], strict=False):  # is gathered while this one computes
+            module.set_modules_to_forward_prefetch([following])  # backward it is so anyway
 
     def split_layers(self, model):
         """Tensor parallelism: heads and hidden units over the ranks, the rest whole on each, all as DTensors.
@@ -330,6 +332,10 @@ class Layout:
         if self.pp == 1:
             return next(loader)
         return map(torch.cat, zip(*(next(loader) for _ in range(accumulation)), strict=True))
+
+    def repeated(self, batch, accumulation):
+        """A micro-batch where a pipeline's step takes all of them: as often as it has some."""
+        return [tokens.repeat(accumulation if self.pp > 1 else 1, 1) for tokens in batch]
 
     def pipeline(self, model, x, y, accumulation):
         """Forward and backward pass of `accumulation` micro-batches through the stages. x, y (B, T) -> their mean loss
@@ -410,10 +416,17 @@ class Layout:
         """Whether each rank has all of the model, and all of its gradient after the last backward pass of a step."""
         return self.world == 1 or isinstance(self.module, DistributedDataParallel)
 
-    @property
-    def compiles(self):
-        """Whether torch.compile sees a plain model: the other layouts run hooks and collectives of their own within."""
-        return self.copies_whole
+    def compile(self, model):
+        """What a forward pass calls, by torch.compile: the whole, or with ZeRO and in a pipeline attention and MLP of each
+        block, around which hooks and collectives stay as they are. Raises NotImplementedError for tensor parallelism,
+        whose collectives lie within."""
+        if self.tp > 1:
+            raise NotImplementedError(f"not with {self}")
+        if self.copies_whole:
+            return torch.compile(self.module, dynamic=False)  # a kernel for each shape, the same after a resume
+        for module in parts_of_blocks(model):
+            module.forward = torch.compile(module.forward, dynamic=False)
+        return self.module
 
     def before_forward(self, model, last):
         """Says whether the micro-batch that follows is the `last` of its step: only then are gradients reduced (but
@@ -612,6 +625,11 @@ def own_group(rows):
     """The process group of this rank among those of `rows` (n, ranks), or None."""
     group, _ = dist.new_subgroups_by_enumeration(rows.tolist())
     return group
+
+
+def parts_of_blocks(model):
+    """Attention and MLP of each block, in the order in which they run."""
+    return [module for module in model.modules() if isinstance(module, (Attention, MLP))]
 
 
 def is_sharded(tensor):

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import alarm
+import isoflop
 import page
 import tables
 from configurator import configure, fail
@@ -242,7 +243,8 @@ def make(found, base, findings, again):
 
 
 def ablation(path):
-    """Print the tables of ablate.py's results, or put them into a file, and draw the learning curves."""
+    """Print the tables of ablate.py's results, or put them into a file, and draw the learning curves, or of a study of
+    sizes and budgets the isoFLOP curves."""
     need("scipy")
     if into:
         write(into, tables.put_into(Path(into).read_text(encoding="utf-8"), path))
@@ -254,6 +256,10 @@ def ablation(path):
 
         rows, by = tables.read_rows(path), {"step": "tokens"}.get(x, x)
         names = tables.references(rows)
+        if isoflop.budgets(rows):
+            figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=110)
+            isoflop.draw(figure.subplots(1, 2), rows)
+            return figure.savefig(png)
         figure = Figure(figsize=(10, 6 * len(names)), layout="constrained", dpi=110)
         for name, ax in zip(names, figure.subplots(len(names), squeeze=False).flat, strict=True):
             tables.learning_curves(ax, tables.of_reference(rows, name), by)

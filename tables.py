@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+import isoflop
+
 LEVEL = 0.05  # chance that anything in a column is bold by luck
 MARKS = ("start", "resume", "stop", "end")  # events of a run as a whole
 AXES = {"tokens": "tokens", "flops": "FLOPs", "wall_s": "seconds of training"}
@@ -368,6 +370,8 @@ def markdown(rows, reference=None):
             f"the noise floor of its row, by Welch's t-test with Holm's correction over the column, at {LEVEL:.0%}. At "
             "equal tokens: the whole validation split in fp32, at the end. At equal compute and time: read off the "
             "validation curves, where what costs more has not yet lowered its learning rate as far.")
+    if scaling := isoflop.markdown(rows):
+        parts = ["## Best size by compute", scaling, *parts]
     return "\n\n".join([rule, *parts, "## Where the rows come from", origins(rows)])
 
 

@@ -469,21 +469,21 @@ def main(config, given, rewound=None):
     compiled = layout.module
     clock = time.perf_counter()
     if compile or (compile is None and where.type == "cuda"):
-        trouble = can_compile(where) if layout.compiles else f"not with {layout}"
+        trouble = can_compile(where)
         if not trouble:
             try:
-                # a kernel for each shape, the same after a resume
-                compiled = torch.compile(layout.module, dynamic=False)
-                x, y = (t.to(where) for t in loader.batch(state["step"]))
+                compiled = layout.compile(model)
+                x, y = layout.repeated(loader.batch(state["step"]), accumulation)
                 length = context_at(state["step"])
                 while length <= block_size:
-                    micro_step(x.view(-1, length), y.view(-1, length), state["step"], 0)
+                    micro_step(x.to(where).view(-1, length), y.to(where).view(-1, length), state["step"], accumulation - 1)
                     length *= 2
             except Exception as e:
                 trouble = str(e).strip().partition("\n")[0] or type(e).__name__
             opt.zero_grad()
         if trouble:
             compiled = layout.module
+            torch.compiler.set_stance("force_eager")  # of what is compiled within it, too
             warn(f"torch.compile does not work here ({trouble}); running uncompiled")
     for _ in range(layout.warm_ups):  # DDP's buckets follow its first pass: have them as a resume does
         x, y = (t.to(where).view(-1, context_at(state["step"])) for t in loader.batch(state["step"]))
@@ -829,6 +829,7 @@ def until_done(config, given):
     while isinstance(done, list):
         gc.collect()  # the model that was, before there is another
         if "torch._dynamo" in sys.modules:
+            torch.compiler.set_stance("default")
             torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

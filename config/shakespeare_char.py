@@ -3,6 +3,8 @@
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char.py
 #     python sample.py --out_dir=out/shakespeare_char
+from config.stack import *
+
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
 block_size = 256
@@ -14,18 +16,8 @@ context_iters = 750
 n_layer = 4
 n_head = 3
 n_embd = 192
-pos = "rope"
-norm = "rmsnorm_nogain"
-norm_embed = True
-qk_norm = "rms"
-activation = "relu2"
-tie_weights = False
-zero_init = True
-
-optimizer = "muon"
 muon_learning_rate = 0.03
 muon_momentum = 0.9
-muon_dtype = "auto"
 learning_rate = 4e-3
 min_lr = 0.0
 weight_decay = 0.0

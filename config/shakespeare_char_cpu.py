@@ -1,6 +1,8 @@
 # Tiny Shakespeare on two CPU cores in seconds, to where nanoGPT's CPU recipe ends after 2,000 steps.
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char_cpu.py
+from config.stack import *
+
 out_dir = "out/shakespeare_char_cpu"
 dataset = "shakespeare_char"
 block_size = 64
@@ -12,18 +14,8 @@ context_iters = 104
 n_layer = 2
 n_head = 2
 n_embd = 128
-pos = "rope"
-norm = "rmsnorm_nogain"
-norm_embed = True
-qk_norm = "rms"
-activation = "relu2"
-tie_weights = False
-zero_init = True
-
-optimizer = "muon"
 muon_learning_rate = 0.04
 muon_momentum = 0.8
-muon_dtype = "auto"
 learning_rate = 8e-3
 min_lr = 0.0
 weight_decay = 0.0

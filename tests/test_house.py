@@ -19,7 +19,7 @@ from ablate import read_experiment  # noqa: E402
 from configurator import read_file, read_keys  # noqa: E402
 
 FLOORS = [
-    {"model", "configurator", "tokenizer", "device"},
+    {"model", "configurator", "tokenizer", "device", "isoflop"},
     {"loader", "optim", "checkpoint", "monitor", "guard", "probe", "track", "plan", "tables", "sampling", "weights",
      "kvcache", "tasks"},
     {"parallel", "infer", "export", "history"},
@@ -30,7 +30,8 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # what floor 0 may import besides the standard library; the other floors' packages are in test_setup.py
-BARE = {"configurator": set(), "model": {"torch", "flash_attn"}, "device": {"torch"}}
+BARE = {"configurator": set(), "model": {"torch", "flash_attn"}, "device": {"torch"},
+        "isoflop": {"numpy"}}
 
 # floors of data/: a prepare.py may import another's, besides these
 DATA_FLOORS = [{"common"}, {"reading"}, {"cleaning", "dedup"}, {"scan"}, {"pipeline"}]
@@ -48,7 +49,8 @@ LONGER = {  # file: why it is one file all the same
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 DATA_SCRIPTS = sorted(ROOT.glob("data/*.py")) + sorted(ROOT.glob("data/*/*.py"))
-CONFIGS = sorted(ROOT.glob("config/*.py"))
+CONFIGS = sorted(ROOT.glob("config/[a-z]*.py"))
+PRESETS = ("gpt2", "stack")  # an architecture, to be combined with a config that says the rest
 
 
 def read(path):
@@ -128,7 +130,10 @@ def test_the_main_scripts_have_keys():
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_a_config_sets_keys_of_train_alone(path):
     values = read_file(os.fspath(path), read_keys(ROOT / "train.py"))  # ends with a message for another key or type
-    assert values.get("out_dir") == f"out/{path.stem}", "its runs would mix with another config's"
+    if path.stem in PRESETS:
+        assert not values.keys() & {"out_dir", "dataset", "max_iters", "n_layer", "learning_rate"}
+    else:
+        assert values.get("out_dir") == f"out/{path.stem}", "its runs would mix with another config's"
 
 
 # -----------------------------------------------------------------------------
