@@ -17,7 +17,8 @@ validation split in fp32. `scaling` runs a few updates of it for each size of mi
 of processes, and says how fast they are, what they hold, and where a step's time goes. `data` makes corpora of several
 sizes from the lines of a file and prepares them, by number of workers, beside nanoGPT's recipe, and watches the memory.
 `loader` reads batches as fast as it can, beside nanoGPT's way, and trains for a while to see how long a step waits.
-`infer` decodes with a GPT-2 of random weights, beside the plain way, transformers and llama.cpp (llama-cpp-python).
+`infer` decodes with a GPT-2 of random weights, beside the plain way, transformers and llama.cpp (llama-cpp-python), or
+with checkpoints alone (`--models=out/a,out/b`).
 `activations` takes one training step with each of train.py's activation_checkpointing and says what it holds in memory
 and how long it takes. `zero` says what each rank holds of weights, gradients and optimizer state when the optimizer
 steps, by ZeRO stage, and its peak. `monitor` trains on the config with its logging and probes and without, in turns,
@@ -50,7 +51,7 @@ import plan
 from configurator import configure, fail, read_file, read_keys
 from device import DTYPES, memory_gb, pick_device
 from export import write_gguf
-from infer import Engine, stream
+from infer import Engine, load, stream
 from loader import Loader, Tokens, find_dataset
 from model import GPT, GPTConfig
 from monitor import cpu_name, git
@@ -85,6 +86,7 @@ rounds = 3                  # scaling, data, loader, infer, monitor: times each 
 # infer
 forms = ("float32", "bfloat16", "int8")  # of the weights
 kv_heads = (12,)            # key and value heads of 12; 1 is multi-query attention
+models: tuple[str, ...] = ()  # run folders to measure, alone, in the place of GPT-2's size
 batches = (1, 4, 8, 16)     # requests at once; scaling: sequences in a micro-batch
 prompts = (16, 512)         # tokens of each prompt
 new_tokens = 24             # tokens drawn after the first
@@ -579,13 +581,16 @@ def bench_infer():
     where = pick_device(device)[0]
     memory, rows, others = bandwidth(where), [], []
     for form in forms:
-        for heads in kv_heads:
+        for subject in models or kv_heads:
             torch.manual_seed(0)
-            model = GPT(GPTConfig(n_kv_head=heads)).eval().to(where)
+            model = load(subject)[0] if models else GPT(GPTConfig(n_kv_head=subject))
+            model = model.eval().to(where, torch.float32)
+            heads, named = model.config.kv_heads, {"model": Path(subject).name} if models else {}
             int8 = form == "int8"
             dtype = torch.float32 if int8 and where.type == "cpu" else getattr(torch, "bfloat16" if int8 else form)
-            beside = llama_cpp_of(model, form, min(prompts)) if peers and heads == 12 else {}
-            if peers and not int8 and heads == 12:
+            standard = peers and not models and heads == 12
+            beside = llama_cpp_of(model, form, min(prompts)) if standard else {}
+            if standard and not int8:
                 plain = copy.deepcopy(model).to(dtype)
                 beside |= peers_of(plain, where, min(prompts)) | {
                     f"plain, prompt of {max(prompts)}": peers_of(plain, where, max(prompts))["plain"]}
@@ -609,23 +614,24 @@ def bench_infer():
             for (batch, length), pairs in found.items():
                 first, each = (statistics.median(column) for column in zip(*pairs, strict=True))
                 read = size + model.kv_cache_bytes(batch * (length + new_tokens // 2), engine.kv_dtype)
-                rows.append({"form": form, "kv_heads": heads, "batch": batch, "prompt": length,
+                rows.append({**named, "form": form, "kv_heads": heads, "batch": batch, "prompt": length,
                              "first_ms": 1000 * first, "token_ms": 1000 * each, "tok_per_s": batch / each,
                              "bandwidth": read / each / memory, "weights_mb": size / 1e6,
                              "peak_mb": peak[batch, length],
                              "kv_mb": model.kv_cache_bytes(batch * (length + new_tokens), engine.kv_dtype) / 1e6})
             mixed = {}
-            if crowd:
+            if crowd and not models:
                 alone_s, at_once_s = crowded(Engine(model, max_tokens=crowd * 112, max_requests=crowd))
                 mixed = {"crowd": crowd, "one_by_one_s": alone_s, "at_once_s": at_once_s, "gain": alone_s / at_once_s}
-            others.append({"form": form, "kv_heads": heads, **mixed, "linear_ms": 1000 * statistics.median(linear),
-                           "kv_pool_mb": engine.kv_bytes / 1e6,
+            others.append({**named, "form": form, "kv_heads": heads, **mixed,
+                           "linear_ms": 1000 * statistics.median(linear), "kv_pool_mb": engine.kv_bytes / 1e6,
                            "kv_pool_formula_mb": model.kv_cache_bytes(len(engine.keys[0]), engine.kv_dtype) / 1e6,
                            **{f"{name}, ms": 1000 * statistics.median(t) for name, t in times.items()}})
-    print(f"GPT-2 124M, random weights, {where} ({cpu_name()}, {torch.get_num_threads()} threads), which reads "
-          f"{memory / 1e9:.1f} GB/s; median of {rounds} rounds of {new_tokens} tokens")
-    table(rows, ("form", "kv_heads", "batch", "prompt", "first_ms", "token_ms", "tok_per_s", "bandwidth", "kv_mb",
-                 "peak_mb"))
+    print(f"{'checkpoints' if models else 'GPT-2 124M, random weights'}, {where} ({cpu_name()}, "
+          f"{torch.get_num_threads()} threads), which reads {memory / 1e9:.1f} GB/s; median of {rounds} rounds of "
+          f"{new_tokens} tokens")
+    table(rows, (*["model"] * bool(models), "form", "kv_heads", "batch", "prompt", "first_ms", "token_ms", "tok_per_s",
+                 "bandwidth", "kv_mb", "peak_mb"))
     for other in others:
         print(", ".join(f"{k}: {v:.1f}" if isinstance(v, float) else f"{k}: {v}" for k, v in other.items()))
     return {"machine": machine(), "device": str(where), "read_gb_per_s": memory / 1e9, "rows": rows, "others": others}

@@ -40,10 +40,10 @@ class Law(NamedTuple):
 
 
 def budgets(rows):
-    """[(FLOPs, {parameters: losses of its seeds})] of the budgets with at least three sizes; [] unless there are at
-    least two of them. What diverged is left out."""
-    cost = sorted(((row["tokens"] * row["flops_per_token"], row) for row in rows if
-                   not row["diverged"] and row.get("flops_per_token") and row.get("params")), key=lambda pair: pair[0])
+    """[(FLOPs, {parameters: losses of its seeds})] of the budgets with at least three sizes, by layers and width; []
+    unless there are at least two of them. What diverged is left out."""
+    cost = sorted(((row["tokens"] * row["flops_per_token"], row) for row in rows
+                   if not row["diverged"] and row.get("flops_per_token")), key=lambda pair: pair[0])
     groups = []
     for flops, row in cost:
         if not groups or flops > SAME * groups[-1][0][0]:
@@ -51,8 +51,8 @@ def budgets(rows):
         groups[-1].append((flops, row))
     found = []
     for group in groups:
-        sizes = {}
-        for _, row in group:
+        sizes, shapes = {}, {(row["config"]["n_layer"], row["config"]["n_embd"]) for _, row in group if "config" in row}
+        for _, row in group if len(shapes) > 2 else ():
             sizes.setdefault(row["params"], []).append(row["val_loss"])
         if len(sizes) > 2:
             found.append((statistics.fmean(flops for flops, _ in group), dict(sorted(sizes.items()))))
@@ -119,17 +119,17 @@ def markdown(rows, size=SIZE):
         low, high = interval([value(other) for other in others])
         return f"{of} {value(found):{form}} ({low:{form}} to {high:{form}})"
 
-    within = len(others) / DRAWS
-    most = groups[-1][0]
+    best = found.budget(size)
+    power = said(lambda law: law.b, "The best size grows as compute to the power of", ".2f")
+    falls = said(lambda law: law.g, "and its loss falls as compute to the power of minus", ".3f")
+    flops = said(lambda law: law.budget(size), f"{size / 1e6:,.0f} million parameters are best at", ".2g")
+    tokens = said(lambda law: law.budget(size) / (6 * size), "FLOPs, which are", ".2g")
+    loss = said(lambda law: law.loss(law.budget(size)), "tokens, with a loss of", ".2g")
     return f"""{text}
 
-In parentheses the middle {INSIDE:.0%} of {DRAWS:,} draws of the seeds, of which {within:.1%} give a law at all. \
-{said(lambda law: law.b, "The best size grows as compute to the power of", ".2f")}, \
-{said(lambda law: law.g, "and its loss falls as compute to the power of minus", ".3f")}. By that, {size / 1e6:,.0f} \
-million parameters are best at {said(lambda law: law.budget(size), "", ".2g").strip()} FLOPs, \
-{said(lambda law: law.budget(size) / (6 * size), "which are", ".2g")} tokens, with a loss of \
-{said(lambda law: law.loss(law.budget(size)), "", ".2g").strip()}: {math.log10(found.budget(size) / most):.1f} orders of \
-magnitude beyond the largest budget that was run."""
+In parentheses the middle {INSIDE:.0%} of {DRAWS:,} draws of the seeds, of which {len(others) / DRAWS:.1%} give a law \
+at all. {power}, {falls}. By that, {flops} {tokens} {loss}: {math.log10(best / groups[-1][0]):.1f} orders of magnitude \
+beyond the largest budget that was run."""
 
 
 def draw(axes, rows, size=SIZE):

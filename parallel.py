@@ -417,9 +417,9 @@ class Layout:
         return self.world == 1 or isinstance(self.module, DistributedDataParallel)
 
     def compile(self, model):
-        """What a forward pass calls, by torch.compile: the whole, or with ZeRO and in a pipeline attention and MLP of each
-        block, around which hooks and collectives stay as they are. Raises NotImplementedError for tensor parallelism,
-        whose collectives lie within."""
+        """What a forward pass calls, by torch.compile: the whole, or with ZeRO and in a pipeline attention and MLP of
+        each block, around which hooks and collectives stay as they are. Raises NotImplementedError for tensor
+        parallelism, whose collectives lie within."""
         if self.tp > 1:
             raise NotImplementedError(f"not with {self}")
         if self.copies_whole:

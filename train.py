@@ -473,10 +473,10 @@ def main(config, given, rewound=None):
         if not trouble:
             try:
                 compiled = layout.compile(model)
-                x, y = layout.repeated(loader.batch(state["step"]), accumulation)
+                x, y = (t.to(where) for t in layout.repeated(loader.batch(state["step"]), accumulation))
                 length = context_at(state["step"])
                 while length <= block_size:
-                    micro_step(x.to(where).view(-1, length), y.to(where).view(-1, length), state["step"], accumulation - 1)
+                    micro_step(x.view(-1, length), y.view(-1, length), state["step"], accumulation - 1)
                     length *= 2
             except Exception as e:
                 trouble = str(e).strip().partition("\n")[0] or type(e).__name__

@@ -3,7 +3,7 @@
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char.py
 #     python sample.py --out_dir=out/shakespeare_char
-from config.stack import *
+from config.stack import *  # the architecture, and Muon
 
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
@@ -16,6 +16,7 @@ context_iters = 750
 n_layer = 4
 n_head = 3
 n_embd = 192
+
 muon_learning_rate = 0.03
 muon_momentum = 0.9
 learning_rate = 4e-3

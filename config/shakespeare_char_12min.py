@@ -2,7 +2,7 @@
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char_12min.py
 #     python sample.py --out_dir=out/shakespeare_char_12min
-from config.stack import *
+from config.stack import *  # the architecture, and Muon
 
 out_dir = "out/shakespeare_char_12min"
 dataset = "shakespeare_char"
@@ -15,6 +15,7 @@ context_iters = 1560
 n_layer = 4
 n_head = 4
 n_embd = 256
+
 muon_learning_rate = 0.03
 muon_momentum = 0.9
 learning_rate = 4e-3

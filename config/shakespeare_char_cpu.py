@@ -1,7 +1,7 @@
 # Tiny Shakespeare on two CPU cores in seconds, to where nanoGPT's CPU recipe ends after 2,000 steps.
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char_cpu.py
-from config.stack import *
+from config.stack import *  # the architecture, and Muon
 
 out_dir = "out/shakespeare_char_cpu"
 dataset = "shakespeare_char"
@@ -14,6 +14,7 @@ context_iters = 104
 n_layer = 2
 n_head = 2
 n_embd = 128
+
 muon_learning_rate = 0.04
 muon_momentum = 0.8
 learning_rate = 8e-3

@@ -213,6 +213,19 @@ def test_a_recipe_needs_documents(run_script, tmp_path):
     assert done.returncode == 2 and "--input is missing" in done.stderr and not (tmp_path / "out").exists()
 
 
+def test_inference_of_checkpoints(run_script, tiny, tmp_path):
+    for name, heads in (("all", 0), ("one", 1)):
+        assert tiny(tmp_path / name, max_iters=1, n_kv_head=heads).code == 0
+    words = ["--forms=float32", "--batches=2", "--prompts=4", "--new_tokens=2", "--rounds=1", "--device=cpu"]
+    done = run_script("bench.py", "infer", *words, f"--models={tmp_path / 'all'},{tmp_path / 'one'}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    every, one = result["rows"]
+    assert (every["model"], one["model"]) == ("all", "one") and every["kv_heads"] > one["kv_heads"] == 1
+    assert every["kv_mb"] == pytest.approx(every["kv_heads"] * one["kv_mb"])
+    assert not [key for other in result["others"] for key in other if key.startswith(("plain", "crowd"))]
+
+
 @pytest.mark.slow
 def test_inference_is_timed_beside_the_plain_way(run_script):
     words = ["--forms=float32,int8", "--kv_heads=12,1", "--batches=1,2", "--prompts=4,8", "--new_tokens=2"]

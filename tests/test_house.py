@@ -301,11 +301,13 @@ def holds_loader(rows, result):
 def holds_infer(rows, result):
     """A row for each form and number of heads: tokens/s by batch and prompt, then what is beside it."""
     for other in result["others"]:
-        mine = [row for row in result["rows"] if (row["form"], row["kv_heads"]) == (other["form"], other["kv_heads"])]
+        which = ("model", "form", "kv_heads")
+        mine = [row for row in result["rows"] if all(row.get(key) == other.get(key) for key in which)]
         figures = [f"{row['tok_per_s']:.1f}" for row in mine] + ([f"{other['gain']:.2f}"] if "gain" in other else [])
         beside = [key for key in sorted(other) if key.startswith(("llama", "plain, prompt", "transformers"))]
         figures += [f"{other[key]:.1f}" for key in beside]
-        line = f"| {other['form']}, {other['kv_heads']} heads | " + " | ".join(figures) + " |"
+        named = f"{other['model']}, " if "model" in other else ""
+        line = f"| {named}{other['form']}, {other['kv_heads']} heads | " + " | ".join(figures) + " |"
         assert any(row.startswith(line) for row in rows), line
 
 

@@ -9,7 +9,7 @@ from isoflop import DRAWS, budgets, drawn, law, lowest, markdown, means_of
 
 def row(size, flops, loss, **more):
     return {"params": size, "flops_per_token": 6.0 * size, "tokens": round(flops / (6 * size)), "val_loss": loss,
-            "diverged": False, **more}
+            "diverged": False, "config": {"n_layer": 2, "n_embd": round(size**0.5)}, **more}
 
 
 def study(noise=0.0, curve=0.05, sizes=(1e5, 2e5, 4e5, 8e5, 1.6e6)):
@@ -47,6 +47,7 @@ def test_budgets_are_told_apart():
     lost = [{**r, "diverged": True, "val_loss": None} if r["params"] == 1e5 else r for r in rows]
     assert [len(sizes) for _, sizes in budgets(lost)] == [4, 4, 4]
     assert markdown(rows[:3]) == ""
+    assert budgets([{**r, "config": {"n_layer": 2, "n_embd": 64}} for r in rows]) == []  # one size, of other parts
 
 
 @pytest.mark.parametrize("rows", [study(curve=-0.05), study(sizes=(1e7, 2e7, 4e7))], ids=["upside down", "outside"])
