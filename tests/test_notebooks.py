@@ -67,7 +67,7 @@ def problems(notebook):
 
 
 def test_there_are_notebooks():
-    assert {"gpt.ipynb", "perf.ipynb"} <= {path.name for path in NOTEBOOKS}
+    assert {"gpt.ipynb", "perf.ipynb", "results.ipynb"} == {path.name for path in NOTEBOOKS}
 
 
 @each_notebook
@@ -127,6 +127,7 @@ def house(tmp_path_factory):
     top = tmp_path_factory.mktemp("house")
     shutil.copytree(ROOT / "notebooks", top / "notebooks")
     shutil.copytree(ROOT / "data", top / "data", ignore=shutil.ignore_patterns("*.bin", "*.json", "__pycache__"))
+    shutil.copytree(ROOT / "docs" / "results", top / "docs" / "results")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, top)
     register = [sys.executable, "-m", "ipykernel", "install", f"--prefix={top}", "--name=minichat"]

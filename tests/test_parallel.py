@@ -281,6 +281,45 @@ def test_a_rank_that_is_killed(words, tmp_path):
     assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [
+    dict(zero_stage=3, activation_checkpointing="selective"), dict(zero_stage=2, activation_checkpointing="full"),
+    dict(pp_size=2), dict(pp_size=2, pp_schedule="interleaved", n_layer=4)], ids=str)
+def test_a_layout_compiles(layout, words, tmp_path, unbroken):
+    """Attention and MLP of each block, and the losses are those of one process that does not."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler here")
+    one = unbroken(gradient_accumulation_steps=4, n_layer=layout.get("n_layer", 2))
+    script = tmp_path / "counting.py"
+    script.write_text(f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from torch._dynamo.utils import counters
+sys.argv[0] = "train.py"
+try:
+    runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+finally:
+    breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+    print("breaks", breaks, "graphs", graphs, file=sys.stderr)
+""", encoding="utf-8")
+    done = finish(start(2, script, *flags(words, tmp_path / "run", compile=True, **layout)))
+    assert done.returncode == 0 and "torch.compile" not in done.err, done.err
+    graphs = [line.split() for line in done.err.splitlines() if line.startswith("breaks")]
+    assert [line[:2] for line in graphs] == [["breaks", "0"]] * 2 and all(int(line[3]) > 1 for line in graphs), done.err
+    there = outcome(tmp_path / "run")
+    for key in ("loss", "grad_norm"):
+        assert close([r[key] for r in there["metrics"]], [r[key] for r in one["metrics"]]), key
+    assert close([there["val_loss"]], [one["val_loss"]])
+
+
+def test_layers_that_are_split_do_not_compile(words, tmp_path, unbroken):
+    one = unbroken(gradient_accumulation_steps=4, n_layer=2)
+    done = finish(start(2, ROOT / "train.py", *flags(words, tmp_path / "run", compile=True, tp_size=2)))
+    assert done.returncode == 0 and done.err.count("warning: torch.compile does not work here") == 1
+    assert close(losses(tmp_path / "run"), [r["loss"] for r in one["metrics"]])
+
+
 def test_a_rank_that_fails(words, tmp_path):
     """All stop, and what is said is what happened there."""
     script = faulty(tmp_path, 'assert rank != "1" or len(calls) < 3, "on purpose"')
