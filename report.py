@@ -155,7 +155,7 @@ def plot_keys(ax, run, field, x="step", log=False):
         by_depth = matplotlib.colormaps["viridis"](0.9 * (depth or 0))
         colour = COLOURS[1 if key == "embed" else 3] if depth is None else by_depth
         ax.plot(*series(run, field, x, key), color=colour, linewidth=1.3, label=str(key))
-    ax.set(xlabel=AXES[x][0], title=f"{TITLES.get(field, field)}: {run.name}", yscale="log" if log else "linear")
+    ax.set(xlabel=AXES[x][0], title=f"{TITLES.get(field, field)}\n{run.name}", yscale="log" if log else "linear")
 
 
 def plot_parts(ax, run, x="step"):
@@ -166,7 +166,7 @@ def plot_parts(ax, run, x="step"):
     shares = [[(r.get(part) or 0.0) / total for r, total in zip(records, totals, strict=True)] for part in parts]
     ax.stackplot([r[x] for r in records], shares, labels=[page.PART_NAMES[part] for part in parts], colors=COLOURS)
     ax.grid(False)
-    ax.set(xlabel=AXES[x][0], title=f"where a step's time goes: {run.name}", ylim=(0, 1))
+    ax.set(xlabel=AXES[x][0], title=f"where a step's time goes\n{run.name}", ylim=(0, 1))
 
 
 def picture(runs, path, x="step"):
@@ -199,8 +199,8 @@ def picture(runs, path, x="step"):
         for i, (field, draw) in enumerate(small):
             ax = figure.add_subplot(grid[1 + i // 3, i % 3])
             draw(ax)
-            if field == "parts":
-                ax.legend(frameon=True, framealpha=0.8, fontsize=7, loc="lower right")
+            if field in ("parts", *page.BY_LAYER, *page.BY_GROUP) and len(ax.get_legend_handles_labels()[1]) < 9:
+                ax.legend(frameon=True, framealpha=0.8, fontsize=7, ncols=2)
         figure.savefig(path, dpi=144)
         plt.close(figure)
 
