@@ -19,7 +19,7 @@ import time
 import uuid
 import warnings
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -125,7 +125,7 @@ class Layout:
             dist.init_process_group(gpu if self.device.type == "cuda" else "gloo", store=Layout.store,
                                     rank=self.rank, world_size=self.world)
         shape = (self.pp, self.dp, self.tp)
-        self.mesh = mesh_of(self.device.type, shape)
+        self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
         self.pp_rank, self.dp_rank, self.tp_rank = self.mesh.get_coordinate()
         if self.pp > 1:  # else all of them
             self.peer_group = own_group(self.mesh.mesh.flatten(1))
@@ -255,8 +255,9 @@ class Layout:
         for module in units:
             fully_shard(module, reshard_after_forward=self.zero == 3, mp_policy=short, **options)
         fully_shard(root, reshard_after_forward=False, **options)
-        for module, following in zip(units, units[1:], strict=False):  # is gathered while this one computes
-            module.set_modules_to_forward_prefetch([following])  # backward it is so anyway
+        if self.device.type == "cuda":  # over gloo there is nothing to gain, and a process may abort as it ends
+            for module, following in zip(units, units[1:], strict=False):  # gathered while this one computes
+                module.set_modules_to_forward_prefetch([following])  # backward it is so anyway
 
     def split_layers(self, model):
         """Tensor parallelism: heads and hidden units over the ranks, the rest whole on each, all as DTensors.
@@ -621,19 +622,10 @@ def with_local(module, owner, *names, summed=False):
     module.forward = run
 
 
-@cache  # a run that goes back sets up anew, and takes the groups that there are
-def mesh_of(kind, shape):
-    return dist.init_device_mesh(kind, shape, mesh_dim_names=("pp", "dp", "tp"))
-
-
 def own_group(rows):
     """The process group of this rank among those of `rows` (n, ranks), or None."""
-    return group_among(tuple(map(tuple, rows.tolist())))
-
-
-@cache
-def group_among(rows):
-    return dist.new_subgroups_by_enumeration([list(row) for row in rows])[0]
+    group, _ = dist.new_subgroups_by_enumeration(rows.tolist())
+    return group
 
 
 def parts_of_blocks(model):
