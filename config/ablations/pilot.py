@@ -1,6 +1,6 @@
 """
 Does the stack hold what it promises in the largest model that two CPU cores carry in half an hour? GPT-2's
-architecture, the stack, and the stack with multi-query attention, one after another with both cores: the same four
+architecture, the stack, and the stack with multi-query attention, one after another with both cores: the same three
 million tokens, in a model of nanoGPT's size for this text (six layers of 384, a context of 256).
 
     python data/shakespeare_char/prepare.py
@@ -17,7 +17,7 @@ from config.ablations.architecture import _stack
 
 base = "config/shakespeare_char_gpt2.py"
 common = {
-    "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16, "max_iters": 1000, "threads": 2,
+    "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 16, "max_iters": 800, "threads": 2,
     "learning_rate": 1.33e-3, "eval_interval": 100, "eval_iters": 8,
 }
 seeds = (1,)
