@@ -108,7 +108,7 @@ def markdown(rows, size=SIZE):
         found = lowest(losses)
         best = (f"{found[0]:,.0f}", f"{flops / (6 * found[0]):,.0f}", f"{found[1]:.4f}") if found else ("none", "", "")
         body.append((f"{flops:.3g}", ", ".join(f"{n:,}" for n in losses), *best))
-    header = ("FLOPs", "sizes", "best size", "its tokens", "its loss")
+    header = ("FLOPs", "sizes", "best size N", "FLOPs / 6N, tokens", "its loss")
     lines = [header, ("--:",) * len(header), *body]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     found, others = law(means_of(groups)), drawn(groups)

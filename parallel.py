@@ -255,7 +255,7 @@ class Layout:
         for module in units:
             fully_shard(module, reshard_after_forward=self.zero == 3, mp_policy=short, **options)
         fully_shard(root, reshard_after_forward=False, **options)
-        if self.device.type == "cuda":  # over gloo there is nothing to gain, and a process may abort as it ends
+        if self.device.type == "cuda":  # over gloo a process may then abort as it ends
             for module, following in zip(units, units[1:], strict=False):  # gathered while this one computes
                 module.set_modules_to_forward_prefetch([following])  # backward it is so anyway
 
