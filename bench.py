@@ -576,15 +576,28 @@ def crowded(engine):
     return timed(one_by_one), timed(at_once)
 
 
+def checkpoint_of(folder, length):
+    """The model in a run folder. Ends with a message where there is none, or none for so many tokens."""
+    try:
+        model = load(folder)[0]
+    except (OSError, ValueError) as e:
+        fail(e)
+    if model.config.block_size < length:
+        fail(f"--prompts={','.join(map(str, prompts))}: {folder} has a context of {model.config.block_size}, and the "
+             f"longest prompt takes {length} with the tokens after it")
+    return model
+
+
 @torch.no_grad()
 def bench_infer():
     where = pick_device(device)[0]
+    loaded = {folder: checkpoint_of(folder, max(prompts) + new_tokens + 1) for folder in models}
     memory, rows, others = bandwidth(where), [], []
     for form in forms:
         for subject in models or kv_heads:
             torch.manual_seed(0)
-            model = load(subject)[0] if models else GPT(GPTConfig(n_kv_head=subject))
-            model = model.eval().to(where, torch.float32)
+            model = loaded[subject] if models else GPT(GPTConfig(n_kv_head=subject))
+            model = copy.deepcopy(model).eval().to(where, torch.float32)
             heads, named = model.config.kv_heads, {"model": Path(subject).name} if models else {}
             int8 = form == "int8"
             dtype = torch.float32 if int8 and where.type == "cpu" else getattr(torch, "bfloat16" if int8 else form)

@@ -1,4 +1,4 @@
-# GPT-2's architecture, which is the default: what docs/report.md compares with.
+# GPT-2's architecture, which is the default but for its biases: what docs/report.md compares with.
 #     python train.py config/owt_124m.py config/gpt2.py
 pos = "learned"
 norm = "layernorm"

@@ -213,9 +213,11 @@ def test_a_recipe_needs_documents(run_script, tmp_path):
     assert done.returncode == 2 and "--input is missing" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_inference_of_checkpoints(run_script, tiny, tmp_path):
+def test_inference_of_checkpoints(run_script, tiny_settings, tmp_path):
     for name, heads in (("all", 0), ("one", 1)):
-        assert tiny(tmp_path / name, max_iters=1, n_kv_head=heads).code == 0
+        more = ["--max_iters=1", f"--n_kv_head={heads}", f"--out_dir={tmp_path / name}"]
+        done = run_script("train.py", *tiny_settings, *more)
+        assert done.returncode == 0, done.stderr
     words = ["--forms=float32", "--batches=2", "--prompts=4", "--new_tokens=2", "--rounds=1", "--device=cpu"]
     done = run_script("bench.py", "infer", *words, f"--models={tmp_path / 'all'},{tmp_path / 'one'}")
     assert done.returncode == 0, done.stderr
@@ -224,6 +226,9 @@ def test_inference_of_checkpoints(run_script, tiny, tmp_path):
     assert (every["model"], one["model"]) == ("all", "one") and every["kv_heads"] > one["kv_heads"] == 1
     assert every["kv_mb"] == pytest.approx(every["kv_heads"] * one["kv_mb"])
     assert not [key for other in result["others"] for key in other if key.startswith(("plain", "crowd"))]
+    for more, named in ((f"--models={tmp_path / 'none'}", "none"), ("--prompts=4,512", "has a context of")):
+        done = run_script("bench.py", "infer", *words, f"--models={tmp_path / 'all'}", more)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from isoflop import DRAWS, budgets, drawn, law, lowest, markdown, means_of
+from isoflop import DRAWS, budgets, draw, drawn, law, lowest, markdown, means_of
 
 
 def row(size, flops, loss, **more):
@@ -53,3 +53,14 @@ def test_budgets_are_told_apart():
 @pytest.mark.parametrize("rows", [study(curve=-0.05), study(sizes=(1e7, 2e7, 4e7))], ids=["upside down", "outside"])
 def test_where_there_is_no_best_size(rows):
     assert law(means_of(budgets(rows))) is None and "follow no law" in markdown(rows)
+
+
+def test_the_curves_are_drawn():
+    """A curve and its points for each budget; the best sizes, their law, its band, and the size that was asked of."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    curves, sizes = figure.subplots(1, 2)
+    draw((curves, sizes), study(noise=0.001))
+    assert [text.get_text() for text in curves.get_legend().texts] == ["4e+12 FLOPs", "1.6e+13 FLOPs", "6.4e+13 FLOPs"]
+    best = [float(line.get_ydata()[0]) for line in sizes.lines[:3]]
+    assert best == pytest.approx([2e5, 4e5, 8e5], rel=0.01)
+    assert len(sizes.lines) == 5 and len(sizes.collections) == 1

@@ -1,7 +1,7 @@
 """
-Does what helps on characters help on tokens, too? The parts of config/ablations/architecture.py that are more than
-noise there, and multi-query attention, on Tiny Shakespeare in a byte-level BPE of 1,024 tokens, trained on its training
-part, where the head is a larger share of the model and a text is shorter.
+Does what helps on characters help on tokens, too? The parts of config/ablations/architecture.py that most is
+asked of, on Tiny Shakespeare in a byte-level BPE of 1,024 tokens, trained on its training part, where the head is a
+larger share of the model and a text is shorter.
 
     python data/shakespeare_bpe/prepare.py
     python ablate.py config/ablations/architecture_bpe.py
