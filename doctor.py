@@ -31,6 +31,7 @@ from configurator import configure, fail
 from device import can_compile, peak_flops, pick_device, pick_dtype
 from model import flash_attn_func, pick_attention
 from monitor import environment
+from parallel import leave
 
 # -----------------------------------------------------------------------------
 out_dir = "out"               # where runs would go: its disk is looked at
@@ -324,7 +325,6 @@ def talk(them, where):
     them.done("end")
     if rank == 0:  # which may hold the store
         them.all_done("end")
-    dist.destroy_process_group()
     return rows
 
 
@@ -375,6 +375,8 @@ def main():
             show_ranks(them.backend, them.cards, rows)
     if rank == 0:
         print(json.dumps(found))
+    if them:
+        leave(0)
 
 
 if __name__ == "__main__":

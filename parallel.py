@@ -13,6 +13,7 @@ that every layout has the same weights; it is gathered whole for a checkpoint. W
 group, and each function here gives back what it was given.
 """
 
+import atexit
 import os
 import sys
 import time
@@ -82,8 +83,7 @@ def one_fate():
         if not dist.is_initialized():
             raise
         if isinstance(e, SystemExit) and (e.code in (None, 0) or e.code > 128):  # all of them end so
-            dist.destroy_process_group()
-            raise
+            leave(e.code or 0)
         mine = f"rank {rank()} failed ({type(e).__name__}: {e})"
         first = Layout.store.compare_set("failed", "", mine).decode()
         if first == mine or isinstance(e, SystemExit):
@@ -91,7 +91,17 @@ def one_fate():
         print(f"rank {rank()} stops: {first.splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave(0)
+
+
+def leave(code):
+    """Ends this process of a group. A thread of gloo's may still hold tensors of the last collective, and to let go of
+    them while the interpreter takes itself down aborts a process whose work is done: so there is no taking down."""
+    dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Layout:
@@ -255,9 +265,8 @@ class Layout:
         for module in units:
             fully_shard(module, reshard_after_forward=self.zero == 3, mp_policy=short, **options)
         fully_shard(root, reshard_after_forward=False, **options)
-        if self.device.type == "cuda":  # over gloo a process may then abort as it ends
-            for module, following in zip(units, units[1:], strict=False):  # gathered while this one computes
-                module.set_modules_to_forward_prefetch([following])  # backward it is so anyway
+        for module, following in zip(units, units[1:], strict=False):  # gathered while this one computes
+            module.set_modules_to_forward_prefetch([following])  # backward it is so anyway
 
     def split_layers(self, model):
         """Tensor parallelism: heads and hidden units over the ranks, the rest whole on each, all as DTensors.

@@ -261,6 +261,37 @@ def test_shards_are_not_for_layers_that_are_split(words, tmp_path):
     assert done.err.count("error: checkpoint_format='sharded'") == 1 and "tp_size=1" in done.err
 
 
+LAST = """
+import atexit, sys
+import torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+from parallel import Layout, one_fate
+class Held:
+    def __del__(self):
+        print("the interpreter takes itself down")
+held = Held()
+atexit.register(sys.stdout.write, "what was asked for at the end\\n")
+with one_fate():
+    layout = Layout()
+    dist.all_reduce(torch.ones(1000))
+    sys.stdout.write(f"done {{layout.rank}}\\n")  # in one piece, as two ranks print
+    {end}
+"""
+
+
+@pytest.mark.parametrize("end", ["pass", "sys.exit(0)", "sys.exit(130)"])
+def test_a_process_whose_work_is_done_ends_at_once(end, tmp_path):
+    """A thread of gloo's with a tensor of the last collective aborts an interpreter that takes itself down: 1 in 80
+    runs of two ranks ended so beside other work."""
+    script = tmp_path / "last.py"
+    script.write_text(LAST.format(root=str(ROOT), end=end), encoding="utf-8")
+    done = finish(start(2, script))
+    assert (done.returncode == 0) == ("130" not in end), done.err
+    assert "done 0" in done.out and "done 1" in done.out
+    assert "asked for at the end" in done.out and "down" not in done.out
+    assert "130" not in end or "exitcode  : 130" in done.err
+
+
 def test_dropout_is_that_of_one_process(words, tmp_path, unbroken):
     settings = dict(dropout=0.2, max_iters=4, gradient_accumulation_steps=4, n_layer=2)
     one = unbroken(**settings)
