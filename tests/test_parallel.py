@@ -323,16 +323,16 @@ def test_a_layout_compiles(layout, words, tmp_path, unbroken):
     one = unbroken(gradient_accumulation_steps=4, n_layer=layout.get("n_layer", 2))
     script = tmp_path / "counting.py"
     script.write_text(f"""
-import os, runpy, sys
+import atexit, os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from torch._dynamo.utils import counters
 sys.argv[0] = "train.py"
-try:
-    runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
-finally:
+@atexit.register
+def tell():
     with open({str(tmp_path)!r} + "/graphs_" + os.environ["RANK"], "w") as file:
         print(sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"], file=file)
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """, encoding="utf-8")
     done = finish(start(2, script, *flags(words, tmp_path / "run", compile=True, **layout)))
     assert done.returncode == 0 and "torch.compile" not in done.err, done.err
