@@ -11,7 +11,7 @@ from config.ablations.architecture import _stack
 
 base = "config/shakespeare_char_gpt2.py"
 common = {"tokens_per_run": 1_024_000}
-seeds = (1, 2)
+seeds = (1, 2, 3)
 
 _factors = {"x1": 1, "x0.25": 1 / 4, "x0.5": 1 / 2, "x2": 2, "x4": 4}
 
