@@ -25,9 +25,10 @@ steps, by ZeRO stage, and its peak. `monitor` trains on the config with its logg
 and says what they take of a step. Each prints a table and, as the last line, one JSON object.
 """
 
-import atexit
+import contextlib
 import copy
 import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -535,27 +536,46 @@ def peers_of(model, where, length):
 
 
 def llama_cpp_of(model, form, length):
-    """{name: a function as those above}: llama.cpp on the same weights through GGUF, int8 being its q8_0."""
-    try:
-        import llama_cpp
-    except ImportError:
+    """{name: a function as those above}: llama.cpp on the same weights through GGUF, int8 being its q8_0. It works in a
+    process of its own, whose end is not the end of the others' figures: on a Xeon with AMX its q8_0 faults."""
+    if not importlib.util.find_spec("llama_cpp"):
         return {}
+    spawn = multiprocessing.get_context("spawn")
+    end, its_end = spawn.Pipe()
+
+    def once():
+        end.send(None)
+        return end.recv()
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(model, None, path, {"int8": "q8_0"}.get(form, form))
-        threads = torch.get_num_threads()
-        theirs = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, use_mmap=False,
-                                 verbose=False)
-    atexit.register(theirs.close)  # before the modules that it needs are gone
-    ids = torch.randint(50257, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-
-    def once():
-        theirs.reset()
-        tokens = theirs.generate(ids, temp=0.0, repeat_penalty=1.0)
-        next(tokens)
-        return timed(lambda: [next(tokens) for _ in range(new_tokens)]) / new_tokens
-
+        args = its_end, str(path), length, new_tokens, torch.get_num_threads()
+        spawn.Process(target=llama_cpp_draws, args=args, daemon=True).start()
+        its_end.close()  # so that a child that dies ends the wait
+        try:
+            once()
+        except (EOFError, OSError):
+            print(f"warning: llama.cpp ended without a figure for {form}", file=sys.stderr)
+            return {}
     return {"llama.cpp": once}
+
+
+def llama_cpp_draws(end, path, length, n, threads):
+    """A child of llama_cpp_of's: each message asks for the seconds of a token."""
+    import llama_cpp
+
+    settings = {"n_threads": threads, "n_threads_batch": threads, "use_mmap": False, "verbose": False}
+    theirs = llama_cpp.Llama(path, n_ctx=1024, **settings)
+    ids = torch.randint(50257, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    with contextlib.suppress(EOFError):  # the parent's end
+        while True:
+            end.recv()
+            theirs.reset()
+            tokens = theirs.generate(ids, temp=0.0, repeat_penalty=1.0)
+            next(tokens)
+            end.send(timed(lambda tokens=tokens: [next(tokens) for _ in range(n)]) / n)
+    theirs.close()
 
 
 def crowded(engine):

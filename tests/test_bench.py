@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from test_tokenizer import RANKS, needs_ranks
 
-from bench import typical
+from bench import llama_cpp_of, typical
+from model import GPT, GPTConfig
 
 KEYS = ("seed", "val_loss", "train_s", "step_ms", "data_ms", "forward_ms", "backward_ms", "optim_ms", "tok_per_s")
 
@@ -229,6 +230,30 @@ def test_inference_of_checkpoints(run_script, tiny_settings, tmp_path):
     for more, named in ((f"--models={tmp_path / 'none'}", "none"), ("--prompts=4,512", "has a context of")):
         done = run_script("bench.py", "infer", *words, f"--models={tmp_path / 'all'}", more)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("life", ["pass", "os.abort()"])
+def test_a_peer_that_ends_takes_nothing_with_it(life, tmp_path, monkeypatch, capfd):
+    """As llama.cpp's int8 does on a Xeon with AMX."""
+    (tmp_path / "llama_cpp.py").write_text(f"""
+import itertools, os
+class Llama:
+    def __init__(self, path, **settings):
+        assert os.path.getsize(path) > 0 and settings["use_mmap"] is False
+    def reset(self): pass
+    def close(self): pass
+    def generate(self, ids, **settings):
+        assert len(ids) == 5
+        {life}
+        return itertools.count()
+""", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8, vocab_size=50257))
+    found = llama_cpp_of(model, "float32", 5)
+    if life == "pass":
+        assert found["llama.cpp"]() > 0
+    else:
+        assert found == {} and "warning: llama.cpp ended without a figure for float32" in capfd.readouterr().err
 
 
 @pytest.mark.slow
