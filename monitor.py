@@ -235,17 +235,36 @@ class Profiler:
         if step == self.last and self.profiler:
             return self.stop()
         if step == self.first - 1 and not self.profiler:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            activities += [torch.profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr that it begins and ends
-            self.profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-            self.profiler.start()
+            self.profiler = self.begun(profile_memory=True)
         return []
 
-    def stop(self):
+    def begun(self, **options):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        activities += [torch.profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr that it begins and ends
+        profiler = torch.profiler.profile(activities=activities, **options)
+        profiler.start()
+        return profiler
+
+    def end(self, profiler):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.profiler.stop()
+        profiler.stop()
+
+    def exposed(self, call):
+        """Milliseconds of `call` in which something is communicated and nothing computed, None where these are steps to
+        trace. It includes the wait for a rank that is late, and thus a pipeline's bubble."""
+        if self.profiler:
+            call()
+            return None
+        profiler = self.begun()
+        call()
+        self.end(profiler)
+        talk, work = communication(profiler.events())
+        return (covered(talk + work) - covered(work)) / 1000
+
+    def stop(self):
+        self.end(self.profiler)
         path = self.folder / f"trace_{self.first}_{self.last}.json.gz"
         try:
             self.folder.mkdir(exist_ok=True)
@@ -269,6 +288,32 @@ class Profiler:
         if self.profiler:
             self.profiler.stop()
             self.profiler = None
+
+
+def communication(events):
+    """torch.profiler's events -> two lists of (start, end) in us: what is communicated (NCCL's kernels, gloo's work),
+    and what is computed (all other kernels, or on a CPU operators)."""
+    kernels = [e for e in events if e.device_type != torch.autograd.DeviceType.CPU and not e.is_user_annotation]
+    gloo = [e for e in events if e.name.startswith("gloo:")]
+    talk = gloo + [e for e in kernels if "nccl" in e.name.lower()]
+    if kernels:
+        work = [e for e in kernels if "nccl" not in e.name.lower()]
+    else:
+        callers = [e for e in events if e.name.startswith("c10d::")]  # which have to wait where gloo is slow to begin
+        talk += callers
+        theirs = {e.thread for e in gloo} - {e.thread for e in callers}  # gloo's own threads add and copy, too
+        computes = ("aten::", "Torch-Compiled", "CompiledFunction")
+        work = [e for e in events if e.name.startswith(computes) and e.thread not in theirs]
+    return [[(e.time_range.start, e.time_range.end) for e in found] for found in (talk, work)]
+
+
+def covered(spans):
+    """The length of the union of (start, end)."""
+    length, until = 0, -math.inf
+    for start, end in sorted(spans):
+        length += max(0, end - max(start, until))
+        until = max(until, end)
+    return length
 
 
 def largest(operations, unit, name, count=10):

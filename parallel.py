@@ -372,8 +372,9 @@ class Layout:
         self.schedules[x.shape].step(*[x] * (self.pp_rank == 0), target=y, losses=losses, targets=y)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.device)
 
-    def relay(self, model, idx, targets=None, *, loss_only=True):
-        """GPT.forward of a pipeline without a backward pass: stage after stage, the loss told all. -> (None, loss)"""
+    def relay(self, model, idx, targets=None, *, loss_only=True, cache=None):
+        """GPT.forward of a pipeline without a backward pass: stage after stage, the loss told all. -> (None, loss), or
+        with a cache (None, None): what it saw is what is wanted."""
         group, x = self.mesh["pp"].get_group(), idx
         for i in range(self.stages):
             before, here = (i - 1) % self.pp, i % self.pp
@@ -383,7 +384,9 @@ class Layout:
                 if i and before != here:
                     x = torch.empty(*idx.shape, model.config.n_embd, device=self.device)
                     dist.recv(x, group=group, group_src=before)
-                x = model.stages[i // self.pp](x, targets)
+                x = model.stages[i // self.pp](x, targets, cache)
+        if cache is not None:
+            return None, None
         loss = x if self.pp_rank == self.pp - 1 else torch.empty(1, device=self.device)
         dist.broadcast(loss, group=group, group_src=self.pp - 1)
         return None, loss[0]
@@ -415,11 +418,6 @@ class Layout:
         order of sums: a run that goes on has the bits of one that was not stopped if both begin with two idle passes.
         """
         return 2 if isinstance(self.module, DistributedDataParallel) else 0
-
-    @property
-    def reduces_once(self):
-        """Whether the gradients are reduced in the last backward pass of a step alone."""
-        return isinstance(self.module, DistributedDataParallel) or self.zero == 1 and self.pp == 1
 
     @property
     def copies_whole(self):
@@ -470,13 +468,19 @@ class Layout:
             dist.all_reduce(squares)
         return squares.sqrt()
 
-    def of_heads(self, mean, largest):
-        """A mean and a largest value over this rank's heads -> over those of all."""
+    def of_all_layers(self, model, figures):
+        """What probe.attention found of this rank's layers and heads -> of all of the model's. All ranks call it."""
         if self.tp > 1:
-            dist.all_reduce(mean, group=self.mesh["tp"].get_group())
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.mesh["tp"].get_group())
-            mean /= self.tp
-        return mean, largest
+            group = self.mesh["tp"].get_group()
+            dist.all_reduce(figures["attn_entropy"], group=group)
+            dist.all_reduce(figures["attn_logit_max"], dist.ReduceOp.MAX, group=group)
+            figures["attn_entropy"] /= self.tp
+        if self.pp > 1:
+            held = torch.tensor([int(i) for i in model.transformer.h], device=self.device)
+            for key, by_layer in figures.items():
+                figures[key] = by_layer.new_zeros(model.config.n_layer).index_copy_(0, held, by_layer)
+                dist.all_reduce(figures[key], group=self.mesh["pp"].get_group())
+        return figures
 
     def finite(self, model):
         """Whether every weight is, on every rank."""
@@ -588,14 +592,15 @@ class Stage(GPT):
         for name, buffer in model.named_buffers(recurse=False):
             self.register_buffer(name, buffer, persistent=False)
 
-    def forward(self, x, targets=None):
-        """Token ids (B, T) or what the stage before gave (B, T, n_embd) -> (B, T, n_embd), or the mean loss (1,)."""
+    def forward(self, x, targets=None, cache=None):
+        """Token ids (B, T) or what the stage before gave (B, T, n_embd) -> (B, T, n_embd), or of the last stage, if no
+        cache stands in for attention as in GPT.forward, the mean loss (1,)."""
         with self.context():
             rope = self.rope(x.size(1))
             x = self.embed(x) if self.first else x
-            for block in self.transformer.h.values():
-                x = block(x, rope)
-            return torch.stack([self.loss(x, targets)]) if self.last else x
+            for i, block in self.transformer.h.items():
+                x = block(x, rope, cache and partial(cache.attend, int(i)))
+            return torch.stack([self.loss(x, targets)]) if self.last and not cache else x
 
 
 def with_one_greeting(stage):

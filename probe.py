@@ -12,6 +12,8 @@ Nothing here draws a random number or leaves a trace: a run is the same to the b
 
 import torch
 
+from model import Block
+
 
 class Attend:
     """What GPT.forward takes for a cache: attention spelled out, which notes what SDPA keeps to itself."""
@@ -50,11 +52,12 @@ def attention(model, idx, context):
     -> {"attn_entropy", "attn_logit_max", "act_rms"}, each a tensor of one number a layer: the entropy of the attention
     weights in nats, mean over heads and query positions (query t sees t + 1 keys, so uniform attention has the mean of
     ln(t + 1), about ln T - 1, and that is what to divide by to compare lengths); the largest scaled logit before the
-    softmax; the root mean square of the residual stream after the block. Of a tensor-parallel model, this rank's heads.
+    softmax; the root mean square of the residual stream after the block. Of a model on many ranks (parallel.py), this
+    one's layers and heads.
     """
     rms, training = [], model.training
     hooks = [block.register_forward_hook(lambda block, args, x: rms.append(x.float().square().mean().sqrt()))
-             for block in model.transformer.h]
+             for block in model.modules() if isinstance(block, Block)]
     probe = Attend(model, idx.size(1), idx.device)
     model.eval()
     try:

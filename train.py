@@ -301,6 +301,7 @@ def main(config, given, rewound=None):
     watch = Watch(warn)
 
     per_step = batch_size * micro_batches * block_size
+    passes = accumulation if pp_size == 1 else 1  # of this rank through the model a step; a pipeline has all in one
     keep = keep_checkpoints if always_save_checkpoint else 1
     peak = peak_flops or peak_of(where, precision)
     peak_why = "asked for" if peak_flops else "its data sheet" if where.type == "cuda" else "measured"
@@ -350,19 +351,27 @@ def main(config, given, rewound=None):
             timer.mark("backward_ms")
         return loss.detach()
 
-    def exposed():
-        """Communication in a step that no computation hides, in ms: how much longer the last micro-batch takes, which
-        reduces the gradients, than the same without; the least of two each."""
-        x, y = (t.to(where).view(-1, context_at(state["step"])) for t in loader.batch(state["step"]))
-        took = {-1: [], accumulation - 1: []}
-        for micro in [*took] * 2:  # what the first leaves in fully_shard's hands goes with the second
-            ticks = StepTimer(where)
-            ticks.start()
-            micro_step(x, y, state["step"], micro, ticks)
-            took[micro].append(sum(ticks.read().values()))
-        opt.zero_grad()
-        without, reduced = map(min, took.values())
-        return {"comm_ms": round(max(0.0, reduced - without), 3)}
+    def communication():
+        """Communication in a step that no computation hides, in ms. Of the micro-batches the first is looked at, the
+        second, which stands for those that follow it, and the last, which reduces the gradients; the least of two each.
+        """
+        x, y = layout.repeated(loader.batch(state["step"]), accumulation)
+        x, y = (t.to(where).view(-1, context_at(state["step"])) for t in (x, y))
+
+        def look(micro):
+            micro_step(x, y, state["step"], micro)
+            if micro == passes - 1:
+                layout.reduce(model)
+
+        alike = {0: 1, 1: passes - 2, passes - 1: 1}  # how many of them each stands for
+        found = {micro: [] for micro, n in alike.items() if n > 0}
+        for _ in range(2):
+            for micro, ms in found.items():
+                ms.append(profiler.exposed(partial(look, micro)))
+            opt.zero_grad()
+        if None in found[0]:
+            return {}
+        return {"comm_ms": round(sum(alike[micro] * min(ms) for micro, ms in found.items()), 3)}
 
     def validate():
         result = evaluate_now(model, val_tokens, context, layout)
@@ -374,15 +383,11 @@ def main(config, given, rewound=None):
         return {"val_loss": result["loss"], "val_tokens": result["tokens"], "val_sha256": result["tokens_sha256"]}
 
     def look_inside(update):
-        """What probe.py sees of this step, in evaluation on the first validation window; in a pipeline without that."""
-        found = update.read()
-        if layout.pp == 1:
-            x, y = next(fixed_batches(val_tokens.parts[0][0], block_size, 1))
-            figures = attention(model, x[:, : int((y != -1).sum())].to(where), context)
-            layout.rest(model)
-            layout.of_heads(figures["attn_entropy"], figures["attn_logit_max"])
-            found |= {key: by_layer.tolist() for key, by_layer in figures.items()}
-        return found
+        """What probe.py sees of this step, and in evaluation on the first validation window."""
+        x, y = next(fixed_batches(val_tokens.parts[0][0], block_size, 1))
+        figures = layout.of_all_layers(model, attention(model, x[:, : int((y != -1).sum())].to(where), context))
+        layout.rest(model)
+        return update.read() | {key: by_layer.tolist() for key, by_layer in figures.items()}
 
     def profiled(step):
         """The profiler begins or ends here, if it is to."""
@@ -506,7 +511,7 @@ def main(config, given, rewound=None):
         lr = learning_rate_at(step)
         opt.set_lr(lr / learning_rate)
         losses = []
-        for micro in range(accumulation if pp_size == 1 else 1):
+        for micro in range(passes):
             x, y = layout.take(loader, accumulation)
             x, y = (t.to(where, non_blocking=loader.pin).view(-1, context_at(step)) for t in (x, y))
             timer.mark("data_ms")
@@ -564,7 +569,7 @@ def main(config, given, rewound=None):
                             f"{'' if math.isfinite(grad_norm) else '; its update is left out'}")
         watch.step(step, parts)
         evaluated = validate() if eval_due else {}
-        comm = exposed() if eval_due and layout.reduces_once else {}
+        comm = communication() if eval_due and layout.world > 1 else {}
         val_loss = evaluated.get("val_loss")
         inside = look_inside(update) if probing else {}
         if log_due or eval_due:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import monitor
 from device import rss_gb
 from loader import read_manifest
-from monitor import Hardware, Profiler, Run, StepTimer, environment, largest
+from monitor import Hardware, Profiler, Run, StepTimer, communication, covered, environment, largest
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -496,3 +496,40 @@ def test_training_and_sampling_open_no_socket(tmp_path, tiny_settings):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "---------------" in done.stdout and "tokens/s" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# Communication that nothing hides
+
+
+def spans(*events):
+    """(name, start, end[, thread[, device]]) as torch.profiler's events, and what communication makes of them."""
+    kinds = torch.autograd.DeviceType
+    made = [SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), thread=([*more, 1])[0],
+                            device_type=kinds.CUDA if "cuda" in more else kinds.CPU, is_user_annotation="note" in more)
+            for name, start, end, *more in events]
+    talk, work = communication(made)
+    return covered(talk), covered(talk + work) - covered(work)
+
+
+def test_what_hides_communication_on_a_cpu():
+    assert spans(("gloo:all_reduce", 10, 30, 2)) == (20, 20)
+    assert spans(("gloo:all_reduce", 10, 30, 2), ("aten::mm", 0, 12), ("aten::mm", 25, 40)) == (20, 13)
+    assert spans(("gloo:all_reduce", 10, 30, 2), ("aten::mm", 5, 50), ("aten::add", 12, 14)) == (20, 0)
+    # two at once count once; gloo's own threads do not compute; a call that has to wait for gloo communicates
+    assert spans(("gloo:a", 10, 30, 2), ("gloo:b", 20, 40, 3), ("aten::copy_", 12, 40, 2)) == (30, 30)
+    assert spans(("c10d::allreduce_", 5, 12), ("gloo:a", 10, 30, 2), ("aten::mm", 12, 20)) == (25, 17)
+    assert spans(("c10d::recv_", 0, 9), ("gloo:recv", 8, 10), ("aten::mm", 10, 20)) == (10, 10)
+    # compiled code has no operators of its own; what merely contains others is no computation
+    compiled = ("Torch-Compiled Region: 0/0", 0, 20)
+    assert spans(("gloo:a", 10, 30, 2), compiled, ("autograd::engine::evaluate_function", 0, 90)) == (20, 10)
+
+
+def test_what_hides_communication_on_a_gpu():
+    """Kernels count, and not the calls that start them, nor the ranges that are noted around them."""
+    calls = [("c10d::allreduce_", 0, 50), ("aten::mm", 0, 99)]
+    nccl = ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 10, 30, 7, "cuda")
+    assert spans(*calls, nccl, ("ampere_sgemm", 0, 12, 8, "cuda")) == (20, 18)
+    noted = [("FSDP::all_gather", 0, 90, 8, "cuda", "note"), ("nccl:all_reduce", 0, 90, 8, "cuda", "note")]
+    assert spans(*calls, nccl, *noted, ("Memcpy DtoD", 15, 18, 8, "cuda")) == (20, 17)
+    assert spans(("gloo:all_reduce", 0, 20, 2), ("ampere_sgemm", 15, 30, 8, "cuda")) == (20, 15)  # backend=gloo

@@ -74,6 +74,62 @@ def close(a, b):
     return all(abs(x - y) <= SAME * abs(y) for x, y in zip(a, b, strict=True))
 
 
+EXPOSED = """
+import sys, time
+sys.path.insert(0, {root!r})
+import torch, torch.distributed as dist
+from monitor import Profiler
+from parallel import Layout, one_fate
+with one_fate():
+    layout, x = Layout(), torch.ones(300, 300)
+    profiler = Profiler("", torch.device("cpu"), "none", 1)
+
+    def late():
+        if layout.rank:
+            time.sleep(0.6)
+        dist.all_reduce(torch.ones(1000))
+
+    def hidden():
+        if layout.rank:
+            time.sleep(0.6)
+        work = dist.all_reduce(torch.ones(1000), async_op=True)
+        until = time.monotonic() + 0.6
+        while time.monotonic() < until:
+            x @ x
+        work.wait()
+
+    found = [profiler.exposed(late), profiler.exposed(hidden)]
+    if layout.rank == 0:
+        print(found)
+"""
+
+
+def test_communication_is_exposed_where_nothing_is_computed_meanwhile(tmp_path):
+    """Rank 0 waits 0.6 s for rank 1, idle or busy. Figures of clocks, with room: a busy one is never idle for half."""
+    script = tmp_path / "exposed.py"
+    script.write_text(EXPOSED.format(root=str(ROOT)), encoding="utf-8")
+    done = finish(start(2, script))
+    assert done.returncode == 0, done.err
+    late, hidden = json.loads(done.out)
+    assert late > 500 and hidden < late / 2
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), pytest.param(dict(zero_stage=1), marks=pytest.mark.slow), dict(zero_stage=3),
+    pytest.param(dict(tp_size=2), marks=pytest.mark.slow), pytest.param(dict(pp_size=2), marks=pytest.mark.slow),
+], ids=str)
+def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, words, tmp_path):
+    """In any layout, at evaluations, but not while steps are traced; and the run is the same to the bit."""
+    often = trained(2, words, tmp_path / "often", max_iters=4, eval_interval=2, **settings)
+    traced = trained(2, words, tmp_path / "traced", max_iters=4, eval_interval=2, profile="1:3", **settings)
+    once = trained(2, words, tmp_path / "once", max_iters=4, eval_interval=4, **settings)
+    assert [r["step"] for r in records(often) if r.get("comm_ms", -1) >= 0] == [2, 4]
+    assert [r["step"] for r in records(traced) if "comm_ms" in r] == [4]
+    assert losses(often) == losses(once) == losses(traced)
+    weights = [load_file(out / "ckpt/step_00000004/model.safetensors") for out in (often, once)]
+    assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+
+
 # -----------------------------------------------------------------------------
 # Layouts
 
