@@ -12,8 +12,9 @@ any instant leaves the one before it whole. Nothing read from a checkpoint is ev
 Where gathering the model on one rank hurts, checkpoint_format="sharded" has each rank write what lies on it, by
 torch.distributed.checkpoint (DCP) in its safetensors storage: shard-0000R-model-00001-of-00001.safetensors instead of
 the two files, with tensors named model/NAME, adamw/NAME/exp_avg, ... and in each header where in the whole they belong.
-That storage keeps no pickled index. They are written while the training goes on, from a copy in CPU memory. Such a run
-is read and resumed like any other, and made a plain one with
+That storage keeps no pickled index. Where tensor parallelism split attention by heads, those of c_attn lie in the order
+that state.json gives as "heads". They are written while the training goes on, from a copy in CPU memory. Such a run is
+read and resumed like any other, and made a plain one with
 
     python checkpoint.py consolidate out/mine
 """
@@ -214,12 +215,13 @@ def load_model_tensors(folder):
         raise CheckpointError(f"{path} cannot be read ({e})") from None
 
 
-def load_optimizer_state(folder, params=None):
+def load_optimizer_state(folder, params=None, heads=None):
     """As Optimizers.state_dict gave it. Raises CheckpointError, also for a pickle that asks for more than tensors. Of a
-    sharded one with `params`, by name, what lies on this rank as they do; all ranks call it."""
+    sharded one with `params`, by name, whose c_attn have their `heads` in this order, what is theirs, as `load_shards`
+    has it; all ranks call it."""
     if is_sharded(folder):
         state = {}
-        for whole_name, t in load_shards(folder, weights=False, params=params).items():
+        for whole_name, t in load_shards(folder, weights=False, params=params, heads=heads).items():
             kind, name, key = whole_name.split("/")
             state.setdefault(kind, {}).setdefault(name, {})[key] = t
         return state
@@ -281,9 +283,10 @@ def save_sharded(out_dir, tensors, state, group=None):
 
 class Background:
     """Writes sharded checkpoints while the steps go on, one after the other. Each rank has one and calls the same; what
-    the threads have to tell each other goes by a group of their own."""
+    the threads have to tell each other goes by a group of their own. The order of c_attn's `heads` is noted."""
 
-    def __init__(self):
+    def __init__(self, heads=None):
+        self.heads = heads
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.thread = self.error = self.step = None
 
@@ -294,8 +297,8 @@ class Background:
 
         self.wait()
         copied = BlockingAsyncStager().stage(shards(model, optimizers))
-        self.step = state["step"]
-        self.thread = threading.Thread(target=self.write, args=(out_dir, copied, deepcopy(state), keep), daemon=True)
+        self.step, state = state["step"], deepcopy(state) | ({"heads": self.heads} if self.heads else {})
+        self.thread = threading.Thread(target=self.write, args=(out_dir, copied, state, keep), daemon=True)
         self.thread.start()
 
     def write(self, out_dir, tensors, state, keep):
@@ -347,25 +350,37 @@ def one_error():
         raise next(iter(e.failures.values()))[0] from None
 
 
-def load_shards(folder, weights, params=None):
-    """Name -> tensor, of the weights or of the optimizer. Whole and on the CPU, or with `params` laid out as the one of
-    that name, for which all ranks call it. Raises CheckpointError."""
+def load_shards(folder, weights, params=None, heads=None):
+    """Name -> tensor, of the weights or of the optimizer, whole and on the CPU. With `params`, by name, what is theirs,
+    laid out as they are, but for a c_attn whose heads are in another order than `heads`; all ranks call it. Raises
+    CheckpointError."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
+    written = read_state(folder).get("heads")
     try:
         with one_error():
             found, tensors = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata, {}
             for name, saved in found.items():
                 p = params and params.get(name.split("/")[1])
-                if name.startswith("model/") == weights:
-                    same = p is not None and saved.size == p.shape
+                if name.startswith("model/") == weights and (params is None or p is not None):
+                    same = p is not None and saved.size == p.shape and (written == heads or ".c_attn." not in name)
                     tensors[name] = torch.zeros_like(p.detach()) if same else \
                         torch.zeros(saved.size, dtype=saved.properties.dtype)
             load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)),
                  no_dist=params is None or not dist.is_initialized())
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise CheckpointError(f"{folder} cannot be read ({e})") from None
+    if written and written != heads:
+        tensors |= {name: by_heads(t, written) for name, t in tensors.items() if ".c_attn." in name and t.ndim}
     return tensors
+
+
+def by_heads(tensor, heads):
+    """A c_attn's rows by `heads` in this order, some of them twice -> by head as the model has them."""
+    tensor = tensor.unflatten(0, (len(heads), -1))
+    whole = tensor.new_empty(max(heads) + 1, *tensor.shape[1:])
+    whole[heads] = tensor
+    return whole.flatten(0, 1)
 
 
 def consolidate(out_dir):
@@ -379,6 +394,7 @@ def consolidate(out_dir):
     done = [folder for folder in steps(out_dir).values() if is_sharded(folder)]
     for folder in done:
         state, tensors, optimizer = verify(folder), load_model_tensors(folder), load_optimizer_state(folder)
+        state.pop("heads", None)  # now as everywhere
         with writing(folder):
             begin(folder)
             write_plain(folder, SimpleNamespace(named_parameters=tensors.items),

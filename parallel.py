@@ -124,6 +124,7 @@ class Layout:
         self.pp_rank, self.dp_rank, self.tp_rank = 0, 0, 0
         self.module = None                # what a forward pass calls
         self.split, self.order = {}, {}   # of a tensor-parallel parameter's name: the dimension; c_attn's order of rows
+        self.heads = None                 # which is that of these heads
         self.kv, self.kv_copies = {}, 1   # of c_attn's name: which rows lie on other ranks, too, and on how many
         self.kv_group = self.tied_group = self.peer_group = None
         self.schedules = {}               # of a pipeline, by the shape of a step's tokens
@@ -278,7 +279,8 @@ class Layout:
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
         mesh, c = self.mesh["tp"], model.config
-        order, n_q = self.rows_of_heads(c), c.n_head // self.tp * c.head_dim
+        self.heads, n_q = self.order_of_heads(c), c.n_head // self.tp * c.head_dim
+        order = torch.arange((c.n_head + 2 * c.kv_heads) * c.head_dim).view(-1, c.head_dim)[self.heads].flatten()
         for i, block in enumerate(model.transformer.h):
             attn = block.attn.c_attn
             for kind, p in list(attn.named_parameters()):
@@ -312,14 +314,14 @@ class Layout:
             self.kv_copies = self.tp // c.kv_heads
             self.kv_group = own_group(self.mesh.mesh.view(-1, self.kv_copies))
 
-    def rows_of_heads(self, c):
-        """For each row of c_attn as the ranks have it, one behind the other, its row in the whole."""
-        heads, each = torch.arange((c.n_head + 2 * c.kv_heads) * c.head_dim).view(-1, c.head_dim), []
-        q, k, v = heads.split((c.n_head, c.kv_heads, c.kv_heads))
+    def order_of_heads(self, c):
+        """For each head of c_attn as the ranks have them, one rank behind the other, its place in the whole."""
+        q, k, v = torch.arange(c.n_head + 2 * c.kv_heads).split((c.n_head, c.kv_heads, c.kv_heads))
+        each = []
         for rank in range(self.tp):
             mine = slice(rank * c.kv_heads // self.tp, max(1, c.kv_heads // self.tp) + rank * c.kv_heads // self.tp)
             each += [q.chunk(self.tp)[rank], k[mine], v[mine]]
-        return torch.cat(each).flatten()
+        return torch.cat(each).tolist()
 
     def cut(self, model, context):
         """Pipeline parallelism: the layers that this rank holds, as one model with a list of `stages`."""
@@ -508,8 +510,8 @@ class Layout:
         return whole
 
     def part(self, name, tensor, p):
-        """`tensor`, which is whole, as `p` lies on this rank."""
-        if not is_sharded(p) or not tensor.ndim:
+        """`tensor`, if it is whole, as `p` lies on this rank."""
+        if is_sharded(tensor) or not is_sharded(p) or not tensor.ndim:
             return tensor.to(p.device)
         if name in self.order:
             tensor = tensor[self.order[name].to(tensor.device)]
@@ -558,9 +560,8 @@ class Layout:
 
     def optimizer_state(self, model, folder):
         """Of a checkpoint, what the optimizer keeps for this rank's parameters; of a sharded one only that is read."""
-        if self.tp == self.pp == 1 and checkpoint.is_sharded(folder):
-            return checkpoint.load_optimizer_state(folder, dict(model.named_parameters()))
-        return self.scatter(model, checkpoint.load_optimizer_state(folder))
+        own = dict(model.named_parameters()) if checkpoint.is_sharded(folder) else None
+        return self.scatter(model, checkpoint.load_optimizer_state(folder, own, self.heads))
 
     def whole_model(self, model):
         """A model that runs on rank 0 alone; None elsewhere. All ranks call it."""

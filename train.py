@@ -283,7 +283,7 @@ def main(config, given, rewound=None):
                         rank=layout.dp_rank, world=layout.dp, first_step=state["step"], prefetch=prefetch,
                         threads=loader_threads, pin=where.type == "cuda", skipped=skipped)
         run = Run(out_dir, writes=layout.rank == 0)
-        shards = checkpoint.Background() if checkpoint_format == "sharded" else None
+        shards = checkpoint.Background(layout.heads) if checkpoint_format == "sharded" else None
         layout.first(lambda: run.open(config, environment(where, dataset_sha256), state["metrics_bytes"]))
         layout.first(lambda: keep_skipped(out_dir, skipped))
         if tokenizer:
@@ -637,8 +637,6 @@ def check_settings():
     for key, known in choices.items():
         if globals()[key] not in known:
             fail(f"{key}={globals()[key]!r} is not one of {', '.join(str(choice) or 'nothing' for choice in known)}")
-    if checkpoint_format == "sharded" and (tp_size > 1 or pp_size > 1):
-        fail("checkpoint_format='sharded' knows no parts of layers and no pipelines: it needs tp_size=1 and pp_size=1")
 
 
 def micro_steps():

@@ -310,11 +310,39 @@ def test_shards_of_a_rank_that_is_killed_while_it_writes(words, tmp_path):
     assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == []
 
 
-def test_shards_are_not_for_layers_that_are_split(words, tmp_path):
-    settings = dict(checkpoint_format="sharded", tp_size=2)
-    done = finish(start(2, ROOT / "train.py", *flags(words, tmp_path / "run", **settings)))
-    assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert done.err.count("error: checkpoint_format='sharded'") == 1 and "tp_size=1" in done.err
+@pytest.mark.slow
+@pytest.mark.parametrize("settings, others, other", [
+    (dict(tp_size=2, zero_stage=3), 2, dict(zero_stage=3)),
+    (dict(tp_size=4), 2, dict(tp_size=2)),  # of whose ranks two hold the same keys and values
+    (dict(pp_size=2, zero_stage=2), 1, {}),
+    (dict(pp_size=2, tp_size=2), 4, dict(tp_size=2, zero_stage=1)),
+], ids=str)
+def test_shards_of_layers_that_are_split(settings, others, other, words, tmp_path):
+    """What four ranks wrote is what a plain checkpoint of theirs holds, and the same layout and others go on from it as
+    they do from that."""
+    ranks, model = 4, dict(n_head=4, n_kv_head=2, eval_interval=4, optimizer="muon", bias=True)
+    begin = dict(**model, max_iters=4, lr_decay_iters=8)
+    plain = trained(ranks, words, tmp_path / "plain", **begin, **settings)
+    shards = trained(ranks, words, tmp_path / "shards", checkpoint_format="sharded", **begin, **settings)
+    found = checkpoint.find(shards)[0]
+    held = [checkpoint.load_model_tensors(folder) for folder in (found, checkpoint.find(plain)[0])]
+    assert held[0].keys() == held[1].keys() and all(torch.equal(t, held[1][name]) for name, t in held[0].items())
+    state = checkpoint.read_state(found)
+    assert ("heads" in state) == ("tp_size" in settings) and len(state["files"]) > 1
+    runs = {"plain": plain}
+    for name in ("same", "other", "consolidated"):
+        runs[name] = tmp_path / name
+        shutil.copytree(shards, runs[name])
+    assert len(checkpoint.consolidate(runs["consolidated"])) == 1
+    assert differences(outcome(runs["consolidated"]), outcome(plain)) == []
+    assert "heads" not in checkpoint.read_state(checkpoint.find(runs["consolidated"])[0])
+    for name, n, layout in ("plain", ranks, settings), ("same", ranks, settings), ("other", others, other):
+        trained(n, words, runs[name], init_from="resume", max_iters=8, **model, **layout)
+        there = outcome(runs[name])
+        if name == "same":
+            assert differences(there, outcome(plain)) == []
+        for key in ("loss", "grad_norm"):
+            assert close([r[key] for r in there["metrics"]], [r[key] for r in outcome(plain)["metrics"]]), (name, key)
 
 
 LAST = """
