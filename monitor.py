@@ -1,5 +1,6 @@
 """
-The run folder and what is written there while a run goes on: config, environment, metrics, events, step timing.
+The run folder and what is written there while a run goes on: config, environment, metrics, events, step timing. And the
+lines on the screen.
 
     out_dir/config.json     the resolved settings
     out_dir/env.json        commit, packages, hardware, dataset
@@ -17,7 +18,9 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -322,3 +325,49 @@ def largest(operations, unit, name, count=10):
     return [f"{name:>12} {'share':>6} {'calls':>7}  operation"] + [
         f"{amount * unit:12.2f} {amount / whole:6.1%} {calls:7}  {operation[:80]}"
         for amount, calls, operation in sorted(operations, reverse=True)[:count]]
+
+
+# -----------------------------------------------------------------------------
+# The screen
+
+
+def evaluation_line(result, unit):
+    return f"val {result['loss']:.4f}  ppl {result['perplexity']:.3f}  {result['bits']:.4f} bits/{unit}"
+
+
+def clear_bar():
+    """Begin a line of its own where the progress bar may stand."""
+    if sys.stdout.isatty():
+        print("\r" + " " * (shutil.get_terminal_size().columns - 1), end="\r", flush=True)
+
+
+def clock_face(seconds):
+    """Seconds as 4:05, or 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
+
+
+def show(record, unit, max_iters):
+    """One line of progress; on a terminal with a bar, and over the line before it unless that has an evaluation."""
+    done = record["step"] / max_iters
+    parts = [
+        f"step {record['step']:>{len(str(max_iters))}}/{max_iters}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.2e}",
+        f"norm {record['grad_norm']:.2f}",
+        f"{record['tok_per_s'] / 1000:.1f}k tok/s",
+        f"mfu {record['mfu']:.1%}" if record["mfu"] else "mfu n/a",
+        f"{clock_face(record['wall_s'])}, {clock_face(record['wall_s'] * (1 - done) / done)} to go",
+    ]
+    if "val_loss" in record:
+        loss = record["val_loss"]
+        result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits": loss / math.log(2)}
+        parts.insert(2, evaluation_line(result, unit))
+    line = "  ".join(part for part in parts if part)
+    if not sys.stdout.isatty():
+        print(line, flush=True)
+        return
+    width = shutil.get_terminal_size().columns - 1
+    bar = max(0, min(30, width - len(line) - 4))
+    line = f"[{('#' * round(bar * done)).ljust(bar, '.')}]  {line}" if bar > 5 else line
+    print("\r" + line[:width].ljust(width), end="\n" if "val_loss" in record else "", flush=True)

@@ -14,7 +14,6 @@ each sees some of a step's micro-batches, one writes.
 import gc
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -46,7 +45,7 @@ from loader import (
     verify_shards,
 )
 from model import GPT, GPTConfig, pick_attention
-from monitor import Hardware, Profiler, Run, StepTimer, environment
+from monitor import Hardware, Profiler, Run, StepTimer, clear_bar, clock_face, environment, evaluation_line, show
 from optim import Optimizers, lr_at
 from probe import Update, attention
 from tokenizer import load_tokenizer
@@ -581,7 +580,7 @@ def main(config, given, rewound=None):
                 **hardware.read(), **{part: round(ms, 3) for part, ms in parts.items()}, **comm, **inside,
             }
             run.metrics(record)
-            show(record, unit)
+            show(record, unit, max_iters)
             if shards and shards.done():
                 written()
         saved = False
@@ -755,10 +754,6 @@ def evaluate_now(model, val_tokens, context, layout):
     return result
 
 
-def evaluation_line(result, unit):
-    return f"val {result['loss']:.4f}  ppl {result['perplexity']:.3f}  {result['bits']:.4f} bits/{unit}"
-
-
 def context_at(step):
     """Tokens of context at `step`. The rows of a batch are cut, so the order of the data stays what it is."""
     return context_length(step, block_size, context_start, context_iters or max_iters // 2)
@@ -772,44 +767,6 @@ def sample(model, tokenizer, context):
         tokens = prompt + list(stream(model, prompt, sample_tokens, temperature=0.8, top_k=200, seed=seed))
     model.train()
     return tokenizer.decode(tokens)
-
-
-def clear_bar():
-    """Begin a line of its own where the progress bar may stand."""
-    if sys.stdout.isatty():
-        print("\r" + " " * (shutil.get_terminal_size().columns - 1), end="\r", flush=True)
-
-
-def clock_face(seconds):
-    """Seconds as 4:05, or 1:02:03."""
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
-
-
-def show(record, unit):
-    """One line of progress; on a terminal with a bar, and over the line before it unless that has an evaluation."""
-    done = record["step"] / max_iters
-    parts = [
-        f"step {record['step']:>{len(str(max_iters))}}/{max_iters}",
-        f"loss {record['loss']:.4f}",
-        f"lr {record['lr']:.2e}",
-        f"norm {record['grad_norm']:.2f}",
-        f"{record['tok_per_s'] / 1000:.1f}k tok/s",
-        f"mfu {record['mfu']:.1%}" if record["mfu"] else "mfu n/a",
-        f"{clock_face(record['wall_s'])}, {clock_face(record['wall_s'] * (1 - done) / done)} to go",
-    ]
-    if "val_loss" in record:
-        loss = record["val_loss"]
-        result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits": loss / math.log(2)}
-        parts.insert(2, evaluation_line(result, unit))
-    line = "  ".join(part for part in parts if part)
-    if not sys.stdout.isatty():
-        print(line, flush=True)
-        return
-    width = shutil.get_terminal_size().columns - 1
-    bar = max(0, min(30, width - len(line) - 4))
-    line = f"[{('#' * round(bar * done)).ljust(bar, '.')}]  {line}" if bar > 5 else line
-    print("\r" + line[:width].ljust(width), end="\n" if "val_loss" in record else "", flush=True)
 
 
 class StopSignal:
