@@ -114,6 +114,35 @@ def test_communication_is_exposed_where_nothing_is_computed_meanwhile(tmp_path):
     assert late > 500 and hidden < late / 2
 
 
+GATHERED = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from model import GPT, GPTConfig
+from parallel import Layout, one_fate
+with one_fate():
+    layout, x = Layout(zero_stage=3), torch.zeros(1, 16, dtype=torch.long)
+    model = layout.place(GPT(GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        model(x, x)
+    if layout.rank == 0:
+        events = sorted(profiler.events(), key=lambda e: e.time_range.start)
+        print([e.name for e in events if e.name.startswith(("FSDP::all_gather (", "FSDP::pre_forward ("))])
+"""
+
+
+def test_weights_are_gathered_while_the_part_before_them_computes(tmp_path):
+    script = tmp_path / "gathered.py"
+    script.write_text(GATHERED.format(root=str(ROOT)), encoding="utf-8")
+    done = finish(start(2, script))
+    assert done.returncode == 0, done.err
+    names = json.loads(done.out.replace("'", '"'))
+    first, *rest = [f"(transformer.h.{i}.{part})" for i in range(2) for part in ("attn", "mlp")]
+    assert names.index(f"FSDP::pre_forward {first}") < names.index(f"FSDP::all_gather {first}")  # nothing is before it
+    for part in rest:
+        assert names.index(f"FSDP::all_gather {part}") < names.index(f"FSDP::pre_forward {part}")
+
+
 @pytest.mark.parametrize("settings", [
     dict(), pytest.param(dict(zero_stage=1), marks=pytest.mark.slow), dict(zero_stage=3),
     pytest.param(dict(tp_size=2), marks=pytest.mark.slow), pytest.param(dict(pp_size=2), marks=pytest.mark.slow),
