@@ -258,6 +258,7 @@ class Layout:
         reduced in fp32, and what goes in and out is as it is without, so that the numbers are autocast's."""
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody changes in place
         policy = CPUOffloadPolicy() if self.offload else OffloadPolicy()
         options = {"mesh": self.mesh["dp"], "offload_policy": policy}
         half = {} if dtype == torch.float32 else {"param_dtype": dtype, "reduce_dtype": torch.float32}

@@ -136,6 +136,7 @@ def test_weights_are_gathered_while_the_part_before_them_computes(tmp_path):
     script.write_text(GATHERED.format(root=str(ROOT)), encoding="utf-8")
     done = finish(start(2, script))
     assert done.returncode == 0, done.err
+    assert "UserWarning" not in done.err
     names = json.loads(done.out.replace("'", '"'))
     first, *rest = [f"(transformer.h.{i}.{part})" for i in range(2) for part in ("attn", "mlp")]
     assert names.index(f"FSDP::pre_forward {first}") < names.index(f"FSDP::all_gather {first}")  # nothing is before it
