@@ -157,6 +157,18 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def free_memory(device, processes=1):
+    """Bytes that this process can still have, of the GPU, else a share of the machine's for each of the `processes` on
+    it; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:  # Linux
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")) // processes
+    except (OSError, StopIteration):
+        return None
+
+
 def rss_gb():
     """Memory of this process that is in RAM now, in GB (1e9 bytes); None where there is no /proc."""
     try:

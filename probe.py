@@ -10,6 +10,9 @@ Probes: what a model does inside, by layer, measured beside the training and nev
 Nothing here draws a random number or leaves a trace: a run is the same to the bit with probes and without.
 """
 
+import sys
+from contextlib import nullcontext
+
 import torch
 
 from model import Block
@@ -59,9 +62,10 @@ def attention(model, idx, context):
     hooks = [block.register_forward_hook(lambda block, args, x: rms.append(x.float().square().mean().sqrt()))
              for block in model.modules() if isinstance(block, Block)]
     probe = Attend(model, idx.size(1), idx.device)
+    compiles = "torch._dynamo" in sys.modules  # and would compile anew for each layer what is looked at once
     model.eval()
     try:
-        with context():
+        with context(), torch.compiler.set_stance("force_eager") if compiles else nullcontext():
             model(idx, cache=probe)
     finally:
         model.train(training)

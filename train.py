@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from functools import partial
 
@@ -27,7 +27,7 @@ import checkpoint
 import parallel
 import plan
 from configurator import configure, fail, nearest
-from device import autocast, can_compile, pick_device, pick_dtype
+from device import autocast, can_compile, free_memory, pick_device, pick_dtype
 from device import peak_flops as peak_of
 from eval import evaluate
 from export import read_model
@@ -63,7 +63,7 @@ eval_only = False             # evaluate once and stop
 # data
 dataset = "openwebtext"       # a name under data/, a folder of shards, or a mix of them with weights: a:0.7,b:0.3
 verify_data = False           # check every shard's sha256 before the first step (sizes are checked always)
-batch_size = 12               # sequences per micro-step
+batch_size = 12               # sequences per micro-step; 0: of tokens_per_step as many as memory is thought to hold
 gradient_accumulation_steps: int | None = None  # micro-steps per update over all ranks; none: 1, or by tokens_per_step
 tokens_per_step = 0           # tokens per update; when set, decides gradient_accumulation_steps
 prefetch = 4                  # batches read ahead
@@ -162,7 +162,7 @@ backend = "nccl"              # of the GPUs' communication: nccl | gloo; CPUs ta
 # -----------------------------------------------------------------------------
 
 # what must be the same on resume, besides the model's shape: else it would be another run
-MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "batch_size", "gradient_accumulation_steps", "optimizer")
+MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "optimizer")
 
 
 @contextmanager
@@ -212,11 +212,25 @@ def main(config, given, rewound=None):
         start = None if resumed or init_from in ("scratch", "auto") else read_model(init_from)
         if resumed or start:
             adopt(resumed[1]["model"] if resumed else asdict(start[0].config), config, given)
-        micro_batches = micro_steps()
-        accumulation = layout.accumulation(micro_batches)
         sizes = {f.name: config[f.name] for f in fields(GPTConfig)}
         model_config = GPTConfig(**{**sizes, "vocab_size": vocab_size or vocab})
         layout.check(model_config, precision)
+        with torch.device("meta"):
+            costs = plan.costs_of(GPT(model_config))
+        free = free_memory(where, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        grid = plan.Layout(layout.dp, layout.zero, tp_size, pp_size, activation_checkpointing)
+
+        def takes(batch_size, accumulation):
+            return plan.step_memory(costs, batch_size, precision, 0, grid, accumulation, where.type == "cuda")["total"]
+
+        if not batch_size:
+            cut = {"batch_size": 0 if resumed else what_fits(takes, free, layout), "gradient_accumulation_steps": None}
+            cut |= {key: resumed[1][key] for key in cut if resumed}  # to the bit what it would have been
+            config.update(cut)
+            globals().update(cut)
+        micro_batches = micro_steps()
+        accumulation = layout.accumulation(micro_batches)
+        memory = takes(batch_size, accumulation)
         if tokenizer and model_config.vocab_size < vocab:
             fail(f"vocab_size={vocab_size} is too small for {source}, which has {vocab} token ids; 0 takes that")
         if tokenizer and sample_tokens and not tokenizer.encode(sample_start):
@@ -253,9 +267,7 @@ def main(config, given, rewound=None):
                 tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:block_size]
             model.load_state_dict(tensors)
             del start, tensors
-        size, grid = model.num_params(), plan.Layout(layout.dp, layout.zero, tp_size, pp_size, activation_checkpointing)
-        memory = plan.step_memory(plan.costs_of(model), batch_size, precision, 0, grid, accumulation,
-                                  where.type == "cuda")["total"]
+        size = model.num_params()
         flops = {block_size >> n: model.train_flops(block_size >> n) for n in range(block_size.bit_length())}
         model = layout.place(model, context, precision)
         opt = Optimizers(
@@ -315,11 +327,14 @@ def main(config, given, rewound=None):
           f"{per_step * flops[block_size] / 1e12:.3g} TFLOP; {max_iters:,} steps see the data "
           f"{max_iters * per_step / len(train_tokens):.2g} times")
     print("peak        " + (f"{peak / 1e12:.3g} TFLOP/s ({peak_why})" if peak else "not known, so MFU is n/a"))
-    print(f"memory      about {memory / 1e9:.2g} GB{' a process' * (layout.world > 1)}")
+    print(f"memory      about {memory / 1e9:.2g} GB{' a process' * (layout.world > 1)}"
+          f"{f', of {free / 1e9:.2g} GB that are free' if free else ''}")
     run.event("resume" if resumed else "start", step=state["step"], changed=changed, resolved={
         "device": str(where), "dtype": precision_name, "attn": attn_kind, "threads": torch.get_num_threads(),
         "vocab_size": model_config.vocab_size, "gradient_accumulation_steps": micro_batches, "ranks": layout.world,
     })
+    if free and memory > free:
+        warn(f"a step takes about {memory / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free: {smaller()}")
     if changed:
         warn(f"resumed with other settings than it was saved with: {changed}")
     if layout.rank == 0:
@@ -615,7 +630,7 @@ def main(config, given, rewound=None):
 
 def check_settings():
     """Ends the run for a setting that has no meaning."""
-    at_least = {"max_iters": 1, "batch_size": 1, "block_size": 1, "gradient_accumulation_steps": 1,
+    at_least = {"max_iters": 1, "batch_size": 0, "block_size": 1, "gradient_accumulation_steps": 1,
                 "tokens_per_step": 0, "warmup_iters": 0, "lr_decay_iters": 0, "context_start": 0, "context_iters": 0,
                 "eval_interval": 1, "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
                 "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "sample_tokens": 0, "threads": 0, "prefetch": 1,
@@ -636,6 +651,33 @@ def check_settings():
     for key, known in choices.items():
         if globals()[key] not in known:
             fail(f"{key}={globals()[key]!r} is not one of {', '.join(str(choice) or 'nothing' for choice in known)}")
+
+
+def what_fits(takes, free, layout):
+    """The largest micro-batch that divides tokens_per_step and leaves plan.py's reserve of the `free` bytes, where
+    `takes` says how many it takes. Ends the run where there is none."""
+    sequences, rest = divmod(tokens_per_step, block_size)
+    if rest or not sequences or not free:
+        fail("batch_size=0 takes what fits, of tokens_per_step, a multiple of block_size; " +
+             ("here nothing says how much memory is free" if not free else f"set it, for example to {8 * block_size}"))
+    fits, least = [], math.inf
+    for n in plan.divisors(sequences):
+        with suppress(ValueError):  # the ranks cannot share so few micro-batches
+            need = takes(n, layout.accumulation(sequences // n))
+            least = min(least, need)
+            fits += [n] * (need <= free * (1 - plan.reserve))
+    found = -layout.agree(-max(fits, default=0))[0]  # what every rank has room for
+    if not found:
+        fail(f"batch_size=0: a step takes at least {least / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free: {smaller()}")
+    return found
+
+
+def smaller():
+    """What to try where a step takes too much memory."""
+    cuts = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), 1)
+    steps = "" if tokens_per_step else f" --gradient_accumulation_steps={cuts * (gradient_accumulation_steps or 1)}"
+    same = f"--batch_size={batch_size // cuts}{steps} is the same update in smaller pieces; " if cuts > 1 else ""
+    return f"{same}--activation_checkpointing=full takes less, and with more processes --zero_stage=3"
 
 
 def micro_steps():
@@ -697,9 +739,15 @@ def check_resume(saved, state):
         if then.get(key) != now[key] and key not in ("dropout", "attn"):
             fail(f"cannot resume {out_dir}: it was trained with {key}={then.get(key)}, now it is {now[key]}; "
                  "set it back, or begin in another --out_dir")
+    rows = [[s["batch_size"], s["gradient_accumulation_steps"]] for s in (saved, state)]
+    if math.prod(rows[0]) != math.prod(rows[1]):  # the micro-batches that an update is cut in may change
+        before, here = (" x ".join(map(str, row)) for row in rows)
+        fail(f"cannot resume {out_dir}: it was trained with batch_size x gradient_accumulation_steps = {before}, "
+             f"now it is {here}; their product must stay: set it back, or begin in another --out_dir")
     changed = {key: [saved["config"][key], value] for key, value in state["config"].items()
                if saved["config"].get(key, value) != value and key not in ("init_from", "out_dir")}
-    for key in ("threads", "dtype", "ranks"):  # as this machine resolved them: equal to rounding only
+    resolved = ("threads", "dtype", "ranks", "batch_size", "gradient_accumulation_steps")
+    for key in resolved:  # equal to rounding only; and what dropout leaves out goes by micro-batch
         if saved.get(key) != state[key]:
             changed[key] = [saved.get(key), state[key]]
     return changed
@@ -807,3 +855,5 @@ if __name__ == "__main__":
         sys.exit(130)
     except (checkpoint.CheckpointError, DataError) as e:
         fail(e)
+    except torch.OutOfMemoryError as e:  # of a GPU
+        fail(f"{'. '.join(str(e).split('. ', 2)[:2])}: {smaller()}")

@@ -150,13 +150,12 @@ def test_weights_are_gathered_while_the_part_before_them_computes(tmp_path):
 ], ids=str)
 def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, words, tmp_path):
     """In any layout, at evaluations, but not while steps are traced; and the run is the same to the bit."""
-    often = trained(2, words, tmp_path / "often", max_iters=4, eval_interval=2, **settings)
-    traced = trained(2, words, tmp_path / "traced", max_iters=4, eval_interval=2, profile="1:3", **settings)
-    once = trained(2, words, tmp_path / "once", max_iters=4, eval_interval=4, **settings)
-    assert [r["step"] for r in records(often) if r.get("comm_ms", -1) >= 0] == [2, 4]
-    assert [r["step"] for r in records(traced) if "comm_ms" in r] == [4]
-    assert losses(often) == losses(once) == losses(traced)
-    weights = [load_file(out / "ckpt/step_00000004/model.safetensors") for out in (often, once)]
+    traced = {"profile": "1:3"} if not settings else {}
+    often = trained(2, words, tmp_path / "often", max_iters=6, eval_interval=2, **settings, **traced)
+    once = trained(2, words, tmp_path / "once", max_iters=6, eval_interval=6, **settings)
+    assert [r["step"] for r in records(often) if r.get("comm_ms", -1) >= 0] == ([4, 6] if traced else [2, 4, 6])
+    assert losses(often) == losses(once)
+    weights = [load_file(out / "ckpt/step_00000006/model.safetensors") for out in (often, once)]
     assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
 
 
@@ -431,7 +430,7 @@ def test_a_rank_that_is_killed(words, tmp_path):
     dict(zero_stage=3, activation_checkpointing="selective"), dict(zero_stage=2, activation_checkpointing="full"),
     dict(pp_size=2), dict(pp_size=2, pp_schedule="interleaved", n_layer=4)], ids=str)
 def test_a_layout_compiles(layout, words, tmp_path, unbroken):
-    """Attention and MLP of each block, and the losses are those of one process that does not."""
+    """Attention and MLP of each block, and the losses are those of one process that does not. Probes do not compile."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler here")
     one = unbroken(gradient_accumulation_steps=4, n_layer=layout.get("n_layer", 2))
@@ -441,6 +440,7 @@ import atexit, os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from torch._dynamo.utils import counters
+torch._logging.set_logs(recompiles=True)
 sys.argv[0] = "train.py"
 @atexit.register
 def tell():
@@ -448,8 +448,9 @@ def tell():
         print(sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"], file=file)
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """, encoding="utf-8")
-    done = finish(start(2, script, *flags(words, tmp_path / "run", compile=True, **layout)))
-    assert done.returncode == 0 and "torch.compile" not in done.err, done.err
+    done = finish(start(2, script, *flags(words, tmp_path / "run", compile=True, probe_interval=6, **layout)))
+    assert done.returncode == 0 and "torch.compile" not in done.err and "attend_cached" not in done.err, done.err
+    assert "attn_entropy" in records(tmp_path / "run")[-1]
     for rank in range(2):
         breaks, graphs = map(int, (tmp_path / f"graphs_{rank}").read_text().split())
         assert breaks == 0 and graphs > 1

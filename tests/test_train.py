@@ -20,7 +20,9 @@ from runs import ROOT, checkpoints, differences, digest, leftovers, losses, one_
 from safetensors.torch import load_file
 
 import checkpoint
+import plan
 from loader import Loader, Tokens
+from model import GPT, GPTConfig
 
 pytest_plugins = ["runs"]
 
@@ -236,9 +238,9 @@ def test_from_nonsense(init_from, tiny, words, tmp_path):
     "settings, then, now",
     [
         (dict(seed=7), "seed=1337", "7"),
-        (dict(batch_size=2), "batch_size=4", "2"),
-        (dict(gradient_accumulation_steps=2), "gradient_accumulation_steps=1", "2"),
-        (dict(tokens_per_step=128), "gradient_accumulation_steps=1", "2"),
+        (dict(batch_size=2), "batch_size x gradient_accumulation_steps = 4 x 1", "2 x 1"),
+        (dict(gradient_accumulation_steps=2), "batch_size x gradient_accumulation_steps = 4 x 1", "4 x 2"),
+        (dict(tokens_per_step=128), "batch_size x gradient_accumulation_steps = 4 x 1", "4 x 2"),
         (dict(optimizer="muon"), "optimizer=adamw", "muon"),
         (dict(n_layer=2), "n_layer=1", "2"),
         (dict(block_size=32), "block_size=16", "32"),
@@ -250,6 +252,21 @@ def test_another_run_is_not_resumed(settings, then, now, tiny, finished):
     error = one_error(tiny(finished, init_from="auto", **{"max_iters": 20, **settings}))
     assert f"with {then}, now it is {now};" in error
     assert digest(finished) == before
+
+
+def test_a_run_goes_on_in_other_micro_batches(tiny, finished, tmp_path):
+    """On a smaller GPU, say: an update has the same sequences, and comes to the same but for rounding."""
+    for name, settings in {"as it was": {}, "cut": dict(batch_size=2, gradient_accumulation_steps=2)}.items():
+        shutil.copytree(finished, tmp_path / name)
+        done = tiny(tmp_path / name, init_from="resume", max_iters=16, **settings)
+        assert done.code == 0, done.err
+    then, now = (records(tmp_path / name) for name in ("as it was", "cut"))
+    assert len(then) == 16 and [r["tokens"] for r in now] == [r["tokens"] for r in then]
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in now] == pytest.approx([r[key] for r in then], rel=1e-5)
+    event = [e for e in records(tmp_path / "cut", "events.jsonl") if e["event"] == "resume"][-1]
+    assert event["changed"]["batch_size"] == [4, 2]
+    assert event["changed"]["gradient_accumulation_steps"] == [1, 2]
 
 
 def test_another_dataset_is_not_resumed(tiny, finished, words, tmp_path):
@@ -671,6 +688,45 @@ def test_a_gpu_that_is_not_there(tiny, tmp_path):
 def test_an_out_dir_that_cannot_be(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "file" in one_error(tiny(tmp_path / "file" / "run"))
+
+
+FREE = "import device\ndevice.free_memory = lambda *_: {}"
+
+
+def test_the_largest_micro_batch_that_fits(tiny, tmp_path):
+    """Of tokens_per_step, which it divides; the run is that of any other, and goes on with what it has."""
+    config = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
+    costs = plan.costs_of(GPT(config))
+    takes = [plan.step_memory(costs, n, T=16, micro_steps=12 // n, cuda=False)["total"] for n in (4, 6)]
+    limit = sum(takes) / 2 / (1 - plan.reserve)  # 4 fit, and the next that divides 12 does not
+    settings = dict(tokens_per_step=12 * 16, vocab_size=50, max_iters=4, batch_size=0)
+    done = tiny(tmp_path / "fits", before=FREE.format(int(limit)), **settings)
+    assert done.code == 0 and "192 tokens = 4 x 16 x 3" in done.out, done.err
+    one = tiny(tmp_path / "one", **{**settings, "batch_size": 1})
+    assert one.code == 0, one.err
+    assert losses(tmp_path / "fits") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    again = {**settings, "max_iters": 6, "init_from": "resume", "tokens_per_step": 0, "gradient_accumulation_steps": 9}
+    again = tiny(tmp_path / "fits", before=FREE.format(2**40), **again)
+    assert again.code == 0 and "192 tokens = 4 x 16 x 3" in again.out, again.err
+    error = one_error(tiny(tmp_path / "none", before=FREE.format(1000), **settings), tmp_path / "none")
+    assert "batch_size=0: a step takes at least" in error and "--activation_checkpointing" in error
+    error = one_error(tiny(tmp_path / "none", before=FREE.format(None), **settings), tmp_path / "none")
+    assert "batch_size=0" in error and "nothing says how much memory" in error
+
+
+def test_a_step_that_memory_does_not_hold(tiny, tmp_path):
+    """It is said before, and what a GPU raises is one line."""
+    full = """
+        import optim, torch
+        def step(self):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of.\\nMore")
+        optim.Optimizers.step = step
+    """
+    done = tiny(tmp_path, before=textwrap.dedent(full) + FREE.format(1000), gradient_accumulation_steps=2)
+    warning, error = done.err.splitlines()
+    assert done.code == 2 and warning.startswith("warning: a step takes about") and "1e-06 GB are free" in warning
+    assert error.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB: "
+                            "--batch_size=2 --gradient_accumulation_steps=4 is the same update in smaller pieces")
 
 
 def test_a_bug_keeps_its_traceback(tiny, tmp_path):
