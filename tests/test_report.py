@@ -372,6 +372,11 @@ def drift(path):
     return {key: (then.get(key), now.get(key)) for key in then.keys() | now.keys() if then.get(key) != now.get(key)}
 
 
+def test_each_configuration_for_cpus_has_reference_curves():
+    found = {path.stem for path in ROOT.glob("docs/reference/*.json")}
+    assert found == {path.stem for path in ROOT.glob("config/shakespeare_char*.py")}
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/reference/*.json")), ids=lambda path: path.stem)
 def test_reference_curves_are_of_the_shipped_configs(path):
     assert drift(path) == {}
