@@ -387,6 +387,8 @@ def main(config):
         fail(f"tokens_per_step={config['tokens_per_step']} is not a multiple of block_size={config['block_size']}")
     steps = config["gradient_accumulation_steps"] or 1
     sequences = config["tokens_per_step"] // config["block_size"] or config["batch_size"] * steps
+    if not sequences:
+        fail("batch_size=0: say how many tokens an update has, for example --tokens_per_step=491520")
     found = show_layouts(model, sequences, gpus, GPUS[gpu])
     print(json.dumps({"gpu": gpu, "gpus": gpus, "sequences": sequences, "layouts": found}))
 

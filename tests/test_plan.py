@@ -279,7 +279,7 @@ def test_the_command_takes_a_config_and_keys_of_train(call_script):
 
 
 @pytest.mark.parametrize("words", [["--gpu=tpu"], ["--gpus=0"], ["--n_head=5"], ["--dtype=float32"], ["--n_layr=1"],
-                                   ["--tokens_per_step=1000"]])
+                                   ["--tokens_per_step=1000"], ["--batch_size=0"]])
 def test_what_cannot_be_planned_is_one_line(call_script, words):
     code, out, err = call_script("plan.py", *words)
     assert code == 2 and not out and err.startswith("error:") and err.count("\n") == 1
