@@ -161,7 +161,7 @@ class Muon(torch.optim.Optimizer):
             for params in shapes.values():
                 own = {}
                 for p, update in zip(params, self.momentum(params, group), strict=True):
-                    update = self.whole(update, p)
+                    update = self.whole(laid_out(update, p), p)
                     sizes[p] = update.shape
                     if owners[p] == self.rank:
                         own[p] = update
@@ -176,11 +176,12 @@ class Muon(torch.optim.Optimizer):
                     self.move(params, updates, group)
 
     def momentum(self, params, group):
-        """The momentum of some parameters goes on by their gradients -> the update, not yet orthogonal."""
+        """The momentum of some parameters goes on by their gradients -> what lies here of the updates, yet to be made
+        orthogonal."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+        buffers, grads = [local(self.state[p]["momentum_buffer"]) for p in params], [local(p.grad) for p in params]
         if self.found_inf is not None:  # a buffer is then its own gradient, which leaves it as it is
             bad = self.found_inf.to(grads[0].device).bool()
             grads = [torch.where(bad, b, g) for b, g in zip(buffers, grads, strict=True)]
@@ -204,12 +205,28 @@ class Muon(torch.optim.Optimizer):
         updates = [updates.pop(p).to(p.dtype) for p in params]
         rows, cols = updates[0].shape
         updates, decay = list(map(self.part, updates, params)), 1 - group["lr"] * group["weight_decay"]
+        updates, params = list(map(local, updates)), list(map(local, params))
         if self.found_inf is not None:
             bad = self.found_inf.to(updates[0].device).bool()
             updates, decay = [update * ~bad for update in updates], torch.where(bad, 1.0, decay)
         if group["weight_decay"]:
             torch._foreach_mul_(params, decay)
         torch._foreach_add_(params, updates, alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))
+
+
+def local(tensor):
+    """What of a tensor lies on this rank. Lists of DTensors are not for every torch, and their layouts do not come
+    through every operation (2.9 loses the order of rows that tensor parallelism and ZeRO both split)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def laid_out(own, p):
+    """This rank's part of a tensor that is laid out as `p` -> that tensor."""
+    if not hasattr(p, "to_local"):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def shares(shapes, ranks):

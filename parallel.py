@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint
 from model import GPT, MLP, Attention
+from optim import local
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
@@ -651,11 +652,6 @@ def parts_of_blocks(model):
 
 def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
-
-
-def local(tensor):
-    """What of a tensor lies on this rank."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def like(own, p):

@@ -110,7 +110,7 @@ def test_communication_is_exposed_where_nothing_is_computed_meanwhile(tmp_path):
     script.write_text(EXPOSED.format(root=str(ROOT)), encoding="utf-8")
     done = finish(start(2, script))
     assert done.returncode == 0, done.err
-    late, hidden = json.loads(done.out)
+    late, hidden = json.loads(done.out.splitlines()[-1])  # torch 2.9 has gloo speak before
     assert late > 500 and hidden < late / 2
 
 
@@ -137,7 +137,7 @@ def test_weights_are_gathered_while_the_part_before_them_computes(tmp_path):
     done = finish(start(2, script))
     assert done.returncode == 0, done.err
     assert "UserWarning" not in done.err
-    names = json.loads(done.out.replace("'", '"'))
+    names = json.loads(done.out.splitlines()[-1].replace("'", '"'))
     first, *rest = [f"(transformer.h.{i}.{part})" for i in range(2) for part in ("attn", "mlp")]
     assert names.index(f"FSDP::pre_forward {first}") < names.index(f"FSDP::all_gather {first}")  # nothing is before it
     for part in rest:
