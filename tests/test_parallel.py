@@ -302,12 +302,12 @@ def test_shards_go_on_in_any_layout(words, tmp_path, unbroken):
     names = [path.name for path in (shards / "ckpt" / "step_00000006").iterdir()]
     assert sorted(names) == [f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)] + ["state.json"]
     runs = {"plain": plain}
-    for name in ("1", "2", "4", "split", "consolidated"):
+    for name in ("2", "4", "split", "consolidated"):
         runs[name] = tmp_path / name
         shutil.copytree(shards, runs[name])
     assert len(checkpoint.consolidate(runs["consolidated"])) == 2
     assert differences(outcome(runs["consolidated"]), outcome(plain)) == []
-    for name, ranks, settings in (("plain", 2, same), ("2", 2, same), ("consolidated", 2, same), ("1", 1, {}),
+    for name, ranks, settings in (("plain", 2, same), ("2", 2, same), ("consolidated", 2, same),
                                   ("4", 4, dict(zero_stage=1)), ("split", 2, dict(tp_size=2))):
         trained(ranks, words, runs[name], init_from="resume", **settings)
         there = outcome(runs[name])
@@ -343,7 +343,6 @@ def test_shards_of_a_rank_that_is_killed_while_it_writes(words, tmp_path):
 @pytest.mark.parametrize("ranks, settings, others, other", [
     (2, dict(tp_size=2), 2, dict(zero_stage=3)),  # the ranks hold the same keys and values
     (4, dict(tp_size=2, zero_stage=3), 1, {}),
-    (2, dict(pp_size=2), 1, {}),
     (4, dict(pp_size=2, tp_size=2), 2, dict(tp_size=2)),
 ], ids=str)
 def test_shards_of_layers_that_are_split(ranks, settings, others, other, words, tmp_path):
