@@ -161,7 +161,7 @@ class Muon(torch.optim.Optimizer):
             for params in shapes.values():
                 own = {}
                 for p, update in zip(params, self.momentum(params, group), strict=True):
-                    update = self.whole(laid_out(update, p), p)
+                    update = self.whole(like(update, p), p)
                     sizes[p] = update.shape
                     if owners[p] == self.rank:
                         own[p] = update
@@ -220,13 +220,13 @@ def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def laid_out(own, p):
-    """This rank's part of a tensor that is laid out as `p` -> that tensor."""
+def like(own, p):
+    """This rank's part of a tensor -> that tensor, laid out as `p` is, and where `p` is."""
     if not hasattr(p, "to_local"):
         return own
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    tensor = torch.empty_like(p.detach())
+    tensor.to_local().copy_(own)
+    return tensor
 
 
 def shares(shapes, ranks):

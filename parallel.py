@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint
 from model import GPT, MLP, Attention
-from optim import local
+from optim import like, local
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
@@ -652,13 +652,6 @@ def parts_of_blocks(model):
 
 def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
-
-
-def like(own, p):
-    """This rank's part of a tensor -> that tensor, laid out as `p` is, and where `p` is."""
-    tensor = torch.empty_like(p.detach())
-    tensor.to_local().copy_(own)
-    return tensor
 
 
 def checkpoint_activations(model, kind):
