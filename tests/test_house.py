@@ -19,7 +19,7 @@ from ablate import read_experiment  # noqa: E402
 from configurator import read_file, read_keys  # noqa: E402
 
 FLOORS = [
-    {"model", "configurator", "tokenizer", "device", "isoflop"},
+    {"model", "configurator", "files", "tokenizer", "device", "isoflop"},
     {"loader", "optim", "checkpoint", "monitor", "guard", "probe", "track", "plan", "tables", "sampling", "weights",
      "kvcache", "tasks"},
     {"parallel", "infer", "export", "history"},
@@ -31,7 +31,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # what floor 0 may import besides the standard library; the other floors' packages are in test_setup.py
 BARE = {"configurator": set(), "model": {"torch", "flash_attn"}, "device": {"torch"},
-        "isoflop": {"numpy"}}
+        "isoflop": {"numpy"}, "files": set()}
 
 # floors of data/: a prepare.py may import another's, besides these
 DATA_FLOORS = [{"common"}, {"reading"}, {"cleaning", "dedup"}, {"scan"}, {"pipeline"}]
