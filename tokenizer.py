@@ -36,7 +36,15 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 # Half of the run of white space at which tiktoken's regular expressions, which look ahead, exhaust their stack
 LONGEST_SPACE = 400_000
-SPACE = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{LONGEST_SPACE},}}")
+WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+SPACE = re.compile(rf"(?<![{WHITE}])[{WHITE}]{{{LONGEST_SPACE},}}")  # from a run's beginning: each is looked at once
+
+# A long text is encoded in pieces, so that a signal waits for one piece, not for the text
+PIECE = 1 << 20
+# Where GPT-2's pattern cuts whatever stands around it: white space after something else, or a sign or digit after a
+# letter. The sets are of characters that every version of Unicode knows.
+LETTERS = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+BORDER = re.compile(rf"(?<=[^{WHITE}])[{WHITE}]|(?<=[{LETTERS}])[!-@\[-`{{-~\u3001\u3002\uff01\uff0c\uff1f]")
 
 
 def code_points(text):
@@ -232,8 +240,15 @@ class BPETokenizer(Tokenizer):
         return np.concatenate([*parts, self._encode(text[at:])]) if parts else self._encode(text)
 
     def _encode(self, text):
-        # without a list of numbers in between; no special token is allowed and none refused, so all are plain text
-        return self._bpe.encode_to_numpy(text, allowed_special=set(), disallowed_special=()).astype(np.uint16)
+        parts, at = [], 0
+        while at < len(text) or not parts:
+            border = BORDER.search(text, at + PIECE) if self.pattern == GPT2_PATTERN else None
+            end = border.start() if border else len(text)
+            # without a list of numbers in between; no special token is allowed and none refused, so all are plain text
+            ids = self._bpe.encode_to_numpy(text[at:end], allowed_special=set(), disallowed_special=())
+            parts.append(ids.astype(np.uint16))
+            at = end
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def to_json(self):
         """The bytes of tokenizer.json: equal tokenizers have equal bytes."""

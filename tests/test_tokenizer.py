@@ -7,11 +7,12 @@ import os
 import pickle
 import random
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tokenizer as module
@@ -321,6 +322,72 @@ def test_long_runs_of_white_space_are_encoded(monkeypatch):
     for _ in range(3000):
         text = "".join(rng.choices("    \n\t\x1c\u00a0aé1!'s", k=rng.randint(0, 30)))
         assert ours.encode(text) == ours._bpe.encode_ordinary(text), repr(text)
+
+
+@needs_ranks
+@pytest.mark.parametrize("text", [
+    "x" + " " * 399_999 + "y", "\u3000" * 390_000 + "end", "\t" * 150_000 + "a" + "\n" * 300_000, "a \n" * 200_000,
+], ids=["blanks", "wide blanks", "tabs", "short runs"])  # fmt: skip
+def test_white_space_is_looked_at_once(text):
+    """The number of places where a run may begin is that of the runs, so no run is counted from its middle."""
+    begins = re.compile(module.SPACE.pattern.replace(f"{{{module.LONGEST_SPACE},}}", ""))
+    assert len(begins.findall(text)) == len(re.findall(r"\s+", text))
+    ours = load_tokenizer(RANKS)
+    assert ours.decode(ours.encode_array(text)) == text
+
+
+PLACES = st.text(alphabet=" \n\t\x1c\x85\u3000aé1²!'sltd_@{~文。、あ한한\u0301🙂\u200d", max_size=40)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return load_tokenizer(RANKS)
+
+
+@needs_ranks
+@given(text=st.one_of(PLACES, st.text(max_size=40)))
+@example(text="we'll see: it's a1b2 'tis.'ll")
+def test_pieces_of_a_long_text_have_the_ids_of_the_whole(gpt2, text):
+    for tokenizer in (gpt2, BPE):
+        whole = tokenizer._bpe.encode_ordinary(text)
+        with pytest.MonkeyPatch.context() as patch:
+            for size in (1, 2, 7):
+                patch.setattr(module, "PIECE", size)
+                assert tokenizer.encode(text) == whole
+
+
+@given(text=PLACES)
+def test_a_text_is_whole_for_a_pattern_of_ones_own(text):
+    """Where another pattern cuts is not known, so a text is one piece."""
+    own = BPETokenizer(PIECES, pattern=r"[a-z]+\s+[a-z]+|\s|\S")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE", 1)
+        assert own.encode(text) == own._bpe.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", ["to be or not ", "3,141x59\n", "一文字。"])
+def test_a_signal_waits_for_a_piece_and_not_for_the_text(text, monkeypatch):
+    """The signal comes in the first piece, and the second is never begun."""
+    tokenizer, begun = BPETokenizer(PIECES), []
+
+    class Watched:
+        def encode_to_numpy(self, piece, **how):
+            begun.append(piece)
+            signal.raise_signal(signal.SIGTERM)
+            return BPE._bpe.encode_to_numpy(piece, **how)
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "PIECE", 1000)
+    monkeypatch.setattr(tokenizer, "_bpe", Watched())
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.encode_array(text * 10_000)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(begun) == 1 and len(begun[0]) < 1100
 
 
 def test_special_tokens_in_a_text_on_request():
