@@ -24,6 +24,7 @@ import torch
 
 from configurator import configure, fail
 from device import autocast, pick_device, pick_dtype
+from files import read_lines
 from infer import Engine, load, stretch
 from loader import fixed_batches, open_datasets, open_tokens, sha256
 from monitor import plain
@@ -182,9 +183,11 @@ def code(text, fence=False):
 def read_prompts():
     path = Path(prompts) if Path(prompts).exists() else Path(__file__).resolve().parent / prompts
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"--prompts={prompts} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+        lines = [line for line in read_lines(path) if line.strip()]
+    except OSError as e:
+        raise ValueError(f"--prompts={prompts} cannot be read: {e.strerror or e}") from None
+    except ValueError as e:
+        raise ValueError(f"--prompts={prompts} cannot be read: {e}") from None
     if not lines:
         raise ValueError(f"--prompts={prompts} has no line")
     return lines

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from configurator import configure, fail
 from device import can_compile, pick_device, pick_dtype
+from files import decode_text, read_lines
 from infer import Engine, check_prompt, load, stream
 from sampling import StopText, sampling_from
 from weights import convert
@@ -53,17 +54,18 @@ def read_prompts():
     name = f"--prompts={prompts}" if prompts else f"--start={start}"
     try:
         if prompts:
-            lines = Path(prompts).read_bytes().decode("utf-8").splitlines()
-            if not lines:
-                raise ValueError(f"{name} has no line")
-            return lines
-        if start == "-":
-            return [sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")]
-        if start.startswith("FILE:"):
-            return [Path(start[5:]).read_bytes().decode("utf-8")]
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{name} cannot be read: {getattr(e, 'strerror', None) or e}") from None
-    return [start]
+            lines = read_lines(prompts)
+        elif start == "-":
+            lines = [decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")]
+        else:
+            lines = [decode_text(Path(start[5:]).read_bytes(), start[5:]) if start.startswith("FILE:") else start]
+    except OSError as e:
+        raise ValueError(f"{name} cannot be read: {e.strerror or e}") from None
+    except ValueError as e:
+        raise ValueError(f"{name} cannot be read: {e}") from None
+    if not lines:
+        raise ValueError(f"{name} has no line")
+    return lines
 
 
 def encode(tokenizer, text):

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from files import read_lines
+
 MOST_LOGITS = 2**26  # held at once, in fp32
 
 
@@ -59,7 +61,9 @@ def hellaswag(row):
     """Zellers et al. 2019, arXiv:1905.07830; the marks of WikiHow's pages are taken out."""
 
     def clean(text):
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+        lines = [line.rpartition("]") for line in text.strip().replace(" [title]", ". ").split("\n")]
+        kept = [re.sub(r"\[.*?\]", "", head + mark) + tail for head, mark, tail in lines]  # "[" * 1e6: linear so
+        return "\n".join(kept).replace("  ", " ")
 
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return choices(clean(context), [clean(ending) for ending in row["endings"]], int(row["label"]))
@@ -119,15 +123,13 @@ def read_items(read, rows, name, limit=0):
 
 def json_lines(path):
     """Yield (file and line, what it holds). Raises ValueError naming the line that is no JSON, OSError."""
-    with open(path, encoding="utf-8") as file:
+    for n, line in enumerate(read_lines(path), 1):
         try:
-            for n, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{n}", json.loads(line)
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8 text") from None
+            row = json.loads(line) if line.strip() else None
         except ValueError as error:
             raise ValueError(f"{path}:{n} is not JSON ({error})") from None
+        if line.strip():
+            yield f"{path}:{n}", row
 
 
 def hub_rows(task):

@@ -10,7 +10,7 @@ Refused: `bad_json`, `no_text` (no string under the key), `too_short`, `too_long
 import re
 import unicodedata
 
-from reading import Reject, json_text
+from reading import Reject, json_text, mend_halves
 
 # A byte of UTF-8's first byte and one of its others, as Latin-1 or Windows-1252 would show them: "Ã©" for "é"
 MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u0160\u2039"
@@ -37,7 +37,7 @@ def repair_utf8(text, stats):
         return text.decode(errors="replace")
     except UnicodeEncodeError:
         stats["utf8"] += 1
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return mend_halves(text)
 
 
 def fix_mojibake(text, stats):

@@ -7,17 +7,21 @@ Files of one's own -> texts, or documents in pieces of work that do not depend o
 | .jsonl .jsonl.gz .jsonl.zst | one JSON object a line, its text under a key |
 | .parquet | a row each, its text in a column of that name |
 
+Text is UTF-8. A byte order mark at the beginning of a file is no part of it.
+
 A corpus is a sorted list of such files (or the shards of a dataset of the Hugging Face Hub). Each is cut into chunks by
 the offset at which a document begins: chunk i holds those that begin in [i * size, (i + 1) * size). So a chunk is the
 same documents whoever reads it and however often reading was interrupted. Of a plain file, any chunk is read alone.
 """
 
+import codecs
 import contextlib
 import gzip
 import itertools
 import json
 import os
 import re
+import shlex
 import sys
 import zlib
 from collections import Counter
@@ -26,10 +30,12 @@ from pathlib import Path
 
 from common import file_sha256, sha256
 from configurator import fail
+from files import decode_text
 from tokenizer import END_OF_TEXT
 
 BLOCK = 1 << 16  # bytes read at a time, and so what is lost where a packed file breaks off
 MARK = END_OF_TEXT.encode()
+FOREIGN = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's other begins as UTF-16's does
 ENDINGS = tuple(f".{kind}{packed}" for kind in ("txt", "jsonl") for packed in ("", ".gz", ".zst")) + (".parquet",)
 
 
@@ -131,9 +137,24 @@ def stream_documents(file, limit, start=0):
         if start:
             stream.seek(start)
         for at, piece in split_stream(stream, b"\n" if file.kind == "jsonl" else MARK, limit, start):
-            piece, file.done = piece if isinstance(piece, Reject) else piece.strip(blank), packed.tell()
+            file.done = packed.tell()
+            if not isinstance(piece, Reject):
+                piece = (piece if at else piece.removeprefix(codecs.BOM_UTF8)).strip(blank)
             if piece:
                 yield at, piece
+
+
+def foreign_encoding(file):
+    """What is wrong with a file of text that begins as UTF-16 or UTF-32 does, or None."""
+    if file.kind not in ("txt", "jsonl"):
+        return None
+    with open_binary(file) as (stream, _):
+        start = stream.read(4)
+    try:
+        decode_text(start if start.startswith(FOREIGN) else b"", "it")
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @contextlib.contextmanager
@@ -156,15 +177,23 @@ def parquet_documents(file, text_key, limit):
     with parquet.ParquetFile(file.path) as opened:
         if text_key not in opened.schema_arrow.names:
             raise Damaged(f"it has no column {text_key!r}, but {', '.join(opened.schema_arrow.names)}")
-        at, is_text = 0, opened.schema_arrow.field(text_key).type in (arrow.string(), arrow.large_string())
+        at = 0
         for batch in opened.iter_batches(64, columns=[text_key], use_threads=False):
-            column = batch.column(0)
-            for text in (column.cast(arrow.large_binary()) if is_text else column).to_pylist():  # bytes: UTF-8 or not
+            for text in bytes_of(batch.column(0), arrow).to_pylist():
                 known = isinstance(text, bytes)
                 reject = Reject("too_long") if known and len(text) > limit else None if known else Reject("no_text")
                 yield at, reject or text
                 at += len(text) if known else 1
             file.done += file.size * len(batch) // max(1, opened.metadata.num_rows)
+
+
+def bytes_of(column, arrow):
+    """A column of text in any of Arrow's forms as bytes, UTF-8 or not; a column of anything else as it is."""
+    if arrow.types.is_dictionary(column.type):
+        return bytes_of(column.dictionary, arrow).take(column.indices)
+    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary")
+    known = [getattr(arrow.types, f"is_{name}", None) for name in names]  # the views are newer than the others
+    return column.cast(arrow.large_binary()) if any(is_it and is_it(column.type) for is_it in known) else column
 
 
 def hub_files(dataset, name, revision, plan):
@@ -224,6 +253,8 @@ def read_documents(file, text_key, limit):
             yield from hub_documents(file, text_key, limit)
         elif file.kind == "parquet":
             yield from parquet_documents(file, text_key, limit)
+        elif fault := foreign_encoding(file):
+            raise Damaged(fault)
         else:
             yield from stream_documents(file, limit)
     except (PermissionError, FileNotFoundError):
@@ -251,6 +282,11 @@ def read_chunks(file, wanted, size, text_key, limit):
 
     Afterwards file.chunks and file.fault are known.
     """
+    if file.seekable and (fault := foreign_encoding(file)):
+        file.chunks, file.fault = 1, fault
+        if wanted(0):
+            yield 0, []
+        return
     if file.seekable:
         file.chunks, back = max(1, -(-file.size // size)), len(MARK) if file.kind == "txt" else 1
         for i in filter(wanted, range(file.chunks)):
@@ -284,23 +320,23 @@ def read_text(path):
     """A UTF-8 file as it stands, line ends included, less a byte order mark. -> (str, its bytes)"""
     raw = Path(path).read_bytes()
     try:
-        return raw.decode().removeprefix("\ufeff"), raw
-    except UnicodeDecodeError as error:
-        fail(
-            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start:,}; convert it first, "
-            "for example: iconv -f ISO-8859-1 -t UTF-8"
-        )
+        return decode_text(raw, str(path)), raw
+    except ValueError as error:
+        fail(error)
 
 
 def read_texts(path, text_key="text"):
     """The text of a file, or of each file under a folder that list_files knows: of a .jsonl or .parquet, each document.
 
-    A text stands as it is, not cut at <|endoftext|>. A document without text is counted and passed over.
+    A text stands as it is, not cut at <|endoftext|>. A document without text is counted and passed over. Half a
+    character, as JSON may spell one, becomes U+FFFD, which is said, and its document counts as changed.
     -> (list of str, the manifest's source, its documents)
     """
     path = Path(path)
     if not path.exists():
         fail(f"--input={path}: there is no such file or folder")
+    if path.is_file():
+        refuse_tables(path)
     paths = find_files(path) if path.is_dir() else [path]
     texts, digests, size, read, changed, dropped = [], [], 0, 0, 0, Counter(empty=0)
     for file in (InputFile(p.name, p.stat().st_size, p) for p in paths):
@@ -313,6 +349,13 @@ def read_texts(path, text_key="text"):
             with open(file.path, "rb") as raw:
                 digests.append(file_sha256(raw))
             found = list(strict_texts(file, text_key))
+            halves = [i for i, text in enumerate(found) if not isinstance(text, Reject) and not encodable(text)]
+            for i in halves:
+                found[i] = mend_halves(found[i])
+            changed += len(halves)
+            if halves:
+                print(f"warning: {file.path}: half a character (a lone surrogate) became U+FFFD in {len(halves):,} of "
+                      f"{len(found):,} documents, first in document {halves[0] + 1:,}", file=sys.stderr)
         size += file.size
         read += len(found)
         texts += [text for text in found if text and not isinstance(text, Reject)]
@@ -330,14 +373,50 @@ def read_texts(path, text_key="text"):
     return texts, source, documents
 
 
+def refuse_tables(path):
+    """End the script where a file is JSON or a table: read as text, a model would learn its syntax."""
+    packed = next((end for end in (".gz", ".zst") if path.name.lower().endswith(end)), "")
+    kind = Path(path.name[: len(path.name) - len(packed)]).suffix.lower()
+    if kind in (".ndjson", ".jsonlines"):
+        fail(f"--input={path}: name it .jsonl{packed}, so that it is read as one JSON object a line")
+    if kind not in (".json", ".csv", ".tsv"):
+        return
+    name = str(path)[: len(str(path)) - len(packed)]
+    file = f"open({name!r}, encoding='utf-8-sig', newline='')"
+    tabs = ", delimiter=chr(9)" * (kind == ".tsv")
+    rows = f"json.load({file})" if kind == ".json" else f"csv.DictReader({file}{tabs})"
+    code = f"import csv, json; [print(json.dumps({{'text': row['text']}})) for row in {rows}]"
+    how = f"python -c {shlex.quote(code)} > {shlex.quote(name[: -len(kind)] + '.jsonl')}"
+    known = "; if each line is a JSON object already, name it .jsonl" * (kind == ".json")
+    fail(f"--input={path}: of a {kind} file a model would learn the syntax; make a .jsonl of it, the text under a key"
+         f"{', once it is unpacked' * bool(packed)}: {how}{known}")
+
+
+def encodable(text):
+    """Whether a str has no half of a character, which UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def mend_halves(text):
+    """A str with U+FFFD for each half of a character; two halves that belong together become the character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def strict_texts(file, text_key):
     """The texts of a packed file, a .jsonl or a .parquet, as str or Reject. Ends the script where it is damaged."""
+    number = 0
     try:
+        if fault := foreign_encoding(file):
+            fail(f"{file.path}: {fault}")
         if file.kind == "txt":
             with open_binary(file) as (stream, _):
-                yield stream.read().decode().removeprefix("\ufeff")
+                yield decode_text(stream.read(), str(file.path))
             return
-        for _, document in read_documents(file, text_key, sys.maxsize):
+        for number, (_, document) in enumerate(read_documents(file, text_key, sys.maxsize), 1):  # noqa: B007
             try:
                 if isinstance(document, Reject):
                     raise document
@@ -346,7 +425,10 @@ def strict_texts(file, text_key):
             except Reject as reject:
                 yield reject
     except UnicodeDecodeError as error:
-        fail(f"{file.path} is not UTF-8: {error}")
+        fail(f"{file.path}, document {number:,}, is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+             f"{error.start:,} in it")
+    except ValueError as error:
+        fail(error)
     except (Damaged, EOFError, zlib.error, OSError) as error:
         fail(f"{file.path} is damaged: {error}")
 

@@ -8,6 +8,7 @@ The merges are found by the package `rustbpe` on the text but for its end, which
 give back every character, and its bytes per token are compared with those of GPT-2's.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     print(f"written to {folder / 'tokenizer.json'} ({tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256[:12]})")
-    print(f"next: python data/text/prepare.py --input={input} --tokenizer={folder} --out_dir=...")
+    words = ["python", "data/text/prepare.py", f"--input={input}", f"--tokenizer={folder}", "--out_dir=..."]
+    print(f"next: {shlex.join(words)}")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ Any text of your own, as byte-level BPE or characters.
 A single text is split as nanoGPT splits Shakespeare, by characters: the first 90% for training, the rest for
 validation. Several, the files of a folder or the documents of a .jsonl or .parquet (.gz and .zst are unpacked), become
 documents with the tokenizer's end behind each (<|endoftext|>; characters have a beginning, too), and the split is by
-tokens. All of it is held in memory, and nothing is cleaned: for a large corpus there is data/openwebtext/prepare.py.
+tokens. All of it is held in memory, and nothing is cleaned, but half a character in a .jsonl becomes U+FFFD: for a
+large corpus there is data/openwebtext/prepare.py.
 GPT-2's ranks are looked for in MINICHAT_MIRROR (a folder or a base URL), in the cache, at tiktoken's own address, and
 last in the source package `openai-whisper`, which a Python package index has.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -56,10 +58,14 @@ def build(folder, texts, tokenizer, source, documents, val_fraction):
         fail("this tokenizer has no token for the end of a document, which several files need")
     cut = int(len(texts[0]) * (1 - val_fraction))
     parts = [texts[0][:cut], texts[0][cut:]] if len(texts) == 1 else texts
-    try:
-        pieces = [tokenizer.encode_array(part) for part in parts]
-    except ValueError as error:
-        fail(f"{source['name']}: {error}")
+    pieces = []
+    for i, part in enumerate(parts):
+        try:
+            pieces.append(tokenizer.encode_array(part))
+        except ValueError as error:
+            start = f", document {i + 1:,} of {len(texts):,} ({part[:40]!r})" if len(texts) > 1 else \
+                ", its end, held out for validation" * i
+            fail(f"{source['name']}{start}: {error}")
     if len(texts) > 1:
         ids = common.join_documents(pieces, tokenizer)
         cut = int(len(ids) * (1 - val_fraction))
@@ -71,7 +77,8 @@ def build(folder, texts, tokenizer, source, documents, val_fraction):
     print(f"{len(pieces[0]):,} tokens for training, {len(pieces[1]):,} for validation, of {tokenizer.vocab_size:,}")
     state = "written to" if changed else "already there, unchanged:"
     print(f"{state} {folder} (dataset {common.manifest_hash(folder)[:12]})")
-    print(f"next: python train.py --dataset={folder}, with the sizes of a model, or a config file")
+    print(f"next: {shlex.join(['python', 'train.py', f'--dataset={folder}'])} (and the sizes of a model, or a config "
+          "file)")
 
 
 def main():
