@@ -154,6 +154,32 @@ def finish(final, state, files):
     sync(final.parent)
 
 
+def note(folder, **fields):
+    """Change fields of a complete checkpoint's state.json, which is whole at every instant. -> the new state. Raises
+    OSError and CheckpointError."""
+    folder = Path(folder)
+    state = json.loads(json.dumps({**read_state(folder), **fields}))
+    state["sha256"] = own_sha256(state)
+    beside = folder / ".state.json"
+    try:
+        with open(beside, "w", encoding="utf-8") as f:
+            json.dump(state, f, indent=1, sort_keys=True)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, folder / "state.json")
+    finally:
+        beside.unlink(missing_ok=True)
+    sync(folder)
+    return state
+
+
+def discard(folder):
+    """Remove a checkpoint. Half-removed it is no checkpoint either."""
+    gone = folder.with_name(f".writing_{folder.name}")
+    os.replace(folder, gone)
+    shutil.rmtree(gone)
+
+
 def system_error(e):
     """The OSError in what a full disk makes torch.save and safetensors raise; None where it is something else."""
     if match := re.search(r"\(os error (\d+)\)", str(e)):  # safetensors: "No space left on device (os error 28)"
@@ -485,9 +511,7 @@ def prune(out_dir, keep):
     stay = {*list(found)[-max(1, keep):], best_step(found)}
     for step, folder in found.items():
         if step not in stay:
-            gone = folder.with_name(f".writing_{folder.name}")  # half-removed is not a checkpoint either
-            os.replace(folder, gone)
-            shutil.rmtree(gone)
+            discard(folder)
 
 
 def main():

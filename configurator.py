@@ -19,7 +19,9 @@ classes and names that begin with _. Whatever a user gets wrong is one line on s
 """
 
 import ast
+import contextlib
 import difflib
+import io
 import os
 import re
 import sys
@@ -48,6 +50,45 @@ def fail(message) -> NoReturn:
     time.sleep(3 * sum(after))
     print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
     raise SystemExit(2)
+
+
+class LastingFile(io.FileIO):
+    """A file descriptor to print to. It drops what it cannot write: the reader is gone, the disk is full, the terminal
+    was closed. A run does not end for want of somebody to tell."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def keep_printing(product=False):
+    """Have stdout and stderr take every text, as UTF-8, and outlive whoever reads them; not stdout if it is `product`."""
+    with contextlib.suppress(OSError):
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed ones: the next file must not take their place
+            pass
+        os.close(fd)
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when Python started
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif not hasattr(stream, "reconfigure"):  # a notebook's
+            continue
+        elif (product and name == "stdout") or os.name == "nt" or not is_descriptor(stream, fd):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows code page cannot print every text
+        elif not isinstance(getattr(stream.buffer, "raw", None), LastingFile):
+            lasting = io.BufferedWriter(LastingFile(fd, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(lasting, encoding="utf-8", errors="replace",
+                                                line_buffering=stream.line_buffering or name == "stderr",
+                                                write_through=stream.write_through))
+
+
+def is_descriptor(stream, fd):
+    try:
+        return stream.fileno() == fd
+    except (OSError, ValueError):  # a test's capture has none
+        return False
 
 
 @dataclass
@@ -230,17 +271,17 @@ def refuse(word, keys, verbs=()) -> NoReturn:
     fail(f"unknown key {word.partition('=')[0]}{mend}" if word.startswith("-") else f"unexpected word {word!r}{mend}")
 
 
-def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None, also=""):
+def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None, also="",
+              product=False):
     """
     Resolve the keys of the script whose globals are `namespace`, write them back there and return them as a plain dict,
     in source order. `verb` names the key that the first bare word fills, with one of `verbs`; `paths` the tuple of
     strings that takes the other bare words. A word that ends in .py is a config file. The names of the keys that any of
     these sets, if only to its default, are added to the set `given`. `also` is a script whose keys are taken too, but
-    only returned.
+    only returned. From here on a print never fails (keep_printing), except to the stdout of a script whose output is its
+    `product`: nobody may be reading it any more.
     """
-    for out in (sys.stdout, sys.stderr):  # a Windows console's code page cannot print every text
-        if hasattr(out, "reconfigure"):
-            out.reconfigure(encoding="utf-8", errors="replace")
+    keep_printing(product)
     own = read_keys(namespace["__file__"], namespace)
     keys = {**own, **{name: key for name, key in (read_keys(also) if also else {}).items() if name not in own}}
     words = list(sys.argv[1:] if argv is None else argv)

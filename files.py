@@ -5,6 +5,7 @@ It imports the standard library alone.
 """
 
 import codecs
+import contextlib
 import errno
 import json
 import os
@@ -56,7 +57,7 @@ def read_lines(path):
 class FolderLock:
     """Holds a folder for one process, by a lock on the file FOLDER/.lock that ends with the process, however it ends.
 
-    The file says who holds it. It stays when the process is gone, and blocks nobody then.
+    The file says who holds it. One that a killed process left blocks nobody.
     """
 
     def __init__(self, folder, warn=lambda message: None):
@@ -72,19 +73,40 @@ class FolderLock:
             self.sign()
 
     def open(self):
-        file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        while True:
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
+                    holder = self.holder(file)
+                    file.close()
+                    raise ValueError(f"another process is training into {self.path.parent} ({holder}): wait for it to "
+                                     "end, or give another --out_dir") from None
+                self.warn(f"{self.path.parent} is on a file system without locks ({error.strerror}): nothing keeps a "
+                          "second process from training into it")
+                return file
+            if self.names(file):
+                return file
+            file.close()  # the process that held it removed the file in between
+
+    def names(self, file):
+        """Whether this file is still the one in the folder."""
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
-                holder = self.holder(file)
-                file.close()
-                raise ValueError(f"another process is training into {self.path.parent} ({holder}): wait for it to "
-                                 "end, or give another --out_dir") from None
-            self.warn(f"{self.path.parent} is on a file system without locks ({error.strerror}): nothing keeps a "
-                      "second process from training into it")
-        return file
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def let_go(self):
+        """Remove the file, and let others have the folder."""
+        if self.file is None:
+            return
+        with contextlib.suppress(OSError):
+            if os.name != "nt" and self.names(self.file):  # Windows removes no open file
+                self.path.unlink()
+        self.file.close()
+        self.file = None
 
     def sign(self):
         """Write down who holds the folder."""

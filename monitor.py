@@ -94,15 +94,16 @@ class Run:
         self.metrics_path, self.events_path = self.dir / "metrics.jsonl", self.dir / "events.jsonl"
         self.pending = {self.metrics_path: b"", self.events_path: b""}
         self.length = {}  # bytes of each file that are known to be whole lines
+        self.kept = {}    # name -> content of the files that stand beside them
+        self.warn = lambda message: None  # takes a line, once, where files are gone and are made again
+        self.renewed = False
         self.tracker = None  # track.Tracker, which gets each record too
 
     def open(self, config, env, metrics_bytes=0):
         """Write config.json and env.json; cut metrics.jsonl to the length that the checkpoint knows."""
         self.dir.mkdir(parents=True, exist_ok=True)
         for name, content in (("config.json", config), ("env.json", env)):
-            beside = self.dir / f".{name}"
-            beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            os.replace(beside, self.dir / name)
+            self.keep(name, json.dumps(content, indent=1).encode())
         for path in self.pending:
             path.touch()
             self.length[path] = path.read_bytes().rfind(b"\n") + 1
@@ -110,6 +111,13 @@ class Run:
             self.event("warning", message=f"metrics.jsonl lacks some of the {metrics_bytes} bytes the checkpoint knows")
         self.length[self.metrics_path] = min(metrics_bytes, self.length[self.metrics_path])
         os.truncate(self.metrics_path, self.length[self.metrics_path])
+
+    def keep(self, name, content):
+        """Write the file `name` with these bytes, and again if the folder is gone later."""
+        self.kept[name] = content
+        beside = self.dir / f".{name}"
+        beside.write_bytes(content)
+        os.replace(beside, self.dir / name)
 
     def metrics(self, record):
         """One line of metrics.jsonl; a number that is not finite becomes null."""
@@ -130,7 +138,12 @@ class Run:
             self._flush(path)
 
     def _flush(self, path, to_disk=False):
-        with open(path, "r+b") as f:
+        try:
+            file = open(path, "r+b")
+        except FileNotFoundError:
+            self._renew(path)
+            file = open(path, "r+b")
+        with file as f:
             f.seek(self.length[path])
             f.truncate()  # what an earlier try left half-written
             f.write(self.pending[path])
@@ -139,6 +152,19 @@ class Run:
                 os.fsync(f.fileno())
         self.length[path] += len(self.pending[path])
         self.pending[path] = b""
+
+    def _renew(self, path):
+        """Somebody removed a log, or moved the folder: begin the log again, for a run that is to be saved."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        for name, content in self.kept.items():
+            if not (self.dir / name).exists():
+                self.keep(name, content)
+        path.touch()
+        self.length[path] = 0
+        if not self.renewed:
+            self.renewed = True
+            self.warn(f"{path} was removed or moved while the run wrote to it: a new one begins here, and checkpoints "
+                      f"are saved in {self.dir}")
 
     def flush(self):
         """Have the disk hold every line; -> bytes of metrics.jsonl. Raises OSError (disk full)."""

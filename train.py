@@ -14,8 +14,10 @@ each sees some of a step's micro-batches, one writes.
 import gc
 import math
 import os
+import shlex
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -31,6 +33,7 @@ from device import autocast, can_compile, free_memory, pick_device, pick_dtype
 from device import peak_flops as peak_of
 from eval import evaluate
 from export import read_model
+from files import FolderLock
 from guard import ACTIONS, Guard, Watch, keep_skipped, parse_steps, read_skipped
 from infer import stream
 from loader import (
@@ -45,7 +48,18 @@ from loader import (
     verify_shards,
 )
 from model import GPT, GPTConfig, pick_attention
-from monitor import Hardware, Profiler, Run, StepTimer, clear_bar, clock_face, environment, evaluation_line, show
+from monitor import (
+    Hardware,
+    Profiler,
+    Run,
+    StepTimer,
+    clear_bar,
+    clock_face,
+    environment,
+    evaluation_line,
+    plain,
+    show,
+)
 from optim import Optimizers, lr_at
 from probe import Update, attention
 from tokenizer import load_tokenizer
@@ -174,9 +188,9 @@ def one_line_errors():
         fail(e)
 
 
-def main(config, given, rewound=None):
+def main(config, given, stop, lock, rewound=None):
     """One run -> its exit code; or, as a list, the data steps to leave out, for which it is to be called again, with
-    them as `rewound`."""
+    them as `rewound`. `stop` is its StopSignal, `lock` holds the run's folder."""
     with one_line_errors():
         # ---- the machine -------------------------------------------------------------
         check_settings()
@@ -204,6 +218,8 @@ def main(config, given, rewound=None):
         profiler = Profiler(profile, where, out_dir, max_iters, writes=layout.rank == 0)
 
         # ---- the data, the model, and where they stand ---------------------------------------
+        if not eval_only:
+            layout.first(lambda: lock.take(create=False))  # before a checkpoint of the holder's is judged
         resumed = layout.first(lambda: what_to_resume(rewound))
         skipped = layout.first(lambda: what_to_skip(resumed, rewound))
         found, manifest, dataset_sha256 = open_datasets(dataset)
@@ -233,13 +249,15 @@ def main(config, given, rewound=None):
         memory = takes(batch_size, accumulation)
         if tokenizer and model_config.vocab_size < vocab:
             fail(f"vocab_size={vocab_size} is too small for {source}, which has {vocab} token ids; 0 takes that")
-        if tokenizer and sample_tokens and not tokenizer.encode(sample_start):
-            fail("sample_start is empty: a sample needs at least one character to start from")
+        if tokenizer and sample_tokens:
+            check_sample_start(tokenizer)
         for folder, _ in found if verify_data else ():
             verify_shards(folder)
         train_tokens, val_tokens = (open_tokens(found, split, model_config.vocab_size) for split in ("train", "val"))
         if len(val_tokens) < 2:
             fail(f"{source}: {len(val_tokens)} validation tokens are too few: at least 2")
+        if layout.rank == 0:
+            check_validation(val_tokens)
         state = {
             "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None, "skipped": skipped,
             "model": asdict(model_config), "config": config, "seed": seed, "dataset_sha256": dataset_sha256,
@@ -253,13 +271,13 @@ def main(config, given, rewound=None):
         model = GPT(model_config).to(where)  # the same on every rank, and whole until it is placed
         changed = {}
         if resumed:
-            folder, saved = resumed
-            changed = check_resume(saved, state)
-            if saved["step"] >= max_iters and not eval_only:
+            folder, folder_state = resumed
+            changed = check_resume(folder_state, state)
+            if folder_state["step"] >= max_iters and not eval_only and not folder_state.get("unevaluated"):
                 print(f"nothing to do: {folder} has all {max_iters:,} steps")
                 return 0
             checkpoint.load_model(model, folder)
-            state |= {key: saved[key] for key in ("step", "wall_s", "metrics_bytes")}
+            state |= {key: folder_state[key] for key in ("step", "wall_s", "metrics_bytes")}
         elif start:
             check_start(*start[:2], model_config, tokenizer)
             tensors = start[0].state_dict()
@@ -277,11 +295,11 @@ def main(config, given, rewound=None):
             whole=layout.whole, part=layout.part, peers=layout.peers,
         )
         scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
-        guard = Guard(spike_z, spike_window, scaler.is_enabled(), resumed and saved.get("guard"))
+        guard = Guard(spike_z, spike_window, scaler.is_enabled(), resumed and folder_state.get("guard"))
         if resumed:
             opt.load_state_dict(layout.optimizer_state(model, folder))
-            if saved["scaler"]:
-                scaler.load_state_dict(saved["scaler"])
+            if folder_state["scaler"]:
+                scaler.load_state_dict(folder_state["scaler"])
 
     unit = "char" if tokenizer and tokenizer.kind == "char" else "token"
     if eval_only:  # writes nothing
@@ -293,12 +311,13 @@ def main(config, given, rewound=None):
         loader = Loader(train_tokens, block_size, batch_size, accumulation=accumulation, seed=seed,
                         rank=layout.dp_rank, world=layout.dp, first_step=state["step"], prefetch=prefetch,
                         threads=loader_threads, pin=where.type == "cuda", skipped=skipped)
+        layout.first(lambda: hold_folder(lock, resumed))
         run = Run(out_dir, writes=layout.rank == 0)
         shards = checkpoint.Background(layout.heads) if checkpoint_format == "sharded" else None
         layout.first(lambda: run.open(config, environment(where, dataset_sha256), state["metrics_bytes"]))
         layout.first(lambda: keep_skipped(out_dir, skipped))
         if tokenizer:
-            layout.first(lambda: tokenizer.save(run.dir))
+            layout.first(lambda: run.keep("tokenizer.json", tokenizer.to_json()))
 
     def tell(kind, message):
         if layout.rank == 0:
@@ -310,6 +329,7 @@ def main(config, given, rewound=None):
         run.event("warning", step=state["step"], message=message)
 
     watch = Watch(warn)
+    run.warn = warn
 
     per_step = batch_size * micro_batches * block_size
     passes = accumulation if pp_size == 1 else 1  # of this rank through the model a step; a pipeline has all in one
@@ -449,6 +469,8 @@ def main(config, given, rewound=None):
             return 128 + stopped_by
         return more
 
+    unnoted = {}  # folder of a checkpoint -> what its evaluation found, which it does not hold yet
+
     def went_well(write, step):
         """Whether `write` could do so. A full disk is said and the run goes on: what is there already stays good."""
         try:
@@ -460,29 +482,73 @@ def main(config, given, rewound=None):
 
     def written():
         """Waits for shards that are being written. -> whether all is that was begun"""
-        return not shards or went_well(shards.wait, shards.step)
+        done = not shards or went_well(shards.wait, shards.step)
+        if done and layout.rank == 0:
+            note_evaluation()
+        unnoted.clear()
+        return done
 
-    def save(val_loss=None):
-        """A checkpoint of now. -> whether it is written, or begun if each rank writes its shards"""
+    def note_evaluation():
+        """Have the checkpoint that was saved before an evaluation hold what that found."""
+        for folder, found in unnoted.items():
+            try:
+                checkpoint.note(folder, **found, unevaluated=None)
+            except OSError as e:  # a full disk: a resume evaluates again
+                warn(f"{folder} does not hold its val_loss: {e}")
+        if unnoted:
+            checkpoint.prune(out_dir, keep)
+
+    def flush_logs():
+        """-> bytes of metrics.jsonl that the disk holds. Logs never keep a checkpoint from being written."""
+        try:
+            return run.flush()
+        except OSError as e:
+            watch.once("logs", f"the logs of {out_dir} cannot be written ({e}): their lines wait in memory, and "
+                       "checkpoints are saved all the same")
+            return run.length[run.metrics_path]
+
+    def save(unevaluated=None):
+        """A checkpoint of now. `unevaluated` is the record of a step whose evaluation is still to come: a resume makes
+        up for it. -> whether the checkpoint is written, or begun if each rank writes its shards"""
         written()  # else those before would be told of as these
         held = (model, opt) if shards else layout.gather(model, opt)
         state.update(scaler=scaler.state_dict() if scaler.is_enabled() else None, guard=guard.state())
 
         def flush():
-            return layout.rank == 0 and run.flush()
+            return layout.rank == 0 and flush_logs()
 
         def write():  # on each rank if sharded, else on the first
             state["metrics_bytes"] = checkpoint.together(flush)[0] if shards else flush()
-            saved = {**state, "val_loss": val_loss}
+            saved = {**state, "val_loss": None, "unevaluated": plain(unevaluated)}
             if shards:
                 return shards.save(out_dir, *held, saved, keep)
             checkpoint.save(out_dir, *held, saved)
-            checkpoint.prune(out_dir, keep)
+            if not unevaluated:  # else once it is known whether this one is the best
+                checkpoint.prune(out_dir, keep)
             if state["step"] < max_iters:
                 watch.disk(out_dir, checkpoint.steps(out_dir).values(), keep, size)
 
         attempt = partial(went_well, write, state["step"])
         return attempt() if shards else layout.first(attempt)
+
+    def evaluated(record, saved, **more):
+        """Evaluates, logs the `record` of the step with what that found, and has the checkpoint hold it, where it was
+        `saved` before. -> the validation loss, which may be not finite: then that checkpoint is gone"""
+        result = validate()
+        if not math.isfinite(result["val_loss"]):
+            if written() and saved:
+                layout.first(lambda: checkpoint.discard(checkpoint.place(out_dir, record)))
+            return result["val_loss"]
+        record = {**record, **result, **more}
+        run.metrics(record)
+        show(record, unit, max_iters)
+        if saved:
+            length = layout.first(flush_logs)
+            state["metrics_bytes"] = length
+            unnoted[checkpoint.place(out_dir, record)] = {"val_loss": result["val_loss"], "metrics_bytes": length}
+            if not shards:
+                written()
+        return result["val_loss"]
 
     # ---- compile, and fall back once if that fails ---------------------------------------
     compiled = layout.module
@@ -511,7 +577,12 @@ def main(config, given, rewound=None):
     state["wall_s"] += time.perf_counter() - clock
 
     # ---- the loop ---------------------------------------------------------------------
-    stop = StopSignal()
+    stop.listen()
+    saved, val_loss = True, None
+    if resumed and (record := folder_state.get("unevaluated")):  # it was stopped between a checkpoint and its evaluation
+        val_loss = evaluated(record, saved=True)
+        if not math.isfinite(val_loss):
+            return diverged(record["step"], "the validation loss is not finite")
     timer, hardware = StepTimer(where), Hardware(where)
     unread = []  # loss and gradient norm of each step since the last record, still on the device
     last_save = time.monotonic()
@@ -582,46 +653,51 @@ def main(config, given, rewound=None):
             tell("warning", f"{bad} at step {at}, of data step {batch}"
                             f"{'' if math.isfinite(grad_norm) else '; its update is left out'}")
         watch.step(step, parts)
-        evaluated = validate() if eval_due else {}
-        comm = communication() if eval_due and layout.world > 1 else {}
-        val_loss = evaluated.get("val_loss")
         inside = look_inside(update) if probing else {}
         if log_due or eval_due:
             tok_per_s = per_step / (sum(ms for part, ms in parts.items() if part != "probe_ms") / 1000)
             mfu = tok_per_s * flops[context_at(step - 1)] / (peak * layout.world) if peak else None
             record = {
                 "step": step, "tokens": step * per_step, "wall_s": round(state["wall_s"], 3), "loss": loss,
-                **evaluated, "lr": lr, "grad_norm": grad_norm, "tok_per_s": round(tok_per_s), "mfu": mfu,
-                **hardware.read(), **{part: round(ms, 3) for part, ms in parts.items()}, **comm, **inside,
+                "lr": lr, "grad_norm": grad_norm, "tok_per_s": round(tok_per_s), "mfu": mfu,
+                **hardware.read(), **{part: round(ms, 3) for part, ms in parts.items()}, **inside,
             }
-            run.metrics(record)
-            show(record, unit, max_iters)
+            if not eval_due:
+                run.metrics(record)
+                show(record, unit, max_iters)
             if shards and shards.done():
                 written()
         saved = False
         if eval_due or save_due or stopped_by:
             if not layout.finite(model):
                 return diverged(step, "a weight is not finite")
-            if eval_due and not math.isfinite(val_loss):
-                return diverged(step, "the validation loss is not finite")
-            saved = save(val_loss)
+            saved = save(record if eval_due else None)  # before anything that may fail or be interrupted
+            last_save = time.monotonic()
+            if eval_due:
+                comm = communication() if layout.world > 1 else {}
+                val_loss = evaluated(record, saved, **comm)
+                if not math.isfinite(val_loss):
+                    return diverged(step, "the validation loss is not finite")
             if last or stopped_by:
                 saved = written() and saved
-            last_save = time.monotonic()
         if stopped_by:
             run.event("stop", step=step, reason=signal.Signals(stopped_by).name)
-            kept = "saved; go on" if saved else "not saved; go on from the last checkpoint, if there is one,"
+            kept = "saved; resume" if saved else "not saved; resume the last checkpoint, if there is one,"
             print(f"\nstopped by {signal.Signals(stopped_by).name} after step {step}, {kept} with "
-                  f"--init_from=resume --out_dir={out_dir}")
+                  f"--init_from=resume {shlex.quote(f'--out_dir={out_dir}')}")
             loader.close()
             return 128 + stopped_by
 
     loader.close()
+    saved = written() and saved
     profiled(state["step"])
     run.event("end", step=state["step"], wall_s=state["wall_s"])
-    print(f"trained {state['step'] - began[0]:,} steps in {state['wall_s'] - began[1]:.1f} s; "
-          f"val loss {val_loss:.4f}; next: python sample.py --out_dir={out_dir}")
-    return 0 if saved else 1
+    done = f"trained {state['step'] - began[0]:,} steps in {state['wall_s'] - began[1]:.1f} s; val loss {val_loss:.4f}"
+    if not saved:
+        print(f"{done}; the last checkpoint could not be saved (the reason is above)")
+        return 1
+    print(f"{done}; next: python sample.py {shlex.quote(f'--out_dir={out_dir}')}")
+    return 0
 
 
 # -----------------------------------------------------------------------------
@@ -651,6 +727,34 @@ def check_settings():
     for key, known in choices.items():
         if globals()[key] not in known:
             fail(f"{key}={globals()[key]!r} is not one of {', '.join(str(choice) or 'nothing' for choice in known)}")
+
+
+def check_sample_start(tokenizer):
+    """Ends the run where sample_start is no prompt."""
+    try:
+        prompt = tokenizer.encode(sample_start)
+    except ValueError as e:
+        fail(f"sample_start={sample_start!r}: {e}")
+    if not prompt:
+        fail("sample_start is empty: a sample needs at least one character to start from")
+
+
+def check_validation(val_tokens):
+    """Reads the tokens that an evaluation will read, before the first step. Raises DataError for what is damaged."""
+    for part, _ in val_tokens.parts:
+        targets = len(part) - 1
+        if eval_iters:
+            targets = min(targets, eval_iters * max(1, 16384 // block_size) * block_size)
+        part.sha256_of(targets + 1)  # which the evaluation asks for, too
+
+
+def hold_folder(lock, resumed):
+    """Keep other processes from training into out_dir, which is made where it is not there."""
+    os.makedirs(out_dir, exist_ok=True)
+    lock.take()
+    if not resumed and (found := checkpoint.steps(out_dir)):
+        fail(f"another process has trained into {out_dir} meanwhile (step {max(found)}): resume it with "
+             "--init_from=resume, or begin in another --out_dir")
 
 
 def what_fits(takes, free, layout):
@@ -733,6 +837,9 @@ def what_to_skip(resumed, rewound=None):
 
 def check_resume(saved, state):
     """Ends the run where the saved one was another; -> {key: [then, now]} of what changed and may."""
+    if "seed" not in saved:  # export.py made it of a model from elsewhere
+        fail(f"{out_dir} holds a model from {saved['config'].get('init_from') or 'elsewhere'} and no training to resume: "
+             f"start from it with {shlex.quote(f'--init_from={out_dir}')} and another --out_dir")
     # a field that there was not yet has its default
     then, now = ({**s, **asdict(GPTConfig()), **s["model"], "model": None} for s in (saved, state))
     for key in (*MUST_MATCH, *state["model"]):
@@ -818,31 +925,54 @@ def sample(model, tokenizer, context):
 
 
 class StopSignal:
-    """SIGINT or SIGTERM: remembered, so that the step is finished and saved; the second one ends at once."""
-
-    signum = 0  # of all of them: one that comes while a rewind sets up anew is not lost
+    """SIGINT, SIGTERM or SIGHUP (the terminal was closed): remembered, so that the step is finished and saved; a second
+    one ends the process at once. One that comes while a rewind sets up the run again is not lost."""
 
     def __init__(self):
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.caught)
+        self.signum, self.before = 0, {}
+
+    def listen(self):
+        """From here on. In a thread, where Python has no signals, nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signum not in self.before and signal.getsignal(signum) != signal.SIG_IGN:  # as nohup asks for
+                self.before[signum] = signal.signal(signum, self.caught)
 
     def caught(self, signum, frame):
-        StopSignal.signum = signum
+        self.signum = signum
         signal.signal(signum, signal.SIG_DFL)
+
+    def put_back(self):
+        """The handlers of before: in a notebook the run ends and the process does not."""
+        for signum, handler in self.before.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        self.before = {}
 
 
 def until_done(config, given):
-    """main, and after a rewind main again: everything is set up anew, as a resume does it. -> the exit code"""
-    done = main(config, given)
-    while isinstance(done, list):
-        gc.collect()  # the model that was, before there is another
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.set_stance("default")
-            torch.compiler.reset()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        done = main(config, given, done)
-    return done
+    """main, and after a rewind main again: everything is set up as a resume sets it up. -> the exit code"""
+    stop = StopSignal()
+    lock = FolderLock(out_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+    try:
+        done = main(config, given, stop, lock)
+        while isinstance(done, list):
+            gc.collect()  # the model that was, before there is another
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.set_stance("default")
+                torch.compiler.reset()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            done = main(config, given, stop, lock, done)
+        return done
+    finally:
+        stop.put_back()
+        lock.let_go()
+
+
+def no_memory(error):
+    """Whether an error is a CPU's memory that is full: torch has no class for it."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":
@@ -857,3 +987,7 @@ if __name__ == "__main__":
         fail(e)
     except torch.OutOfMemoryError as e:  # of a GPU
         fail(f"{'. '.join(str(e).split('. ', 2)[:2])}: {smaller()}")
+    except (MemoryError, RuntimeError) as e:
+        if not no_memory(e):
+            raise
+        fail(f"this machine's memory is full ({str(e).strip().splitlines()[0][-200:]}): {smaller()}")

@@ -647,7 +647,7 @@ def test_the_end_waits_for_shards(tiny, finished, tmp_path):
 def test_a_stop_waits_for_shards(tiny, tmp_path):
     done = tiny(tmp_path, before=LATE + STOP, checkpoint_format="sharded", eval_interval=100)
     assert done.code == 128 + signal.SIGTERM and checkpoints(tmp_path) == [6], done.err
-    assert "saved; go on" in done.out and leftovers(tmp_path) == []
+    assert "saved; resume" in done.out and leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("n, code, there", [(2, 0, [4, 12]), (3, 1, [4, 8])])
