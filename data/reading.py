@@ -144,14 +144,14 @@ def stream_documents(file, limit, start=0):
                 yield at, piece
 
 
-def foreign_encoding(file):
-    """What is wrong with a file of text that begins as UTF-16 or UTF-32 does, or None."""
+def foreign_encoding(file, name="it"):
+    """What is wrong with a file of text that begins as UTF-16 or UTF-32 does, or None. `name` is the subject of that."""
     if file.kind not in ("txt", "jsonl"):
         return None
     with open_binary(file) as (stream, _):
         start = stream.read(4)
     try:
-        decode_text(start if start.startswith(FOREIGN) else b"", "it")
+        decode_text(start if start.startswith(FOREIGN) else b"", name)
     except ValueError as error:
         return str(error)
     return None
@@ -382,10 +382,10 @@ def refuse_tables(path):
     if kind not in (".json", ".csv", ".tsv"):
         return
     name = str(path)[: len(str(path)) - len(packed)]
-    file = f"open({name!r}, encoding='utf-8-sig', newline='')"
+    file = f'open({json.dumps(name, ensure_ascii=False)}, encoding="utf-8-sig", newline="")'
     tabs = ", delimiter=chr(9)" * (kind == ".tsv")
     rows = f"json.load({file})" if kind == ".json" else f"csv.DictReader({file}{tabs})"
-    code = f"import csv, json; [print(json.dumps({{'text': row['text']}})) for row in {rows}]"
+    code = f'import csv, json; [print(json.dumps({{"text": row["text"]}})) for row in {rows}]'
     how = f"python -c {shlex.quote(code)} > {shlex.quote(name[: -len(kind)] + '.jsonl')}"
     known = "; if each line is a JSON object already, name it .jsonl" * (kind == ".json")
     fail(f"--input={path}: of a {kind} file a model would learn the syntax; make a .jsonl of it, the text under a key"
@@ -410,8 +410,8 @@ def strict_texts(file, text_key):
     """The texts of a packed file, a .jsonl or a .parquet, as str or Reject. Ends the script where it is damaged."""
     number = 0
     try:
-        if fault := foreign_encoding(file):
-            fail(f"{file.path}: {fault}")
+        if fault := foreign_encoding(file, str(file.path)):
+            fail(fault)
         if file.kind == "txt":
             with open_binary(file) as (stream, _):
                 yield decode_text(stream.read(), str(file.path))

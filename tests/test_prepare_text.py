@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,7 @@ from test_tokenizer import BPE, RANKS, needs_ranks
 import data.common as common
 from loader import Tokens
 from reading import ENDINGS
-from tokenizer import load_tokenizer
+from tokenizer import CharTokenizer, load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "text" / "prepare.py"
 TEXT = "the thé 🙂 the end\n" * 30
@@ -118,6 +119,36 @@ def test_mistakes_are_named_and_nothing_is_written(settings, named, prepare, tmp
     done = prepare(**settings)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr
     assert not (tmp_path / "made").exists()
+
+
+def test_what_cannot_be_encoded_is_named_with_its_document(prepare, tmp_path):
+    """By number and beginning where there are several; in a single text, by its place in that text."""
+    CharTokenizer("abc ").save(tmp_path / "abc.json")
+    (tmp_path / "many.jsonl").write_text('{"text": "abc"}\n{"text": ""}\n{"text": "cab x"}\n')
+    done = prepare(input="many.jsonl", tokenizer=tmp_path / "abc.json")
+    assert done.returncode == 2 and "many.jsonl, document 2 of 2 ('cab x'): cannot encode 'x'" in done.stderr
+    for place in (3, 97):
+        (tmp_path / "one.txt").write_text("a" * place + "y" + "b" * (99 - place))
+        done = prepare(input="one.txt", tokenizer=tmp_path / "abc.json")
+        assert done.returncode == 2 and f"one.txt: cannot encode 'y' (U+0079) at position {place}:" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "$HOME"])
+def test_the_next_command_can_be_pasted(name, prepare, tmp_path):
+    done = prepare(input="text.txt", tokenizer="char", out_dir=name)
+    command = done.stdout.strip().rpartition("next: ")[2].partition(" (and ")[0]
+    assert shlex.split(command) == ["python", "train.py", f"--dataset={name}"], done.stderr
+
+
+def test_half_a_character_does_not_stop_a_prepare(prepare, tmp_path):
+    (tmp_path / "x.jsonl").write_text(r'{"text": "the \udc80 end"}' + "\n" + r'{"text": "the \ud83d"}' + "\n" * 3)
+    for tokenizer in (tmp_path / "bpe.json", "char"):
+        done = prepare(input="x.jsonl", tokenizer=tokenizer, val_fraction=0.3, out_dir=tmp_path / "made")
+        assert done.returncode == 0 and "x.jsonl: half a character" in done.stderr, done.stderr
+        assert manifest(tmp_path / "made")["documents"]["changed"] == 2
+        text = load_tokenizer(tmp_path / "made").decode(
+            stream(tmp_path / "made", "train") + stream(tmp_path / "made", "val"))
+        assert text == "the \ufffd endthe \ufffd"
 
 
 def test_ranks_come_from_the_address_or_else_a_package(monkeypatch, tmp_path, capsys):

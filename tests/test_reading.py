@@ -4,6 +4,9 @@ import gzip
 import io
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +19,7 @@ from reading import MARK, Damaged, Reject, find_files, list_files, read_chunks, 
 
 TEXTS = ["first\nof two lines", "second – ünïcode 文字", "<|endoftext", "x" * 300, "last"]
 LIMIT = 200
+posix = pytest.mark.skipif(os.name == "nt", reason="needs a shell of POSIX")
 
 
 def packed(data, path):
@@ -155,3 +159,109 @@ def test_nothing_to_read_is_one_line(name, named, tmp_path, capsys):
         list_files(tmp_path / name)
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.count("\n") == 1 and named in line and name in line
+
+
+@pytest.mark.parametrize("ending", [ending for ending in reading.ENDINGS if ending != ".parquet"])
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_a_mark_of_byte_order_is_no_part_of_the_first_document(ending, size, tmp_path):
+    """At a file's beginning; in the middle it is a character."""
+    texts = ["\ufeffinside", "\ufeffsecond", "third"] if ending.startswith(".jsonl") else ["first", "\ufeffsecond"]
+    path = write_corpus(tmp_path, texts, ending)
+    plain = write_corpus(tmp_path, texts, ending.partition(".gz")[0].partition(".zst")[0]).read_bytes()
+    packed(b"\xef\xbb\xbf" + plain, path)
+    for documents in ([d for _, d in read_documents(list_files(path)[0], "text", LIMIT)],
+                      [d for _, many in read_chunks(list_files(path)[0], lambda i: True, size, "text", LIMIT)
+                       for d in many]):
+        assert texts_of(documents) == texts
+    found, _, counts = reading.read_texts(path)
+    whole = "".join(f"<|endoftext|>\n{text}\n" for text in texts).removeprefix("<|endoftext|>\n")
+    assert found == ([whole] if ending.startswith(".txt") else texts) and counts["read"] == len(found)
+
+
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".jsonl", ".jsonl.zst"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_another_encoding_is_named(ending, encoding, tmp_path, capsys):
+    path = tmp_path / f"x{ending}"
+    raw = '\ufeff{"text": "a"}\n{"text": "b"}\n'.removeprefix("\ufeff" * (encoding in ("utf-16", "utf-32")))
+    packed(raw.encode(encoding), path)
+    name = encoding[:6].upper()
+    with pytest.raises(Damaged, match=f"it is {name}"):
+        list(read_documents(list_files(path)[0], "text", LIMIT))
+    file = list_files(path)[0]
+    assert [d for _, documents in read_chunks(file, lambda i: True, 4, "text", LIMIT) for d in documents] == []
+    assert file.fault.startswith(f"it is {name}") and file.chunks == 1
+    with pytest.raises(SystemExit):
+        reading.read_texts(path)
+    line = capsys.readouterr().err
+    assert f"{path} is {name}, not UTF-8" in line and line.count("\n") == 1
+
+
+FORMS = {
+    "category": lambda: pa.array(TEXTS).dictionary_encode(),
+    "small category": lambda: pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 3, 4], pa.int8()), pa.array(TEXTS)),
+    "large category": lambda: pa.array(TEXTS, pa.large_string()).dictionary_encode(),
+    "large_string": lambda: pa.array(TEXTS, pa.large_string()),
+    "string_view": lambda: pa.array(TEXTS, pa.string_view()),
+    "binary": lambda: pa.array([text.encode() for text in TEXTS], pa.binary()),
+    "large_binary": lambda: pa.array([text.encode() for text in TEXTS], pa.large_binary()),
+    "binary_view": lambda: pa.array([text.encode() for text in TEXTS], pa.binary_view()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_text_in_any_form_of_a_parquet_column(form, tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": FORMS[form]()}), path, row_group_size=2)
+    found = [d for _, d in read_documents(list_files(path)[0], "text", LIMIT)]
+    assert texts_of(found) == [*TEXTS[:3], "too_long", "last"]
+    assert reading.read_texts(path)[0] == TEXTS
+
+
+def test_a_column_in_memory_may_have_forms_that_no_file_has():
+    views = pa.DictionaryArray.from_arrays(pa.array([1, None, 0]), pa.array(["a", "é"], pa.string_view()))
+    assert reading.bytes_of(views, pa).to_pylist() == ["é".encode(), None, b"a"]
+    numbers = pa.array([3, None, 3]).dictionary_encode()
+    assert reading.bytes_of(numbers, pa).to_pylist() == [3, None, 3]
+
+
+def test_half_a_character_is_replaced_counted_and_said(tmp_path, capsys):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    lines = ['{"text": "a"}', r'{"text": "b \udfff c"}', r'{"text": "\ud83d\ude42"}', r'{"text": "\ud83d"}']
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    (folder / "y.txt").write_text("z")
+    texts, _, documents = reading.read_texts(folder)
+    assert texts == ["a", "b \ufffd c", "🙂", "\ufffd", "z"] and documents["changed"] == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "x.jsonl" in line and "in 2 of 4 documents, first in document 2" in line
+
+
+@pytest.mark.parametrize("name, raw, texts", [
+    ("my notes.csv", "id,text\n1,\"two\nlines\"\n2,ünï\n", ["two\nlines", "ünï"]),
+    ("it's.tsv", "text\tid\nun, deux\t1\n", ["un, deux"]),
+    ("a.JSON", '\ufeff[{"text": "one", "id": 1}, {"text": "two"}]', ["one", "two"]),
+])  # fmt: skip
+@posix
+def test_tables_are_refused_with_what_makes_texts_of_them(name, raw, texts, tmp_path, capsys, monkeypatch):
+    """The command that the line names is run, and its file read."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(raw, encoding="utf-8")
+    for path in (name, f"{name}.gz"):
+        packed(raw.encode(), Path(path))
+        with pytest.raises(SystemExit) as end:
+            reading.read_texts(path)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.count("\n") == 1 and path in line and ".jsonl" in line
+    command = line[line.index("python -c"):].strip().partition("; if each line")[0]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    assert reading.read_texts(Path(name).stem + ".jsonl")[0] == texts
+
+
+def test_another_name_of_jsonl_is_named(tmp_path, capsys):
+    (tmp_path / "x.ndjson").write_text('{"text": "a"}')
+    with pytest.raises(SystemExit):
+        reading.read_texts(tmp_path / "x.ndjson")
+    assert "name it .jsonl" in capsys.readouterr().err
+    for name in ("page.html", "notes.md", "README"):  # text is what its owner takes for text
+        (tmp_path / name).write_text("<p>")
+        assert reading.read_texts(tmp_path / name)[0] == ["<p>"]

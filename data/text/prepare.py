@@ -52,20 +52,25 @@ def pick_tokenizer(name, texts):
         fail(error)
 
 
+def unknown_in(texts, tokenizer):
+    """Which of `texts`, if there are several, the tokenizer cannot encode, where in it, and why."""
+    for i, text in enumerate(texts, 1):
+        try:
+            tokenizer.encode_array(text)
+        except ValueError as error:
+            return f"{f', document {i:,} of {len(texts):,} ({text[:40]!r})' if len(texts) > 1 else ''}: {error}"
+
+
 def build(folder, texts, tokenizer, source, documents, val_fraction):
     """Encode `texts`, split them, and make `folder` the dataset of that. Prints what there is then."""
     if len(texts) > 1 and tokenizer.eos is None:
         fail("this tokenizer has no token for the end of a document, which several files need")
     cut = int(len(texts[0]) * (1 - val_fraction))
     parts = [texts[0][:cut], texts[0][cut:]] if len(texts) == 1 else texts
-    pieces = []
-    for i, part in enumerate(parts):
-        try:
-            pieces.append(tokenizer.encode_array(part))
-        except ValueError as error:
-            start = f", document {i + 1:,} of {len(texts):,} ({part[:40]!r})" if len(texts) > 1 else \
-                ", its end, held out for validation" * i
-            fail(f"{source['name']}{start}: {error}")
+    try:
+        pieces = [tokenizer.encode_array(part) for part in parts]
+    except ValueError:
+        fail(f"{source['name']}{unknown_in(texts, tokenizer)}")
     if len(texts) > 1:
         ids = common.join_documents(pieces, tokenizer)
         cut = int(len(ids) * (1 - val_fraction))
