@@ -108,7 +108,7 @@ perf() {
 
 run_tests() {
     install dev
-    .venv/bin/python -m pytest "$@"
+    .venv/bin/python -m pytest -n auto --dist worksteal "$@"  # a process a core; -n 0 after it: one
 }
 
 no_more() { [ $# -eq 0 ] || stop "only test takes further arguments, got: $*"; }

@@ -9,11 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from data.common import write_dataset
-from tokenizer import CharTokenizer
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes run tests beside each other
+
+from data.common import write_dataset  # noqa: E402
+from tokenizer import CharTokenizer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 40
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """-n auto: a process a core, of those that this one may use; each holds a gigabyte or two."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 8)
+
+
+def pytest_collection_modifyitems(items):
+    """Long ones first, so that no worker is left with one at the end; before them those that share the longest fixture,
+    which a worker that has nothing left to do would otherwise take from the one that has it."""
+    items.sort(key=lambda item: ("table" not in item.fixturenames, not item.get_closest_marker("slow")))
 
 
 @pytest.fixture(scope="session")

