@@ -32,7 +32,7 @@ def decode_text(raw, name):
             raise ValueError(f"{name} is {encoding}, not UTF-8: convert it first, for example: "
                              f"iconv -f {encoding} -t UTF-8")
     try:
-        return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start:,}; convert it "
                          "first, for example: iconv -f ISO-8859-1 -t UTF-8") from None

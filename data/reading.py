@@ -145,7 +145,7 @@ def stream_documents(file, limit, start=0):
 
 
 def foreign_encoding(file, name="it"):
-    """What is wrong with a file of text that begins as UTF-16 or UTF-32 does, or None. `name` is the subject of that."""
+    """What is wrong with a text file that begins as UTF-16 or UTF-32 does, said of `name`; or None."""
     if file.kind not in ("txt", "jsonl"):
         return None
     with open_binary(file) as (stream, _):
