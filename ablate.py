@@ -339,7 +339,7 @@ def collect(experiment):
 def train(words, log):
     """train.py with these words, its output in `log`. -> its exit code, below 0 for a signal
 
-    SIGINT and SIGTERM are passed on: it finishes its step and saves, and then ablate.py ends, too.
+    SIGINT, SIGTERM and SIGHUP are passed on: it finishes its step and saves, and then ablate.py ends, too.
     """
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdin=subprocess.DEVNULL, stdout=log,
                                stderr=log, start_new_session=True)  # so that Ctrl-C is not there twice
@@ -349,12 +349,14 @@ def train(words, log):
         process.kill() if caught else process.terminate()
         caught.append(signum)
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signums = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+    signums = {signum for signum in signums if signal.getsignal(signum) != signal.SIG_IGN}  # as nohup asks for
+    before = {signum: signal.signal(signum, stop) for signum in signums}
     code = process.wait()
     for signum, handler in before.items():
         signal.signal(signum, handler)
     if caught:
-        print("stopped; the same command goes on from here")
+        print("stopped; the same command resumes from here")
         sys.exit(128 + caught[0])
     return code
 

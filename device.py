@@ -176,3 +176,13 @@ def rss_gb():
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
     except (OSError, ValueError):
         return None
+
+
+def memory_is_full(error):
+    """The line that says so where `error` is about a CPU's or a GPU's memory, or None: for a CPU torch has no class."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return ". ".join(text.split(". ", 2)[:2])
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"this machine's memory is full ({text[-200:]})"
+    return None

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from configurator import configure, fail
-from device import autocast, pick_device, pick_dtype
+from device import autocast, memory_is_full, pick_device, pick_dtype
 from files import read_lines
 from infer import Engine, load, stretch
 from loader import fixed_batches, open_datasets, open_tokens, sha256
@@ -392,6 +392,10 @@ def main():
         result = VERBS[what](model, tokenizer, state, folder, autocast(where, precision))
     except (ValueError, OSError) as e:  # CheckpointError and DataError are ValueErrors
         fail(e)
+    except (MemoryError, RuntimeError) as e:
+        if full := memory_is_full(e):
+            fail(f"{full}: a smaller --batch_size or --block_size takes less")
+        raise
     print(json.dumps({**plain(result), "step": state["step"]}))
 
 

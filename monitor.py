@@ -8,6 +8,7 @@ lines on the screen.
     out_dir/events.jsonl    start, resume, warning, sample, nan, spike, rewind, stop, end
     out_dir/profile/        a trace of some steps, if asked for
     out_dir/ckpt/           checkpoint.py's
+    out_dir/.lock           which process trains into it, while one does (files.py)
 """
 
 import contextlib

@@ -29,7 +29,7 @@ import checkpoint
 import parallel
 import plan
 from configurator import configure, fail, nearest
-from device import autocast, can_compile, free_memory, pick_device, pick_dtype
+from device import autocast, can_compile, free_memory, memory_is_full, pick_device, pick_dtype
 from device import peak_flops as peak_of
 from eval import evaluate
 from export import read_model
@@ -970,11 +970,6 @@ def until_done(config, given):
         lock.let_go()
 
 
-def no_memory(error):
-    """Whether an error is a CPU's memory that is full: torch has no class for it."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-
-
 if __name__ == "__main__":
     given = set()
     settings = configure(globals(), given=given)
@@ -985,9 +980,7 @@ if __name__ == "__main__":
         sys.exit(130)
     except (checkpoint.CheckpointError, DataError) as e:
         fail(e)
-    except torch.OutOfMemoryError as e:  # of a GPU
-        fail(f"{'. '.join(str(e).split('. ', 2)[:2])}: {smaller()}")
-    except (MemoryError, RuntimeError) as e:
-        if not no_memory(e):
-            raise
-        fail(f"this machine's memory is full ({str(e).strip().splitlines()[0][-200:]}): {smaller()}")
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
+        if full := memory_is_full(e):
+            fail(f"{full}: {smaller()}")
+        raise

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -39,9 +40,9 @@ BESIDE = ".writing"  # suffix of a file that is not finished
 def run(main):
     """Call `main()`; what goes wrong outside of the program becomes one line on stderr and an exit code.
 
-    An OSError (no space, no permission, ...) is 2, Ctrl-C 130, SIGTERM 143: each after the writer has cleaned up.
+    An OSError (no space, no permission, ...) is 2, Ctrl-C 130, SIGTERM 143, SIGHUP 129: each after the writer has cleaned up.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = end_on_signals()
     try:
         main()
     except KeyboardInterrupt:
@@ -50,6 +51,21 @@ def run(main):
     except OSError as error:
         mend = "; free some and run the same command again" if error.errno == errno.ENOSPC else ""
         fail(f"{error.filename or 'input or output'}: {error.strerror or error}{mend}")
+    except MemoryError:
+        fail("this machine's memory is full: give a part of the input, or prepare it with data/openwebtext/prepare.py")
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)  # in a notebook the process lives on
+
+
+def end_on_signals():
+    """Have SIGTERM and SIGHUP (the terminal was closed) end the script as an exception does. -> the handlers of before;
+    none in a thread, where Python has no signals"""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    signums = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    signums = {signum for signum in signums if signal.getsignal(signum) not in (signal.SIG_IGN, None)}  # nohup ignores
+    return {signum: signal.signal(signum, lambda got, frame: sys.exit(128 + got)) for signum in signums}
 
 
 # -----------------------------------------------------------------------------
