@@ -34,14 +34,16 @@ HARD = dict(dropout=0.1, batch_size=2, gradient_accumulation_steps=2, context_st
 SERVER = """
 import json, os, runpy, sys, traceback
 import torch
-import checkpoint, eval, infer, loader, model, monitor, optim, plan, tokenizer
+import torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.pipelining
+import torch.distributed.tensor.parallel
+import checkpoint, eval, infer, loader, model, monitor, optim, parallel, plan, tokenizer
 torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), fused=True)  # imports what it needs only now
 
-def run(job):
+def run(job, env):
     for fd, path in ((1, job["stdout"]), (2, job["stderr"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY), fd)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
-    os.environ.update(job["env"])
+    os.environ.update(env)
     sys.argv = ["train.py", *job["argv"]]
     try:
         exec(job["before"], {})
@@ -56,11 +58,14 @@ def run(job):
     os._exit(code)
 
 for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        run(json.loads(line))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    job, pids = json.loads(line), []
+    for env in job["env"]:
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            run(job, env)
+    print(pids[0], flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    print(next((code for code in codes if code), 0), flush=True)
 """
 
 
@@ -74,12 +79,20 @@ class Trainer:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
 
-    def start(self, *argv, before="", env=None, tty=None, **settings):
-        """-> the process's id. Settings are --key=value, over TINY's."""
+    def start(self, *argv, before="", env=None, tty=None, ranks=0, **settings):
+        """-> the process's id. Settings are --key=value, over TINY's. On so many ranks: processes that torchrun's
+        variables and a store as its agent has tell of each other; what they say is in one file."""
+        if ranks:
+            self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            every = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+                     "TORCHELASTIC_RESTART_COUNT": 0, "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+            env = [{key: str(value) for key, value in {**every, "RANK": i, "LOCAL_RANK": i}.items()}
+                   for i in range(ranks)]
         self.count += 1
         self.out, self.err = (self.logs / f"{self.count}.{kind}" for kind in ("out", "err"))
         flags = [f"--{key}={value}" for key, value in {**TINY, **settings}.items() if value != ""]
-        job = {"argv": [*argv, *flags], "before": textwrap.dedent(before), "env": env or {},
+        job = {"argv": [*argv, *flags], "before": textwrap.dedent(before), "env": env if ranks else [env or {}],
                "stdout": tty or str(self.out), "stderr": str(self.err)}
         print(json.dumps(job), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())

@@ -57,10 +57,17 @@ def finish(process):
     return process
 
 
-def trained(ranks, words, out, **settings):
-    done = finish(start(ranks, ROOT / "train.py", *flags(words, out, **settings)))
-    assert done.returncode == 0, done.err
-    return out
+@pytest.fixture(scope="session")
+def trained(train, words):
+    """trained(ranks, out, **settings) -> out, once so many ranks have trained there."""
+
+    def trained(ranks, out, **settings):
+        settings = {"gradient_accumulation_steps": 4, "n_layer": 2, "dataset": words, "out_dir": out, **settings}
+        done = train(ranks=ranks, **settings)
+        assert done.code == 0, done.err
+        return out
+
+    return trained
 
 
 def faulty(tmp_path, fault):
@@ -148,11 +155,11 @@ def test_weights_are_gathered_while_the_part_before_them_computes(tmp_path):
     dict(), dict(zero_stage=3), pytest.param(dict(tp_size=2), marks=pytest.mark.slow),
     pytest.param(dict(pp_size=2), marks=pytest.mark.slow),
 ], ids=str)
-def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, words, tmp_path):
+def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, trained, tmp_path):
     """In any layout, at evaluations, but not while steps are traced; and the run is the same to the bit."""
     traced = {"profile": "1:3"} if not settings else {}
-    often = trained(2, words, tmp_path / "often", max_iters=6, eval_interval=2, **settings, **traced)
-    once = trained(2, words, tmp_path / "once", max_iters=6, eval_interval=6, **settings)
+    often = trained(2, tmp_path / "often", max_iters=6, eval_interval=2, **settings, **traced)
+    once = trained(2, tmp_path / "once", max_iters=6, eval_interval=6, **settings)
     assert [r["step"] for r in records(often) if r.get("comm_ms", -1) >= 0] == ([4, 6] if traced else [2, 4, 6])
     assert losses(often) == losses(once)
     weights = [load_file(out / "ckpt/step_00000006/model.safetensors") for out in (often, once)]
@@ -272,15 +279,15 @@ def test_each_window_once_an_epoch():
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_any_layout(words, tmp_path, unbroken, tiny):
+def test_a_run_goes_on_in_any_layout(trained, tmp_path, unbroken, tiny):
     """Saved by two ranks, resumed by one, by four and by two that split each layer."""
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
-    half = trained(2, words, tmp_path / "half", max_iters=6, lr_decay_iters=12, zero_stage=2)
+    half = trained(2, tmp_path / "half", max_iters=6, lr_decay_iters=12, zero_stage=2)
     for ranks, settings in ((1, {}), (4, {}), (2, dict(tp_size=2))):
         out = tmp_path / f"on_{ranks}{len(settings) and settings}"
         shutil.copytree(half, out)
         saved = load_file(out / "ckpt" / "step_00000006" / "model.safetensors")
-        trained(ranks, words, out, init_from="resume", **settings)
+        trained(ranks, out, init_from="resume", **settings)
         assert all(torch.equal(saved[k], t) for k, t in
                    load_file(out / "ckpt" / "step_00000006" / "model.safetensors").items())
         there = outcome(out)
@@ -292,13 +299,13 @@ def test_a_run_goes_on_in_any_layout(words, tmp_path, unbroken, tiny):
 
 
 @pytest.mark.slow
-def test_shards_go_on_in_any_layout(words, tmp_path, unbroken):
+def test_shards_go_on_in_any_layout(trained, tmp_path, unbroken):
     """Each of two ranks writes its own. To the bit what a plain checkpoint is on the same layout, and once
     consolidated; on others, one that splits layers among them, the losses of one process."""
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
     same, begin = dict(zero_stage=3), dict(max_iters=6, lr_decay_iters=12, zero_stage=3)
-    shards = trained(2, words, tmp_path / "sharded", checkpoint_format="sharded", **begin)
-    plain = trained(2, words, tmp_path / "plain", **begin)
+    shards = trained(2, tmp_path / "sharded", checkpoint_format="sharded", **begin)
+    plain = trained(2, tmp_path / "plain", **begin)
     names = [path.name for path in (shards / "ckpt" / "step_00000006").iterdir()]
     assert sorted(names) == [f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)] + ["state.json"]
     runs = {"plain": plain}
@@ -309,7 +316,7 @@ def test_shards_go_on_in_any_layout(words, tmp_path, unbroken):
     assert differences(outcome(runs["consolidated"]), outcome(plain)) == []
     for name, ranks, settings in (("plain", 2, same), ("2", 2, same), ("consolidated", 2, same),
                                   ("4", 4, dict(zero_stage=1)), ("split", 2, dict(tp_size=2))):
-        trained(ranks, words, runs[name], init_from="resume", **settings)
+        trained(ranks, runs[name], init_from="resume", **settings)
         there = outcome(runs[name])
         if settings is same:
             assert differences(there, outcome(plain)) == [], name
@@ -318,10 +325,10 @@ def test_shards_go_on_in_any_layout(words, tmp_path, unbroken):
 
 
 @pytest.mark.slow
-def test_shards_of_a_rank_that_is_killed_while_it_writes(words, tmp_path):
+def test_shards_of_a_rank_that_is_killed_while_it_writes(trained, words, tmp_path):
     """torchrun starts all again; they go on from the checkpoint before and end with the bits of an unbroken run."""
     settings = dict(init_from="auto", save_interval=2, zero_stage=3, checkpoint_format="sharded", max_iters=8)
-    trained(2, words, tmp_path / "whole", **settings)
+    trained(2, tmp_path / "whole", **settings)
     there = tmp_path / "killed" / "ckpt" / "step_00000002"
     kill = faulty(tmp_path, f"""if rank == "1" and attempt == "0" and len(calls) == 1:
         import safetensors.torch
@@ -345,12 +352,12 @@ def test_shards_of_a_rank_that_is_killed_while_it_writes(words, tmp_path):
     (4, dict(tp_size=2, zero_stage=3), 1, {}),
     (4, dict(pp_size=2, tp_size=2), 2, dict(tp_size=2)),
 ], ids=str)
-def test_shards_of_layers_that_are_split(ranks, settings, others, other, words, tmp_path):
+def test_shards_of_layers_that_are_split(ranks, settings, others, other, trained, tmp_path):
     """They hold what a plain checkpoint of the same layout does; that layout goes on from them to the bit, another to
     rounding."""
     model = dict(n_head=4, n_kv_head=1 if ranks == 2 else 2, optimizer="muon", bias=True, max_iters=8)
-    plain = trained(ranks, words, tmp_path / "plain", **model, **settings)
-    shards = trained(ranks, words, tmp_path / "shards", checkpoint_format="sharded", **model, **settings)
+    plain = trained(ranks, tmp_path / "plain", **model, **settings)
+    shards = trained(ranks, tmp_path / "shards", checkpoint_format="sharded", **model, **settings)
     found = checkpoint.find(shards)[0]
     held = [checkpoint.load_model_tensors(folder) for folder in (found, checkpoint.find(plain)[0])]
     assert held[0].keys() == held[1].keys() and all(torch.equal(t, held[1][name]) for name, t in held[0].items())
@@ -360,9 +367,9 @@ def test_shards_of_layers_that_are_split(ranks, settings, others, other, words, 
     for out in runs.values():
         shutil.copytree(shards, out)
         shutil.rmtree(out / "ckpt" / "step_00000008")
-    trained(ranks, words, runs["same"], init_from="resume", **model, **settings)
+    trained(ranks, runs["same"], init_from="resume", **model, **settings)
     assert differences(outcome(runs["same"]), outcome(plain)) == []
-    trained(others, words, runs["other"], init_from="resume", **model, **other)
+    trained(others, runs["other"], init_from="resume", **model, **other)
     there, here = (outcome(out)["metrics"] for out in (runs["other"], plain))
     for key in ("loss", "grad_norm"):
         assert close([r[key] for r in there], [r[key] for r in here]), key
@@ -402,18 +409,18 @@ def test_a_process_whose_work_is_done_ends_at_once(end, tmp_path):
     assert "130" not in end or "exitcode  : 130" in done.err
 
 
-def test_dropout_is_that_of_one_process(words, tmp_path, unbroken):
+def test_dropout_is_that_of_one_process(trained, tmp_path, unbroken):
     settings = dict(dropout=0.2, max_iters=4, gradient_accumulation_steps=4, n_layer=2)
     one = unbroken(**settings)
-    there = outcome(trained(2, words, tmp_path, **settings))
+    there = outcome(trained(2, tmp_path, **settings))
     assert close([r["loss"] for r in there["metrics"]], [r["loss"] for r in one["metrics"]])
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed(words, tmp_path):
+def test_a_rank_that_is_killed(trained, words, tmp_path):
     """torchrun starts all again; they go on from the last checkpoint and end with the bits of a run without a fault."""
     settings = dict(init_from="auto", save_interval=2, dropout=0.1)
-    trained(4, words, tmp_path / "whole", **settings)
+    trained(4, tmp_path / "whole", **settings)
     when = 'rank == "2" and attempt == "0" and len(calls) == 8'
     kill = faulty(tmp_path, f"if {when}: os.kill(os.getpid(), signal.SIGKILL)")
     done = finish(start(4, kill, *flags(words, tmp_path / "killed", **settings), restarts=1))
