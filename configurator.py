@@ -14,14 +14,16 @@ name that does not begin with _ to a literal (`5 * 8` is one): bool, int, float,
 default is the value it has at the call, its type the annotation's, else the default's. The comment behind it, with
 those below in the same column, is its help; comment lines above it are a heading.
 
-A config file is Python, run in a namespace of its own. Every name it binds must be a key, but for modules, functions,
-classes and names that begin with _. Whatever a user gets wrong is one line on stderr and exit code 2.
+A config file is Python, run in a namespace of its own. Every name it binds must be a key, except modules, functions,
+classes, names it imports, names in CAPITALS and names that begin with _. A script beside train.py accepts train.py's
+keys in a config file, too, and ignores those it does not have: a run is trained and sampled with the same file. Whatever a user gets wrong is one line on stderr and exit code 2.
 """
 
 import ast
 import contextlib
 import difflib
 import io
+import math
 import os
 import re
 import sys
@@ -37,6 +39,36 @@ BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 SCALARS = {"bool": bool, "int": int, "float": float, "str": str}
 TAKES = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a string"}
 KIND = re.compile(r"S|tuple\[(S, \.\.\.|S(, S)*)\]".replace("S", "(bool|int|float|str)"))
+# The interval that each number must lie in, by its key's name: for all scripts, or for one as "script.name". A key that
+# is not here takes any finite number. An "inf" that is an end means finite, and for a whole number at most 64 bits.
+INTERVALS = {
+    "[0, inf)": """batch_size bin_size block_size context_iters context_start crowd eval_iters grad_clip limit
+        logit_softcap loss_tolerance lr_decay_iters max_chars memory_tolerance min_chars min_lr n_kv_head peak_flops
+        permutations probe_interval rope_factor rows sample_tokens save_interval save_minutes seed seeds
+        speed_tolerance spike_z temperature tokens_per_step top_k vocab_size warm_up warmup_iters watch
+        weight_decay""",
+    "[1, inf)": """batches eval_interval eval.batch_size gpus gradient_accumulation_steps kv_heads lengths
+        log_interval max_iters max_new_tokens max_rewinds n_embd n_head n_layer new_tokens num_samples pp_size prefetch
+        processes prompts reads rounds sample.rope_factor shape sizes tokens tp_size train.block_size
+        train.rope_factor trials updates worlds keep_checkpoints""",
+    "[2, inf)": "eval.lengths spike_window",
+    "(0, inf)": "largest learning_rate muon_learning_rate norm_eps repetition_penalty rope_theta timeout",
+    "[0, 1]": "depths min_p",
+    "(0, 1]": "efficiency threshold top_p wsd_decay_frac",
+    "[0, 1)": "beta1 beta2 dropout muon_momentum reserve",
+    "(0, 1)": "val_fraction",
+    "[2, 32]": "alternatives",
+    "[0, 3]": "zero_stage",
+    "[0, 1024]": "threads workers",
+    "[1, 1024]": "bench.workers loader_threads",
+}
+RANGES = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
+
+# Keys whose values are paths. "~" at the start is the home folder.
+PATHS = set("""baseline config data dataset folders html init_from input into models out out_dir paths plot png prompts
+    reference runs tokenizer""".split())
+
+QUOTED = re.compile(r"""[ \t]*(["'])((?:(?!\1).|\1\1)*)\1\s*(?=,|\Z)""", re.DOTALL)  # a part of a tuple, up to its comma
 LITERAL = (ast.Constant, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.expr_context)
 
 
@@ -46,7 +78,8 @@ def fail(message) -> NoReturn:
     Under torchrun rank 0 says it at once. The others wait, the first of each machine less than the rest: torchrun ends
     them meanwhile if one before them ended so, and what all would say is said once; what one alone has is said, too.
     """
-    after = [int(os.environ.get(name) or 0) > 0 for name in ("RANK", "LOCAL_RANK")]
+    # A rank that is no number (a user's mistake, which may be the message) counts as 0.
+    after = [os.environ.get(name, "").strip().lstrip("0").isdigit() for name in ("RANK", "LOCAL_RANK")]
     time.sleep(3 * sum(after))
     print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
     raise SystemExit(2)
@@ -99,20 +132,72 @@ class Key:
     default: Any
     comment: str = ""
     heading: tuple[str, ...] = ()  # the comment lines above
+    interval: str = ""  # what a number must lie in, as "[0, 1)"; empty: not checked
 
     def check(self, value, where, parse=False):
         """`value` (with `parse`: what this text from the command line spells) in this key's type, or the end."""
         try:
             if self.optional and (value is None or parse and value.lower() == "none"):
                 return None
-            return typed(self.kind, spelled(self.kind, value) if parse else value)
+            result = typed(self.kind, spelled(self.kind, value) if parse else value)
         except (ValueError, OverflowError):
             takes = TAKES.get(self.kind) or f"{self.kind}, such as {show(self.default)}"
             fail(f"{where}: {self.name} takes {takes}{' or none' * self.optional}, not {value!r}")
+        for number in result if isinstance(result, tuple) else (result,):
+            if self.interval and not isinstance(number, (bool, str)) and (wrong := outside(number, self.interval)):
+                fail(f"{'' if parse else where + ': '}{self.name}={show(result)} must {wrong}")
+        if self.name in PATHS and "str" in self.kind:
+            result = self.check_path(result, where, parse)
+        return result
+
+    def check_path(self, value, where, parse):
+        """`value`, a path or several, with the home folder in the place of ~. Ends the run for an empty one."""
+        if isinstance(value, tuple):
+            return tuple(self.check_path(part, where, parse) for part in value)
+        if value == "" and (parse or self.default):
+            fail(f"--{self.name}= is empty: an unset variable?" if parse else f"{where}: {self.name} is empty")
+        parts = value.split(",") if self.name == "dataset" else [value]  # a mix a:0.7,b:0.3
+        return ",".join(map(at_home, parts))
+
+
+def at_home(path):
+    """`path` with the home folder in the place of a ~ or ~user at its start, which a shell leaves in --key=~/x."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.exists(expanded):
+        fail(f"{path}: there is no home folder {path.split('/')[0]}; ./{path} is the file of that name")
+    return expanded
+
+
+def range_of(script, name):
+    """The interval for a key of one of this project's scripts; "" for a script elsewhere, whose names are its own."""
+    home = os.path.dirname(os.path.realpath(__file__))
+    if not os.path.realpath(script).startswith(os.path.join(home, "")):
+        return ""
+    stem = os.path.splitext(os.path.basename(script))[0]
+    return RANGES.get(f"{stem}.{name}") or RANGES.get(name, "(-inf, inf)")
+
+
+def outside(number, interval):
+    """What `number` must be to lie in `interval`, or "" where it does."""
+    least, most = map(float, interval[1:-1].split(","))
+    above = number >= least if interval[0] == "[" else number > least
+    below = number <= most if interval[-1] == "]" else number < most
+    if above and below and (isinstance(number, float) or abs(number) < 2**63):
+        return ""
+    if math.isfinite(most):
+        return f"lie in {interval}"
+    floor = f"at least {least:g}" if interval[0] == "[" else f"above {least:g}"
+    if isinstance(number, int):
+        return f"be {floor}" if not above else "have at most 63 bits"
+    if not math.isfinite(number):
+        return f"be {floor} and finite" if math.isfinite(least) else "be finite"
+    return f"be {floor}"
 
 
 def typed(kind, value):
     """`value` as `kind`, or ValueError. Changed only where nothing is lost, so that 1 and 1.0 leave the same record."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()  # a numpy number's Python value, an array's list
     if kind.startswith("tuple") and isinstance(value, (tuple, list)):
         kinds = element_kinds(kind, len(value))
         return tuple(typed(k, v) for k, v in zip(kinds, value, strict=True))
@@ -130,15 +215,34 @@ def typed(kind, value):
 def spelled(kind, text):
     """The Python value that `text` spells, or ValueError. A string is the text as it stands."""
     if kind.startswith("tuple"):
-        if not text.strip():
+        blank = " \t" if "str" in kind else None  # a newline may be a string; around a number it is white space
+        text = text.strip(blank)
+        if not text:
             raise ValueError  # an empty tuple is (), nothing at all is a slip
-        inner = re.sub(r"^\((.*)\)$|^\[(.*)\]$", r"\1\2", text.strip()).strip()
-        parts = inner.removesuffix(",").split(",") if inner else []
-        parts = [re.sub(r"""^(["'])(.*)\1$""", r"\2", part.strip()) for part in parts]
+        if text[0] + text[-1] in ("()", "[]"):
+            text = text[1:-1].strip(blank)
+        parts = split_parts(text, blank)
         return tuple(spelled(k, part) for k, part in zip(element_kinds(kind, len(parts)), parts, strict=True))
     if kind == "int" and re.search(r"[.e]", text.lower()):  # 1e6, which `typed` makes an int, or not
         return float(text)
     return BOOLS.get(text.lower(), text) if kind == "bool" else SCALARS[kind](text)
+
+
+def split_parts(text, blank):
+    """The parts of `text` between its commas, without the `blank` characters around each. A part in quotes is what
+    stands between them, commas, newlines and blanks included; a quote within is doubled. One comma may follow the
+    last part."""
+    parts, at = [], 0
+    while text[at:].strip(blank):
+        if quoted := QUOTED.match(text, at):
+            quote = quoted[1]
+            parts.append(quoted[2].replace(2 * quote, quote))
+            at = quoted.end() + 1
+        else:
+            part = text[at:].partition(",")[0]
+            parts.append(part.strip(blank))
+            at += len(part) + 1
+    return parts
 
 
 def element_kinds(kind, count):
@@ -156,9 +260,17 @@ def kind_of(value):
 def show(value):
     """`value` as one would type it after --key=."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "()"
+        return ",".join(show_part(part) for part in value) or "()"
     text = "none" if value is None else str(value)
     return text if text.isprintable() and " " not in text else repr(text)
+
+
+def show_part(value):
+    """An element of a tuple, in quotes where `spelled` would read it otherwise."""
+    text = str(value)
+    if isinstance(value, str) and not re.fullmatch(r"[^\s,\"'()\[\]]+", text):
+        return '"' + text.replace('"', '""') + '"'
+    return text
 
 
 def nearest(word, names, prefix=""):
@@ -207,13 +319,14 @@ def read_keys(script, namespace=None):
         where = f"{os.path.basename(script)}:{node.lineno}"
         if len(kinds) != 1 or not KIND.fullmatch(kinds[0]):
             fail(f"{where}: {name} needs a type, such as `{name}: int | None = ...` or `tuple[str, ...]`")
-        keys[name] = Key(name, kinds[0], "None" in allowed, default, comment_of(node, lines), heading_of(node, lines))
+        keys[name] = Key(name, kinds[0], "None" in allowed, default, comment_of(node, lines), heading_of(node, lines),
+                         range_of(script, name))
         keys[name].default = keys[name].check(default, where)
     return keys
 
 
-def read_file(path, keys):
-    """The keys that a config file sets, checked."""
+def read_file(path, keys, ignored=None):
+    """The keys that a config file sets, checked. Those of `ignored`, the keys of another script, are only checked."""
     folder, file = os.path.split(path)
     if not os.path.isfile(path):
         others = [f for f in os.listdir(folder or ".") if f.endswith(".py")] if os.path.isdir(folder or ".") else []
@@ -222,6 +335,9 @@ def read_file(path, keys):
     try:
         with tokenize.open(path) as source:
             tree = ast.parse(source.read(), path)
+        from_elsewhere = any(isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in ast.walk(tree))
+        imported = {alias.asname or alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)
+                    for alias in n.names}
         stores = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         lines = {n.id: f":{n.lineno}" for n in sorted(stores, key=lambda n: n.lineno)}
         exec(compile(tree, path, "exec", dont_inherit=True), scope)
@@ -234,9 +350,21 @@ def read_file(path, keys):
         where = path + lines.get(name, "")
         if name in keys:
             values[name] = keys[name].check(value, where)
-        elif name[0] != "_" and not callable(value) and not isinstance(value, types.ModuleType):
+        elif ignored and name in ignored:
+            ignored[name].check(value, where)
+        elif name not in lines and (name in imported or from_elsewhere):
+            continue  # such as pi, from math
+        elif not (name[0] == "_" or name.isupper() or callable(value) or isinstance(value, types.ModuleType)):
             fail(f"{where}: unknown key {name}{nearest(name, keys) or '; a name of its own begins with _'}")
     return values
+
+
+def keys_of_train(script):
+    """The keys of the train.py beside `script`; none where there is no other script of that name."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(script)), "train.py")
+    if os.path.basename(script) == "train.py" or not os.path.isfile(beside):
+        return {}
+    return read_keys(beside)
 
 
 def print_help(namespace, keys, verb, verbs, paths):
@@ -303,7 +431,7 @@ def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None, 
                 text = words.pop(0)
             values[name] = keys[name].check(text, f"--{name}", parse=True)
         elif word.endswith(".py"):
-            values |= read_file(word, keys)
+            values |= read_file(at_home(word), keys, keys_of_train(namespace["__file__"]))
         elif verb_open and word in verbs:
             values[verb], verb_open = word, False
         elif paths and not verb_open and not word.startswith("-"):

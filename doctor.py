@@ -31,7 +31,7 @@ from configurator import configure, fail
 from device import can_compile, peak_flops, pick_device, pick_dtype
 from model import flash_attn_func, pick_attention
 from monitor import environment
-from parallel import leave
+from parallel import from_environment, leave
 
 # -----------------------------------------------------------------------------
 out_dir = "out"               # where runs would go: its disk is looked at
@@ -352,10 +352,8 @@ def show_ranks(backend, cards, rows):
 
 
 def main():
-    world, rank, local = (int(os.environ.get(name) or 0) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
-    if timeout <= 0 or largest <= 0:
-        fail("timeout and largest must be above 0")
     try:
+        world, rank, local = (from_environment(name, 0) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
         where, why = pick_device(device)
         if where.type == "cuda" and world > 1:
             where, why = pick_device(f"cuda:{local}")[0], "the rank's own"

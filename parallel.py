@@ -36,18 +36,27 @@ from optim import like, local
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
 
+def from_environment(name, default):
+    """A whole number that torchrun sets. Raises ValueError naming the variable."""
+    text = os.environ.get(name) or str(default)
+    if not text.strip().isdecimal():
+        raise ValueError(f"the environment variable {name}={text!r} must be a whole number, as torchrun sets it; "
+                         "without torchrun, unset it")
+    return int(text)
+
+
 def rank():
-    return int(os.environ.get("RANK") or 0)
+    return from_environment("RANK", 0)
 
 
 def world():
     """Processes in all, from the environment: what torchrun says, never a count of devices."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return from_environment("WORLD_SIZE", 1)
 
 
 def own_device(name, device):
     """The device of this process, of those on its machine: the LOCAL_RANK-th GPU, whatever else it is given."""
-    local = int(os.environ.get("LOCAL_RANK") or 0)
+    local = from_environment("LOCAL_RANK", 0)
     if world() == 1 or device.type != "cuda":
         return device
     if device.index is not None:

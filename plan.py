@@ -374,8 +374,6 @@ def main(config):
         return
     if gpu not in GPUS:
         fail(f"gpu={gpu!r} is none of {', '.join(GPUS)}")
-    if gpus < 1 or not 0 < efficiency <= 1 or not 0 <= reserve < 1:
-        fail("gpus must be at least 1, efficiency in (0, 1], reserve in [0, 1)")
     if config["dtype"] == "float32":
         fail("the speeds known here are bfloat16's: leave dtype at auto")
     sizes = {field.name: config[field.name] for field in fields(GPTConfig)}

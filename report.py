@@ -294,7 +294,7 @@ def main():
         fail("whose report? python report.py out/RUN ... [--html=FILE]")
     if x not in AXES:
         fail(f"x={x!r} is not one of {', '.join(AXES)}")
-    if watch < 0 or watch and not (html or png):
+    if watch and not (html or png):
         fail("watch is a number of seconds, and goes with --html or --png, which it makes anew")
     if watch and (baseline or reference):
         fail("watch does not go with baseline or reference, which take a run as it is")

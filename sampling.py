@@ -50,6 +50,8 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    # In fp32 a temperature below its least number would be 0, and the likeliest token's 0 / 0.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     probs = torch.softmax((logits - logits.max()) / temperature, -1)  # a low temperature must not make it infinite
     if not (0 < top_k < len(probs) or top_p < 1 or min_p):
         return probs
@@ -57,6 +59,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     ranked, order = probs[ids].sort(descending=True, stable=True)
     keep = ranked >= min_p * ranked[0]
     keep &= ranked.cumsum(0) - ranked < top_p * ranked.sum()  # of the probability, what is more likely has less
+    keep[0] = True  # also where top_p or its product is 0 in fp32
     kept = ids[order[keep]]
     return torch.zeros_like(probs).scatter_(0, kept, probs[kept] / probs[kept].sum())
 

@@ -28,7 +28,7 @@ import torch
 import checkpoint
 import parallel
 import plan
-from configurator import configure, fail, nearest
+from configurator import configure, fail, nearest, read_keys
 from device import autocast, can_compile, free_memory, memory_is_full, pick_device, pick_dtype
 from device import peak_flops as peak_of
 from eval import evaluate
@@ -706,17 +706,10 @@ def main(config, given, stop, lock, rewound=None):
 
 def check_settings():
     """Ends the run for a setting that has no meaning."""
-    at_least = {"max_iters": 1, "batch_size": 0, "block_size": 1, "gradient_accumulation_steps": 1,
-                "tokens_per_step": 0, "warmup_iters": 0, "lr_decay_iters": 0, "context_start": 0, "context_iters": 0,
-                "eval_interval": 1, "eval_iters": 0, "log_interval": 1, "keep_checkpoints": 1, "save_interval": 0,
-                "save_minutes": 0, "grad_clip": 0, "weight_decay": 0, "sample_tokens": 0, "threads": 0, "prefetch": 1,
-                "probe_interval": 0, "peak_flops": 0, "loader_threads": 1, "tp_size": 1, "pp_size": 1, "spike_z": 0,
-                "spike_window": 2, "max_rewinds": 1}
-    for key, least in at_least.items():
-        if globals()[key] is not None and globals()[key] < least:
-            fail(f"{key}={globals()[key]} must be at least {least}")
-    if learning_rate <= 0 or muon_learning_rate <= 0:
-        fail("learning_rate and muon_learning_rate must be above 0")
+    keys = read_keys(__file__)
+    if missing := [field for field in fields(GPTConfig) if field.name not in keys]:
+        fail(f"GPTConfig has a field that train.py has no key for: add to the model's keys in train.py the line "
+             f"`{missing[0].name} = {missing[0].default!r}  # what it is`")
     if decay_lr and not 0 <= min_lr <= learning_rate:
         fail(f"min_lr={min_lr} must lie between 0 and learning_rate={learning_rate}; or set decay_lr=false")
     choices = {"optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
