@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cleaning
 from cleaning import clean, fix_mojibake, normalize, repair_utf8, strip_controls, text_of
 from reading import Reject
 
@@ -53,6 +54,22 @@ def test_controls():
 def test_nfc():
     stats = Counter()
     assert normalize("e\u0301", stats) == "é" and stats == {"nfc": 1}
+
+
+MARKS = "aéü\u0301\u0316\u0323\u0327\u0344\u0345\u0f71\u0f72\u0f73\u0f81\u05b8\U0001d165한가\u1161"
+
+
+@given(st.text(alphabet=MARKS, max_size=30), st.integers(150, 400))
+def test_long_runs_of_accents_are_put_in_order_first(marks, times):
+    """The result is Unicode's; what Python gets to sort is sorted."""
+    for text in (marks * times, "a" + "\u0f81\u0316" * times, "e" + "\u0301\u0323\u0f73" * times + marks):
+        stats = Counter()
+        assert normalize(text, stats) == unicodedata.normalize("NFC", text)
+        assert stats["nfc"] == (normalize(text, Counter()) != text)
+    assert cleaning.FOUR.search(text[::32])
+    ordered = cleaning.ACCENTS.sub(cleaning.in_order, text)
+    run = [unicodedata.combining(c) for c in ordered[1 : times * 3]]
+    assert run == sorted(run)
 
 
 @given(st.text())

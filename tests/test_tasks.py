@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -293,3 +294,26 @@ def test_keys_are_made_of_what_a_tokenizer_has():
     assert tasks.key_characters(CharTokenizer("0123xyz")) == "xyz"
     with pytest.raises(ValueError, match="two letters"):
         tasks.key_characters(CharTokenizer("0123x"))
+
+
+def test_marks_of_wikihow_are_taken_out_in_linear_time(monkeypatch):
+    """As Zellers' expression takes them out; none is searched where no closing bracket follows."""
+    row = {"activity_label": "[header] Tea", "ctx_a": "a [x] b [c", "ctx_b": "d", "label": "0"}
+    endings = ["[step] Pour [[it]] out", "a [b\nc] d [e", "x] [y] [", "[" * 100_000, "[" * 100_000 + "\n[b]]"]
+    expected = [re.sub(r"\[.*?\]", "", text).replace("  ", " ") for text in endings[:3]]
+    searched, sub = [], re.sub
+    monkeypatch.setattr(tasks.re, "sub", lambda p, to, text: searched.append(text) or sub(p, to, text))
+    texts = [pair[1].strip() for pair in tasks.hellaswag({**row, "endings": endings})[0]]
+    assert all(not text or text.endswith("]") for text in searched)
+    assert texts == [*(text.strip() for text in expected), "[" * 100_000, "[" * 100_000 + "\n]"]
+
+
+def test_items_are_lines_without_a_mark(tmp_path):
+    path = tmp_path / "x.jsonl"
+    rows = [json.dumps(question(*words), ensure_ascii=False) for words in (("a\u2028b", "c", "d"), "def")]
+    text = "\ufeff" + "\r\n\r\n".join(rows)
+    path.write_bytes(text.encode())
+    assert [item.pairs[0][0].strip() for item in open_items("", str(path))] == ["a\u2028b", "d"]
+    path.write_bytes(text[1:].encode("utf-16"))
+    with pytest.raises(ValueError, match="UTF-16"):
+        list(open_items("", str(path)))
