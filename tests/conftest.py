@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes run tests beside each other
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each that compiles starts others
 
 from data.common import write_dataset  # noqa: E402
 from tokenizer import CharTokenizer  # noqa: E402

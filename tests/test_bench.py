@@ -11,6 +11,8 @@ from test_tokenizer import RANKS, needs_ranks
 from bench import llama_cpp_of, typical
 from model import GPT, GPTConfig
 
+pytest_plugins = ["runs"]
+
 KEYS = ("seed", "val_loss", "train_s", "step_ms", "data_ms", "forward_ms", "backward_ms", "optim_ms", "tok_per_s")
 
 
@@ -26,11 +28,13 @@ def bench(run_script, tiny_settings, tmp_path_factory):
     def bench(seeds, out_dir, *words):
         return run_script("bench.py", "train", f"--config={config}", f"--seeds={seeds}", f"--out_dir={out_dir}", *words)
 
-    bench.config = config
+    bench.config = config  # and of the same in this process: the words before --out_dir
+    bench.words = lambda seeds: ["bench.py", "train", f"--config={config}", f"--seeds={seeds}"]
     return bench
 
 
-def test_figures_are_those_of_the_runs(bench, tmp_path):
+@pytest.mark.slow
+def test_figures_are_those_of_the_runs(bench, call_script, tmp_path):
     done = bench("1,2", tmp_path, "--overrides=max_iters=8,eval_interval=4")
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.splitlines()
@@ -51,8 +55,8 @@ def test_figures_are_those_of_the_runs(bench, tmp_path):
     assert result["val_loss"]["stdev"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
     assert table[1].split() == list(KEYS)
 
-    again = bench("2,3", tmp_path)  # one of the folders is there: nothing is mixed with it
-    assert again.returncode == 2 and "tiny_seed2 exists" in again.stderr
+    code, _, err = call_script(*bench.words("2,3"), f"--out_dir={tmp_path}")  # one of the folders is there:
+    assert code == 2 and "tiny_seed2 exists" in err  # nothing is mixed with it
 
 
 @pytest.mark.parametrize(
@@ -60,12 +64,17 @@ def test_figures_are_those_of_the_runs(bench, tmp_path):
     [
         ("()", (), "--seeds is empty"),
         ("1", ("--config=config/none.py",), "no config file config/none.py"),
-        ("1", ("--overrides=max_itres=8",), "unknown key --max_itres"),
     ],
 )
-def test_mistakes_are_named(seeds, words, named, bench, tmp_path):
-    done = bench(seeds, tmp_path / "out", *words)
-    assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
+def test_mistakes_are_named(seeds, words, named, bench, call_script, tmp_path):
+    code, _, err = call_script(*bench.words(seeds), f"--out_dir={tmp_path / 'out'}", *words)
+    assert code == 2 and named in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_that_train_py_names(bench, tmp_path):
+    done = bench("1", tmp_path / "out", "--overrides=max_itres=8")
+    assert done.returncode == 2 and "unknown key --max_itres" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -150,7 +159,7 @@ def corpus(tmp_path_factory):
 
 @needs_ranks
 @pytest.mark.slow
-def test_preparing_data_is_timed_beside_the_recipe(corpus, run_script, tmp_path):
+def test_preparing_data_is_timed_beside_the_recipe(corpus, run_script, call_script, tmp_path):
     words = [f"--input={corpus}", "--sizes=1,2", "--workers=1,2", "--rounds=1", f"--out_dir={tmp_path / 'out'}"]
     done = run_script("bench.py", "data", *words, MINICHAT_MIRROR=str(RANKS.parent))
     assert done.returncode == 0, done.stderr
@@ -167,10 +176,11 @@ def test_preparing_data_is_timed_beside_the_recipe(corpus, run_script, tmp_path)
     total = sum(split["tokens"] for split in made["splits"].values())
     both = len(theirs) + (tmp_path / "out" / "recipe" / "test.bin").stat().st_size // 2
     assert total == both and len(ours) > 1000, "the recipe makes the same tokens of the same text"
-    again = run_script("bench.py", "data", *words)
-    assert again.returncode == 2 and "exists" in again.stderr
+    code, _, err = call_script("bench.py", "data", *words)
+    assert code == 2 and "exists" in err
 
 
+@pytest.mark.slow
 def test_the_loader_is_timed_and_its_wait_is_a_share(bench, run_script, tmp_path):
     config = bench.config
     done = run_script("bench.py", "loader", f"--config={config}", "--reads=20", "--rounds=2", f"--out_dir={tmp_path}")
@@ -184,6 +194,7 @@ def test_the_loader_is_timed_and_its_wait_is_a_share(bench, run_script, tmp_path
     assert all(len(result["all"][name]) == 2 and result["tokens_per_s"][name] > 0 for name in ("minichat", "nanoGPT"))
 
 
+@pytest.mark.slow
 def test_the_share_of_logging_and_probes_is_that_of_the_same_steps(bench, run_script, tmp_path):
     words = [f"--config={bench.config}", "--rounds=2", f"--out_dir={tmp_path}", "--overrides=probe_interval=2"]
     done = run_script("bench.py", "monitor", *words)
@@ -209,16 +220,16 @@ def test_activations_that_are_computed_again_are_not_held(run_script):
     assert full["peak_mb"] < none["peak_mb"]
 
 
-def test_a_recipe_needs_documents(run_script, tmp_path):
-    done = run_script("bench.py", "data", f"--out_dir={tmp_path / 'out'}")
-    assert done.returncode == 2 and "--input is missing" in done.stderr and not (tmp_path / "out").exists()
+def test_a_recipe_needs_documents(call_script, tmp_path):
+    code, _, err = call_script("bench.py", "data", f"--out_dir={tmp_path / 'out'}")
+    assert code == 2 and "--input is missing" in err and not (tmp_path / "out").exists()
 
 
-def test_inference_of_checkpoints(run_script, tiny_settings, tmp_path):
+@pytest.mark.slow
+def test_inference_of_checkpoints(run_script, call_script, tiny, tmp_path):
     for name, heads in (("all", 0), ("one", 1)):
-        more = ["--max_iters=1", f"--n_kv_head={heads}", f"--out_dir={tmp_path / name}"]
-        done = run_script("train.py", *tiny_settings, *more)
-        assert done.returncode == 0, done.stderr
+        done = tiny(tmp_path / name, max_iters=1, warmup_iters=0, n_kv_head=heads)
+        assert done.code == 0, done.err
     words = ["--forms=float32", "--batches=2", "--prompts=4", "--new_tokens=2", "--rounds=1", "--device=cpu"]
     done = run_script("bench.py", "infer", *words, f"--models={tmp_path / 'all'},{tmp_path / 'one'}")
     assert done.returncode == 0, done.stderr
@@ -228,8 +239,8 @@ def test_inference_of_checkpoints(run_script, tiny_settings, tmp_path):
     assert every["kv_mb"] == pytest.approx(every["kv_heads"] * one["kv_mb"])
     assert not [key for other in result["others"] for key in other if key.startswith(("plain", "crowd"))]
     for more, named in ((f"--models={tmp_path / 'none'}", "none"), ("--prompts=4,512", "has a context of")):
-        done = run_script("bench.py", "infer", *words, f"--models={tmp_path / 'all'}", more)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+        code, _, err = call_script("bench.py", "infer", *words, f"--models={tmp_path / 'all'}", more)
+        assert code == 2 and err.count("\n") == 1 and named in err, err
 
 
 @pytest.mark.parametrize("life", ["pass", "os.abort()"])
