@@ -37,6 +37,8 @@ class Sampling:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1]; 0: all tokens")
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1: none")
+        if not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**64):
+            raise ValueError(f"seed={self.seed} must be a whole number of at most 64 bits")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop={self.stop!r} must be a list of strings that are not empty")
 
@@ -50,8 +52,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # In fp32 a temperature below its least number would be 0, and the likeliest token's 0 / 0.
-    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
+    temperature = in_fp32(temperature)
     probs = torch.softmax((logits - logits.max()) / temperature, -1)  # a low temperature must not make it infinite
     if not (0 < top_k < len(probs) or top_p < 1 or min_p):
         return probs
@@ -62,6 +63,11 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     keep[0] = True  # also where top_p or its product is 0 in fp32
     kept = ids[order[keep]]
     return torch.zeros_like(probs).scatter_(0, kept, probs[kept] / probs[kept].sum())
+
+
+def in_fp32(factor):
+    """`factor`, above 0, as near as fp32 comes without 0 or inf, which would make a logit nan."""
+    return min(max(factor, torch.finfo(torch.float32).tiny), torch.finfo(torch.float32).max)
 
 
 def most_likely(probs, k):
@@ -75,8 +81,9 @@ def penalise(logits, ids, penalty):
     """Logits (vocab_size,), those of the tokens in `ids` divided by `penalty`, or multiplied where negative."""
     if penalty == 1:
         return logits
-    seen = torch.tensor(sorted(set(ids)))
-    return logits.scatter(0, seen, torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty))
+    seen, penalty = torch.tensor(sorted(set(ids)), dtype=torch.long), in_fp32(penalty)
+    penalised = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    return logits.scatter(0, seen, penalised.clamp(max=torch.finfo(logits.dtype).max))
 
 
 class StopText:

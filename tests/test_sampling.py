@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampling import Sampling, StopText, most_likely, probabilities
+from sampling import Sampling, StopText, most_likely, penalise, probabilities
 
 
 def kept(probs):
@@ -44,7 +44,9 @@ def test_draws_follow_the_distribution():
 @pytest.mark.parametrize(
     "wrong",
     [{"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0},
-     {"repetition_penalty": math.inf}, {"temperature": -1}, {"top_k": 2.5}, {"top_p": 0}],
+     {"repetition_penalty": math.inf}, {"temperature": -1}, {"top_k": 2.5}, {"top_p": 0},
+     {"temperature": math.nan}, {"top_p": math.nan}, {"min_p": math.nan}, {"repetition_penalty": math.nan},
+     {"temperature": math.inf}, {"seed": 2**64}, {"seed": math.nan}],
 )
 def test_parameters_without_a_meaning_are_named(wrong):
     (name, value), = wrong.items()
@@ -80,3 +82,25 @@ def test_text_is_held_back_no_longer_than_it_must_be():
     until = StopText(("User:",))
     assert [until(piece) for piece in ("Hello U", "se", "ful Us", "er", ": no")] == ["Hello ", "", "Useful ", "", ""]
     assert until.stopped
+
+
+EXTREME = [5e-324, 1e-300, 1e-46, 1e-38]  # above 0, but 0 or subnormal in fp32
+
+
+@pytest.mark.parametrize("least", EXTREME)
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+def test_a_number_that_fp32_cannot_hold_draws_the_most_likely_token(name, least):
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(2))
+    for more in ({}, {"top_k": 3}, {"min_p": 0.5}):
+        assert torch.equal(probabilities(logits, **{name: least}, **more), probabilities(logits, temperature=0))
+    masked = logits.index_fill(0, torch.tensor([0, 7]), -math.inf)
+    assert probabilities(masked, **{name: least})[[0, 7]].eq(0).all()
+
+
+@pytest.mark.parametrize("factor", [*EXTREME, 1e39, 1e300])
+def test_extreme_factors_leave_a_distribution(factor):
+    logits = torch.tensor([0.0, -0.0, 3.0, -3.0, -math.inf, 1e30])
+    hot = probabilities(logits, temperature=factor)
+    punished = probabilities(penalise(logits, [0, 1, 2, 3], factor))
+    for probs in (hot, punished):
+        assert probs.sum() == pytest.approx(1) and probs.min() >= 0 and probs[4] == 0
