@@ -151,21 +151,17 @@ def test_each_record_is_sent_and_a_resumed_run_keeps_its_name(tiny, tmp_path):
     assert (tmp_path / "tracker_id").read_text() == name
 
 
-def test_rank_0_alone_has_a_tracker(words, tmp_path):
+def test_rank_0_alone_has_a_tracker(tiny, tmp_path):
     package = tmp_path / "packages" / "trackio.py"
     package.parent.mkdir()
     package.write_text("import os\n"
                        "open(os.environ['TOLD'], 'a').write(os.environ['RANK'])\n"
                        "class Run:\n    log = finish = lambda self, *args, **kwargs: None\n"
                        "init = lambda **kwargs: Run()\n", encoding="utf-8")
-    flags = dict(dataset=words, out_dir=tmp_path / "run", batch_size=2, gradient_accumulation_steps=2, block_size=8,
-                 n_layer=1, n_head=2, n_embd=16, max_iters=2, eval_interval=2, eval_iters=1, warmup_iters=0,
-                 device="cpu", threads=1, tracker="trackio")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package.parent), "TOLD": str(tmp_path / "told")}
-    done = subprocess.run([*command, *(f"--{key}={value}" for key, value in flags.items())], cwd=ROOT, env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    settings = dict(gradient_accumulation_steps=2, max_iters=2, eval_interval=2, warmup_iters=0, tracker="trackio")
+    done = tiny(tmp_path / "run", ranks=2, before=f"import sys\nsys.path.insert(0, {str(package.parent)!r})",
+                env={"TOLD": tmp_path / "told"}, **settings)
+    assert done.code == 0, done.err
     assert (tmp_path / "told").read_text() == "0"
 
 
@@ -209,6 +205,7 @@ def wandb_history(found):
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in rows]
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_the_values_and_goes_on_after_a_resume(run_train, tmp_path):
     """Without a key or a network no question is asked; a second half has the id of the first; nothing else changes."""
     pytest.importorskip("wandb")
@@ -336,6 +333,7 @@ def scalars(folder):
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_values_and_goes_on_after_a_kill(run_train, tmp_path):
     pytest.importorskip("tensorboard")
     flags = ["--tracker=tensorboard", "--probe_interval=2", "--lr_decay_iters=6"]
