@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import configure, fail, read_keys  # noqa: E402
+from configurator import PATHS, RANGES, configure, fail, outside, read_file, read_keys, show, spelled  # noqa: E402
 
 SCRIPT = '''"""
 Train a small model.
@@ -369,7 +370,175 @@ def test_any_command_line_resolves_or_is_refused(argv, bare):
             assert list(result) == list(DEFAULTS)
 
 
+# ranges: by name, for the scripts of this project
+
+PROJECT = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/*/*.py")]
+           if path.name != "configurator.py" and "configure(globals()" in path.read_text(encoding="utf-8")]
+
+
+def of_project(script, *argv):
+    """The values of one of this project's scripts, which is not imported."""
+    return configure({"__file__": str(ROOT / script)}, list(argv))
+
+
+@pytest.fixture
+def refused_by(capsys):
+    def run(script, *argv):
+        with pytest.raises(SystemExit) as stop:
+            of_project(script, *argv)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and out == "" and err.count("\n") == 1
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+@pytest.mark.parametrize("path", PROJECT, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_number_has_a_range_with_its_default_in_it(path):
+    numbers = [key for key in read_keys(path).values() if re.search("int|float", key.kind)]
+    assert all(RANGES.get(f"{path.stem}.{key.name}") or key.name in RANGES for key in numbers), path
+
+
+def test_every_range_and_path_is_some_keys():
+    """A renamed key would silently lose its range."""
+    names = {name for path in PROJECT for key in read_keys(path) for name in (key, f"{path.stem}.{key}")}
+    assert set(RANGES) <= names and PATHS <= names
+
+
+@pytest.mark.parametrize("path", PROJECT, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_number_is_nan_or_infinite_or_too_long(path, refused_by):
+    for key in read_keys(path).values():
+        for text in ("nan", "inf", "-inf") if "float" in key.kind else ():
+            assert refused_by(path, f"--{key.name}={text}").startswith(f"{key.name}={text} must ")
+        if "int" in key.kind:
+            assert refused_by(path, f"--{key.name}={2**70}").startswith(f"{key.name}={2**70} must ")
+
+
+@pytest.mark.parametrize("script, argument, must", [
+    ("train.py", "learning_rate=0", "learning_rate=0.0 must be above 0"),
+    ("train.py", "learning_rate=inf", "learning_rate=inf must be above 0 and finite"),
+    ("train.py", "beta1=1", "beta1=1.0 must lie in [0, 1)"),
+    ("train.py", "beta2=-0.5", "beta2=-0.5 must lie in [0, 1)"),
+    ("train.py", "wsd_decay_frac=0", "wsd_decay_frac=0.0 must lie in (0, 1]"),
+    ("train.py", "threads=1025", "threads=1025 must lie in [0, 1024]"),
+    ("train.py", "seed=-1", "seed=-1 must be at least 0"),
+    ("train.py", f"seed={2**63}", f"seed={2**63} must have at most 63 bits"),
+    ("train.py", "block_size=0", "block_size=0 must be at least 1"),  # where eval.py's 0 is the model's own
+    ("eval.py", "lengths=64,1", "lengths=64,1 must be at least 2"),
+    ("eval.py", "depths=0.5,1.5", "depths=0.5,1.5 must lie in [0, 1]"),
+    ("sample.py", "top_p=1.01", "top_p=1.01 must lie in (0, 1]"),
+    ("plan.py", "reserve=1", "reserve=1.0 must lie in [0, 1)"),
+    ("data/text/prepare.py", "val_fraction=0", "val_fraction=0.0 must lie in (0, 1)"),
+])
+def test_a_number_out_of_its_range_is_named(refused_by, script, argument, must):
+    assert refused_by(script, f"--{argument}") == must
+
+
+def test_a_range_holds_for_config_files_too_and_names_the_line(refused_by):
+    assert refused_by("train.py", config_file("\nbeta1 = 2\n")) == "config.py:2: beta1=2.0 must lie in [0, 1)"
+    assert of_project("eval.py", "--block_size=0", f"--seed={2**63 - 1}")["seed"] == 2**63 - 1
+
+
+@given(st.floats() | st.integers(), st.sampled_from(sorted(set(RANGES.values()))))
+def test_an_interval_is_what_mathematics_says(number, interval):
+    least, most = map(float, interval[1:-1].split(","))
+    within = least < number < most or number == least and interval[0] == "[" or number == most and interval[-1] == "]"
+    assert bool(outside(number, interval)) == (not within or isinstance(number, int) and number >= 2**63)
+
+
+# paths
+
+
+@pytest.mark.parametrize("script, key", [
+    ("train.py", "out_dir"), ("train.py", "dataset"), ("train.py", "init_from"), ("sample.py", "out_dir"),
+    ("eval.py", "prompts"), ("doctor.py", "out_dir"), ("data/text/prepare.py", "out_dir"),
+    ("data/shakespeare/prepare.py", "out_dir"), ("report.py", "runs"), ("bench.py", "config"),
+])
+def test_an_empty_path_is_refused(refused_by, script, key):
+    quoted = '""' if key == "runs" else ""  # nothing at all is no tuple
+    assert refused_by(script, f"--{key}={quoted}") == f"--{key}= is empty: an unset variable?"
+
+
+def test_the_home_folder(monkeypatch, refused_by, refused):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert of_project("train.py", "--out_dir=~/run")["out_dir"] == "/home/me/run"
+    assert of_project("train.py", "--out_dir", "~")["out_dir"] == "/home/me"
+    assert of_project("train.py", "--dataset=~/a:0.7,b:0.1,~/c:0.2")["dataset"] == "/home/me/a:0.7,b:0.1,/home/me/c:0.2"
+    assert of_project("train.py", config_file("out_dir = '~/x'"))["out_dir"] == "/home/me/x"
+    assert of_project("report.py", "--runs=~/a,b~", "--html=~/p.html")["runs"] == ("/home/me/a", "b~")
+    assert of_project("sample.py", "--start=~ hello")["start"] == "~ hello"  # no path
+    assert of_project("train.py", "--out_dir=./~x")["out_dir"] == "./~x"
+    assert resolve("~/a", "c", source=BENCH, paths="runs")["runs"] == ("/home/me/a", "c")
+    assert "no config file /home/me/no.py" in refused("~/no.py")
+    assert "no home folder ~nobody-9" in refused_by("train.py", "--out_dir=~nobody-9/run")
+
+
+# lists of strings
+
+
+@pytest.mark.parametrize("text, parts", [
+    ("\n", ("\n",)), ("\n\nUser:, END", ("\n\nUser:", "END")), ("a,\n", ("a", "\n")), ('" a "', (" a ",)),
+    ("',',\";\"", (",", ";")), ('"x\n, y" , z', ("x\n, y", "z")), ('"say ""no"", he said"', ('say "no", he said',)),
+    ("it's,don't", ("it's", "don't")), ('"', ('"',)), ("('a,b', 'c')", ("a,b", "c")), ('"a,b', ('"a', "b")),
+    ('"("', ("(",)), ('""', ("",)),
+])
+def test_quotes_protect_commas_newlines_and_blanks(text, parts):
+    assert spelled("tuple[str, ...]", text) == parts
+
+
+@given(st.lists(st.text() | st.text("\"', \n\\()[]a", max_size=4)).map(tuple))
+def test_a_shown_tuple_of_strings_is_read_back(value):
+    assert spelled("tuple[str, ...]", show(value)) == value
+
+
+@given(st.lists(st.integers()).map(tuple))
+def test_a_shown_tuple_of_numbers_is_read_back(value):
+    assert spelled("tuple[int, ...]", show(value)) == value
+
+
 # config files
+
+
+def test_numpy_numbers_are_numbers():
+    text = """
+import numpy as np
+max_iters = np.int64(3)
+dropout = np.float32(0.5)
+bias = np.bool_(False)
+betas = (np.float64(0.25), 1)
+seeds = np.arange(3)
+"""
+    expected = {"max_iters": 3, "dropout": 0.5, "bias": False, "betas": (0.25, 1.0), "seeds": (0, 1, 2)}
+    assert same(resolve(config_file(text)), DEFAULTS | expected)
+
+
+@pytest.mark.parametrize("line", ["max_iters = np.float32(0.5)", "bias = np.int64(1)", "dropout = np.bool_(True)"])
+def test_a_numpy_number_of_another_type_is_refused(refused, line):
+    assert " takes " in refused(config_file("import numpy as np\n" + line))
+
+
+def test_names_in_capitals_and_imported_ones_are_no_mistyped_keys(refused):
+    text = "from math import pi as tau, e\nfrom os.path import *\nfrom os import environ\n"
+    path = config_file(text + "N_GPUS = 8\nPATHS_2 = ['a']\nmax_iters = 5 * N_GPUS\n")
+    assert resolve(path) == DEFAULTS | {"max_iters": 40}
+    assert "unknown key Max_Iters" in refused(config_file(text + "Max_Iters = 3"))
+    assert "unknown key max_iter;" in refused(config_file(text + "max_iter = 3"))
+
+
+def test_a_script_beside_train_py_ignores_the_keys_of_train_py(refused):
+    """A fork's own as well: a run is trained and sampled with the same config file."""
+    Path("train.py").write_text("max_iters = 1\nforks_own = 'x'\n", encoding="utf-8")
+    assert resolve(config_file("forks_own = 'y'\nsteps = 4"), source=BENCH)["steps"] == 4
+    assert "unknown key forks_owm" in refused(config_file("forks_owm = 'y'"), source=BENCH)
+    assert "forks_own takes a string" in refused(config_file("forks_own = 5"), source=BENCH)
+    assert "unknown key --forks_own" in refused("--forks_own=y", source=BENCH)  # on the command line it is a slip
+
+
+@pytest.mark.parametrize("script", ["sample.py", "eval.py", "doctor.py", "bench.py"])
+def test_configs_of_this_project_are_read_by_the_scripts_beside_train_py(script):
+    path = str(ROOT / "config" / "shakespeare_char_cpu.py")
+    values = of_project(script, path)
+    assert values["out_dir"] == read_file(path, read_keys(ROOT / "train.py"))["out_dir"]
 
 FINETUNE_SHAKESPEARE = """
 import time
@@ -531,6 +700,15 @@ def test_under_torchrun_an_error_is_said_after_those_of_the_ranks_before(rank, l
     with pytest.raises(SystemExit) as end:
         fail("no such thing")
     assert end.value.code == 2 and waited == [(seconds, "")]
+    assert capsys.readouterr().err == "error: no such thing\n"
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("text", ["abc", "1.5", "-1", " "])
+def test_a_rank_that_is_no_number_does_not_hide_the_error(name, text, monkeypatch, capsys):
+    monkeypatch.setenv(name, text)
+    with pytest.raises(SystemExit):
+        fail("no such thing")
     assert capsys.readouterr().err == "error: no such thing\n"
 
 

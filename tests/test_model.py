@@ -643,6 +643,8 @@ def test_dropout_is_after_embedding_attention_and_mlp(attn):
     ({"dropout": -0.1}, ["dropout"]),
     ({"dropout": 1.0}, ["dropout"]),
     ({"logit_softcap": -1.0}, ["logit_softcap"]),
+    *(({name: value}, [f"{name}={value} must be finite"]) for value in (math.nan, math.inf, -math.inf)
+      for name in ("rope_theta", "norm_eps", "dropout", "logit_softcap", "rope_factor")),
     ({"n_embd": 30}, ["n_embd=30", "n_head=4"]),
     ({"n_kv_head": 3}, ["n_head=4", "n_kv_head=3"]),
     ({"n_kv_head": 8}, ["n_head=4", "n_kv_head=8"]),
