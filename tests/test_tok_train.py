@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shlex
 
 import pytest
 from test_tokenizer import RANKS, needs_ranks
@@ -82,3 +83,12 @@ def test_mistakes_are_named_and_nothing_is_written(settings, named, learn, tmp_p
     done = learn(**settings)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["two words", "it's"])
+def test_the_next_command_can_be_pasted(learn, tmp_path, name):
+    text = tmp_path / f"{name}.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    done = learn(input=text, out_dir=tmp_path / name, vocab_size=260)
+    words = shlex.split(done.stdout.strip().rpartition("next: ")[2])
+    assert words[2:4] == [f"--input={text}", f"--tokenizer={tmp_path / name}"], done.stderr
