@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from layouts import LAYOUTS, MODELS, SIZES, Numbers, cases
-from runs import ROOT, TINY, differences, losses, outcome, records
+from runs import ROOT, TINY, UNMEASURED, differences, losses, outcome, records
 from safetensors.torch import load_file
 
 import checkpoint
@@ -26,6 +26,7 @@ FAULT = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
 import optim
+{unmeasured}
 rank, attempt = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT")
 real, calls = optim.Optimizers.step, []
 def step(self):
@@ -73,7 +74,8 @@ def trained(train, words):
 def faulty(tmp_path, fault):
     """train.py, but that `fault` is run before each update."""
     script = tmp_path / "faulty.py"
-    script.write_text(FAULT.format(root=str(ROOT), script=str(ROOT / "train.py"), fault=fault), encoding="utf-8")
+    script.write_text(FAULT.format(root=str(ROOT), script=str(ROOT / "train.py"), fault=fault, unmeasured=UNMEASURED),
+                      encoding="utf-8")
     return script
 
 
@@ -81,49 +83,64 @@ def close(a, b):
     return all(abs(x - y) <= SAME * abs(y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.fixture(scope="session")
+def on_two(train):
+    """on_two(code) -> what two ranks said that have run this, and have not failed."""
+
+    def on_two(code):
+        done = train(ranks=2, before=code)  # which ends the process, before there is any training
+        assert done.code == 0, done.err
+        return done
+
+    return on_two
+
+
 EXPOSED = """
-import sys, time
-sys.path.insert(0, {root!r})
+import time
 import torch, torch.distributed as dist
-from monitor import Profiler
+import monitor
 from parallel import Layout, one_fate
 with one_fate():
     layout, x = Layout(), torch.ones(300, 300)
-    profiler = Profiler("", torch.device("cpu"), "none", 1)
+    profiler, found, look = monitor.Profiler("", torch.device("cpu"), "none", 1), [], monitor.communication
 
     def late():
         if layout.rank:
-            time.sleep(0.6)
+            time.sleep(0.1)
         dist.all_reduce(torch.ones(1000))
 
     def hidden():
+        dist.barrier()
         if layout.rank:
-            time.sleep(0.6)
+            time.sleep(0.1)
         work = dist.all_reduce(torch.ones(1000), async_op=True)
-        until = time.monotonic() + 0.6
-        while time.monotonic() < until:
+        while not work.is_completed():
             x @ x
         work.wait()
 
-    found = [profiler.exposed(late), profiler.exposed(hidden)]
+    for call in (late, hidden):
+        spans = []
+        monitor.communication = lambda events: spans.extend(look(events)) or spans
+        exposed = profiler.exposed(call)
+        talk, work = spans
+        within = sum(any(a <= start and end <= b for a, b in talk) for start, end in work)
+        found.append([exposed, monitor.covered(talk) / 1000, within])
     if layout.rank == 0:
         print(found)
 """
 
 
-def test_communication_is_exposed_where_nothing_is_computed_meanwhile(tmp_path):
-    """Rank 0 waits 0.6 s for rank 1, idle or busy. Figures of clocks, with room: a busy one is never idle for half."""
-    script = tmp_path / "exposed.py"
-    script.write_text(EXPOSED.format(root=str(ROOT)), encoding="utf-8")
-    done = finish(start(2, script))
-    assert done.returncode == 0, done.err
+def test_communication_is_exposed_where_nothing_is_computed_meanwhile(on_two):
+    """Rank 0 waits for rank 1, idle or busy. How long is up to the machine: what is within what is not."""
+    done = on_two(EXPOSED)
     late, hidden = json.loads(done.out.splitlines()[-1])  # torch 2.9 has gloo speak before
-    assert late > 500 and hidden < late / 2
+    exposed, talk, computations = late
+    assert exposed > 0 and exposed == pytest.approx(talk, rel=0.5) and computations < 10
+    exposed, talk, computations = hidden
+    assert 0 <= exposed < talk and computations > 10
 
 
 GATHERED = """
-import sys
-sys.path.insert(0, {root!r})
 import torch
 from model import GPT, GPTConfig
 from parallel import Layout, one_fate
@@ -138,11 +155,8 @@ with one_fate():
 """
 
 
-def test_weights_are_gathered_while_the_part_before_them_computes(tmp_path):
-    script = tmp_path / "gathered.py"
-    script.write_text(GATHERED.format(root=str(ROOT)), encoding="utf-8")
-    done = finish(start(2, script))
-    assert done.returncode == 0, done.err
+def test_weights_are_gathered_while_the_part_before_them_computes(on_two):
+    done = on_two(GATHERED)
     assert "UserWarning" not in done.err
     names = json.loads(done.out.splitlines()[-1].replace("'", '"'))
     first, *rest = [f"(transformer.h.{i}.{part})" for i in range(2) for part in ("attn", "mlp")]
@@ -158,8 +172,8 @@ def test_weights_are_gathered_while_the_part_before_them_computes(tmp_path):
 def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, trained, tmp_path):
     """In any layout, at evaluations, but not while steps are traced; and the run is the same to the bit."""
     traced = {"profile": "1:3"} if not settings else {}
-    often = trained(2, tmp_path / "often", max_iters=6, eval_interval=2, **settings, **traced)
-    once = trained(2, tmp_path / "once", max_iters=6, eval_interval=6, **settings)
+    often = trained(2, tmp_path / "often", measured=True, max_iters=6, eval_interval=2, **settings, **traced)
+    once = trained(2, tmp_path / "once", measured=True, max_iters=6, eval_interval=6, **settings)
     assert [r["step"] for r in records(often) if r.get("comm_ms", -1) >= 0] == ([4, 6] if traced else [2, 4, 6])
     assert losses(often) == losses(once)
     weights = [load_file(out / "ckpt/step_00000006/model.safetensors") for out in (often, once)]
@@ -171,14 +185,14 @@ def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, trai
 
 
 @pytest.fixture(scope="session")
-def table():
+def table(train):
     """Rows of layouts.py by (layout, model, optimizer), of so many ranks."""
     known = {}
 
     def of(ranks):
         if ranks not in known:
-            done = finish(start(ranks, ROOT / "tests" / "layouts.py"))
-            assert done.returncode == 0, done.err
+            done = train(ranks=ranks, before="import runpy; runpy.run_path('tests/layouts.py', run_name='__main__')")
+            assert done.code == 0, done.err
             rows = json.loads(done.out.splitlines()[-1])["rows"]
             known[ranks] = {(row["layout"], row["model"], row["optimizer"]): row for row in rows}
         return known[ranks]
@@ -433,27 +447,24 @@ def test_a_rank_that_is_killed(trained, words, tmp_path):
 @pytest.mark.parametrize("layout", [
     dict(zero_stage=3, activation_checkpointing="selective"), dict(zero_stage=2, activation_checkpointing="full"),
     dict(pp_size=2), dict(pp_size=2, pp_schedule="interleaved", n_layer=4)], ids=str)
-def test_a_layout_compiles(layout, words, tmp_path, unbroken):
+def test_a_layout_compiles(layout, tiny, tmp_path, unbroken):
     """Attention and MLP of each block, and the losses are those of one process that does not. Probes do not compile."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler here")
     one = unbroken(gradient_accumulation_steps=4, n_layer=layout.get("n_layer", 2))
-    script = tmp_path / "counting.py"
-    script.write_text(f"""
-import atexit, os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
+    counting = f"""
+import atexit, os
 import torch
 from torch._dynamo.utils import counters
 torch._logging.set_logs(recompiles=True)
-sys.argv[0] = "train.py"
 @atexit.register
 def tell():
     with open({str(tmp_path)!r} + "/graphs_" + os.environ["RANK"], "w") as file:
         print(sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"], file=file)
-runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
-""", encoding="utf-8")
-    done = finish(start(2, script, *flags(words, tmp_path / "run", compile=True, probe_interval=6, **layout)))
-    assert done.returncode == 0 and "torch.compile" not in done.err and "attend_cached" not in done.err, done.err
+"""
+    settings = {"gradient_accumulation_steps": 4, "n_layer": 2, "compile": True, "probe_interval": 6, **layout}
+    done = tiny(tmp_path / "run", ranks=2, measured=True, before=counting, **settings)
+    assert done.code == 0 and "torch.compile" not in done.err and "attend_cached" not in done.err, done.err
     assert "attn_entropy" in records(tmp_path / "run")[-1]
     for rank in range(2):
         breaks, graphs = map(int, (tmp_path / f"graphs_{rank}").read_text().split())
@@ -464,10 +475,10 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
     assert close([there["val_loss"]], [one["val_loss"]])
 
 
-def test_layers_that_are_split_do_not_compile(words, tmp_path, unbroken):
+def test_layers_that_are_split_do_not_compile(tiny, tmp_path, unbroken):
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
-    done = finish(start(2, ROOT / "train.py", *flags(words, tmp_path / "run", compile=True, tp_size=2)))
-    assert done.returncode == 0 and done.err.count("warning: torch.compile does not work here") == 1
+    done = tiny(tmp_path / "run", ranks=2, gradient_accumulation_steps=4, n_layer=2, compile=True, tp_size=2)
+    assert done.code == 0 and done.err.count("warning: torch.compile does not work here") == 1
     assert close(losses(tmp_path / "run"), [r["loss"] for r in one["metrics"]])
 
 

@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
-from runs import ROOT, differences, outcome, records
+from runs import differences, outcome, records
 
 import probe
 from device import autocast
@@ -258,20 +255,17 @@ def test_an_update_that_a_scaler_skips_is_none(tiny, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def on_ranks(words, tmp_path_factory):
+def on_ranks(tiny, tmp_path_factory):
     """on_ranks(ranks, **settings): the last record of two steps of a small model."""
-    settings = dict(dataset=words, batch_size=2, gradient_accumulation_steps=4, block_size=16, n_layer=4, n_head=2,
+    settings = dict(batch_size=2, gradient_accumulation_steps=4, block_size=16, n_layer=4, n_head=2,
                     n_kv_head=1, n_embd=32, pos="rope", qk_norm="rms_gain", max_iters=2, warmup_iters=0,
                     learning_rate=1e-2, min_lr=1e-3, eval_interval=2, eval_iters=1, device="cpu", dtype="float32",
                     threads=1, probe_interval=2, save_minutes=0)
 
     def run(ranks, **changes):
         out = tmp_path_factory.mktemp("ranks")
-        flags = [f"--{key}={value}" for key, value in {**settings, **changes, "out_dir": out}.items()]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        done = subprocess.run([sys.executable, *torchrun, "train.py", *flags], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
+        done = tiny(out, ranks=ranks if ranks > 1 else 0, **settings, **changes)
+        assert done.code == 0, done.err
         return records(out)[-1]
 
     return run
