@@ -9,7 +9,7 @@ usage: ./run_all.sh [setup | demo | perf | test [PYTEST ARGUMENTS]]
   setup   create .venv with the pinned versions of everything that training, sampling and the tests need
   demo    learn Tiny Shakespeare and write some; the same command again picks up where it was stopped
   perf    run the notebooks, with what they measure of this machine, into out/notebooks
-  test    setup, then the whole test suite; for example: ./run_all.sh test -m "not slow"
+  test    setup, then the whole test suite, a process a core; for example: ./run_all.sh test -m "not slow"
 With no argument: setup, test, demo and perf in turn. PYTHON=python3.12 ./run_all.sh picks the interpreter for .venv.
 END
 }

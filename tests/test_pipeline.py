@@ -159,7 +159,11 @@ def test_killed_at_twenty_random_moments_the_bytes_are_the_same(prepare, tmp_pat
     for i in range(20):
         out = tmp_path / f"k{i // 4}"  # each is killed four times, and then ends
         process = subprocess.Popen(prepare.command(corpus, "--workers=2", out=out.name), stdout=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.1, 1.1) * took)
+        if i:
+            time.sleep(rng.uniform(0.1, 1.1) * took)
+        while not i and not list(out.glob("**/scan/*")):  # the first one as soon as it scans, on however slow a machine
+            assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
         names = {path.name for path in out.glob("**/*")}
