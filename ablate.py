@@ -38,7 +38,6 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -51,8 +50,7 @@ from device import pick_device
 from eval import evaluate
 from infer import load
 from loader import open_datasets, open_tokens
-from model import GPTConfig
-from plan import meta_model
+from plan import meta_model, model_fields
 from tables import divergence, figures
 from train import vocabulary
 
@@ -186,7 +184,7 @@ def resolve(experiment, name, given, keys, code):
     where = f"{experiment.path}: variant {name}"
     try:
         found, manifest, dataset_sha256 = open_datasets(config["dataset"])
-        sizes = {field.name: config[field.name] for field in fields(GPTConfig)}
+        sizes = model_fields(config)
         sizes["vocab_size"] = sizes["vocab_size"] or vocabulary(found[0][0], manifest)[1]
         model = meta_model(sizes)
     except (ValueError, OSError) as e:

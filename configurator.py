@@ -15,8 +15,9 @@ default is the value it has at the call, its type the annotation's, else the def
 those below in the same column, is its help; comment lines above it are a heading.
 
 A config file is Python, run in a namespace of its own. Every name it binds must be a key, except modules, functions,
-classes, names it imports, names in CAPITALS and names that begin with _. A script beside train.py accepts train.py's
-keys in a config file, too, and ignores those it does not have: a run is trained and sampled with the same file. Whatever a user gets wrong is one line on stderr and exit code 2.
+classes, names it imports, names in CAPITALS and names that begin with _. A run is trained and sampled with the same
+file: a script beside train.py ignores train.py's keys there, if it has none of that name. A number must lie in its
+range (INTERVALS). Whatever a user gets wrong is one line on stderr and exit code 2.
 """
 
 import ast
@@ -68,7 +69,7 @@ RANGES = {name: interval for interval, names in INTERVALS.items() for name in na
 PATHS = set("""baseline config data dataset folders html init_from input into models out out_dir paths plot png prompts
     reference runs tokenizer""".split())
 
-QUOTED = re.compile(r"""[ \t]*(["'])((?:(?!\1).|\1\1)*)\1\s*(?=,|\Z)""", re.DOTALL)  # a part of a tuple, up to its comma
+QUOTED = re.compile(r"""[ \t]*(["'])((?:(?!\1).|\1\1)*)\1\s*(?=,|\Z)""", re.DOTALL)  # a part of a tuple
 LITERAL = (ast.Constant, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.expr_context)
 
 
@@ -97,7 +98,7 @@ class LastingFile(io.FileIO):
 
 
 def keep_printing(product=False):
-    """Have stdout and stderr take every text, as UTF-8, and outlive whoever reads them; not stdout if it is `product`."""
+    """Have stdout and stderr take every text, as UTF-8, and outlive their readers; not stdout if it is `product`."""
     with contextlib.suppress(OSError):
         while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed ones: the next file must not take their place
             pass
@@ -406,8 +407,8 @@ def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None, 
     in source order. `verb` names the key that the first bare word fills, with one of `verbs`; `paths` the tuple of
     strings that takes the other bare words. A word that ends in .py is a config file. The names of the keys that any of
     these sets, if only to its default, are added to the set `given`. `also` is a script whose keys are taken too, but
-    only returned. From here on a print never fails (keep_printing), except to the stdout of a script whose output is its
-    `product`: nobody may be reading it any more.
+    only returned. From here on a print never fails (keep_printing), except to the stdout of a script whose output is
+    its `product`: nobody may be reading it any more.
     """
     keep_printing(product)
     own = read_keys(namespace["__file__"], namespace)

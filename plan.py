@@ -339,6 +339,15 @@ SHAPES = {  # name: (fields, tokens per step)
 }
 
 
+def model_fields(config):
+    """The fields of GPTConfig among train.py's settings. Raises ValueError for a field that has no key there."""
+    for field in fields(GPTConfig):
+        if field.name not in config:
+            raise ValueError("GPTConfig has a field that train.py has no key for: add to the model's keys in train.py "
+                             f"the line `{field.name} = {field.default!r}`, with a comment on what it is")
+    return {field.name: config[field.name] for field in fields(GPTConfig)}
+
+
 def meta_model(sizes):
     with torch.device("meta"):
         return GPT(GPTConfig(**sizes))
@@ -376,7 +385,10 @@ def main(config):
         fail(f"gpu={gpu!r} is none of {', '.join(GPUS)}")
     if config["dtype"] == "float32":
         fail("the speeds known here are bfloat16's: leave dtype at auto")
-    sizes = {field.name: config[field.name] for field in fields(GPTConfig)}
+    try:
+        sizes = model_fields(config)
+    except ValueError as e:
+        fail(e)
     try:
         model = meta_model({**sizes, "vocab_size": sizes["vocab_size"] or GPTConfig.vocab_size})
     except ValueError as e:

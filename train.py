@@ -62,7 +62,7 @@ from monitor import (
 )
 from optim import Optimizers, lr_at
 from probe import Update, attention
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, meta_vocab_size
 from track import TRACKERS, Tracker
 
 # -----------------------------------------------------------------------------
@@ -706,10 +706,7 @@ def main(config, given, stop, lock, rewound=None):
 
 def check_settings():
     """Ends the run for a setting that has no meaning."""
-    keys = read_keys(__file__)
-    if missing := [field for field in fields(GPTConfig) if field.name not in keys]:
-        fail(f"GPTConfig has a field that train.py has no key for: add to the model's keys in train.py the line "
-             f"`{missing[0].name} = {missing[0].default!r}  # what it is`")
+    plan.model_fields(read_keys(__file__))  # says which key is missing
     if decay_lr and not 0 <= min_lr <= learning_rate:
         fail(f"min_lr={min_lr} must lie between 0 and learning_rate={learning_rate}; or set decay_lr=false")
     choices = {"optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
@@ -878,12 +875,20 @@ def check_start(theirs, its_tokenizer, model_config, tokenizer):
 
 
 def vocabulary(source, manifest):
-    """(tokenizer or None, vocab_size) of a dataset; one that says nothing is GPT-2's, as nanoGPT's are."""
+    """(tokenizer or None, vocab_size) of a dataset; one that says nothing is GPT-2's, as nanoGPT's are. Of nanoGPT's
+    meta.pkl the vocab_size is enough. Raises ValueError for a tokenizer that cannot be read."""
     try:
         tokenizer = load_tokenizer(source)
     except FileNotFoundError:
         return None, manifest.get("tokenizer", {}).get("vocab_size", 50257)
-    return tokenizer, tokenizer.vocab_size
+    except ValueError as e:
+        size = meta_vocab_size(source)
+        if size is None:
+            raise
+        if parallel.rank() == 0:
+            print(f"warning: {e}: training on its {size:,} token ids, without text", file=sys.stderr)
+        return None, size
+    return tokenizer, max(tokenizer.vocab_size, meta_vocab_size(source) or 0)
 
 
 def learning_rate_at(step):

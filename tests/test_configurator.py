@@ -712,6 +712,28 @@ def test_a_rank_that_is_no_number_does_not_hide_the_error(name, text, monkeypatc
     assert capsys.readouterr().err == "error: no such thing\n"
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("text", ["abc", "-1", "1.0"])
+def test_what_torchrun_should_set_is_named_where_it_is_no_number(name, text, monkeypatch):
+    import parallel
+
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ValueError, match=f"{name}='{text}' must be a whole number"):
+        parallel.from_environment(name, 0)
+    monkeypatch.setenv(name, "")
+    assert parallel.from_environment(name, 7) == 7
+
+
+def test_a_field_of_the_model_without_a_key_names_the_line_to_add():
+    from plan import model_fields
+
+    keys = read_keys(ROOT / "train.py")
+    assert model_fields(keys)["n_layer"] is keys["n_layer"]
+    for name, line in (("rope_theta", "`rope_theta = 10000.0`"), ("attn", "`attn = 'auto'`")):
+        with pytest.raises(ValueError, match=line):
+            model_fields({key: value for key, value in keys.items() if key != name})
+
+
 def test_unknown_key_on_the_command_line(refused):
     assert refused("--max_iter=5") == "error: unknown key --max_iter; did you mean --max_iters?\n"
     assert "did you mean --max_iters=5?" in refused("--max-iters=5")
