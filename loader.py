@@ -12,7 +12,8 @@ import itertools
 import json
 import re
 import threading
-from collections import deque
+import weakref
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's and modded-nanogpt's uint16 shards
-MOST_FILES = 64  # shards that are open at once
+MOST_FILES = 64  # shards that are open at once, of all datasets together; macOS allows a process 256 files
 AT_ONCE = 4096  # positions whose windows are found together, at the cost of a few alone
 ROWS_AT_ONCE = 256  # of small batches, several are read at once: less Python runs beside the step, which waits for it
 
@@ -44,6 +45,10 @@ def find_dataset(dataset):
             raise DataError(f"{folder} was left half-written: run its prepare.py again")
         if any(folder.glob("*.bin")):
             return folder
+        if any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            raise DataError(f"{folder} is what save_to_disk of the package datasets wrote, and holds no tokens: write it "
+                            "as Parquet, datasets.load_from_disk(FOLDER)['train'].to_parquet('FILE.parquet'), and run "
+                            "python data/text/prepare.py --input=FILE.parquet --out_dir=...")
     for folder in folders:
         if (folder / "prepare.py").exists():
             raise DataError(f"dataset {dataset!r} is not prepared yet: run python {folder / 'prepare.py'}")
@@ -112,27 +117,69 @@ def read_manifest(folder):
     return manifest, sha256(raw)
 
 
+def find_shards(folder, split):
+    """The files of a split, in order: SPLIT_000000.bin, ..., else nanoGPT's SPLIT.bin, else llm.c's and
+    modded-nanogpt's NAME_SPLIT_000000.bin, ... or NAME_SPLIT.bin. Raises DataError where there is none, or where shards
+    of several names lie side by side."""
+    pattern, named = re.compile(rf"(?:(.+)_)?{split}(_[0-9]+)?\.bin"), {}
+    for path in sorted(folder.glob("*.bin")):
+        if match := pattern.fullmatch(path.name):
+            named.setdefault((match[1], bool(match[2])), []).append(path)
+    for key in ((None, True), (None, False)):
+        if key in named:
+            return named[key]
+    if not named:
+        raise DataError(f"{folder} has no {split} split: neither {split}_000000.bin nor {split}.bin nor "
+                        f"NAME_{split}_000000.bin; prepare the dataset first")
+    if len(named) > 1:
+        first, second = [paths[0].name for paths in named.values()][:2]
+        raise DataError(f"{folder} has shards of several datasets, {first} and {second}: give each a folder of its own")
+    return next(iter(named.values()))
+
+
+class OpenFiles:
+    """Files that are open for reading, the least recently used of them closed first."""
+
+    def __init__(self, most):
+        self.most, self.files, self.lock = most, OrderedDict(), threading.RLock()
+
+    def get(self, owner, path):
+        """The open file `path` of `owner`, a number. Call it, and read, with the lock held."""
+        file = self.files.pop((owner, path), None)
+        if file is None:
+            while len(self.files) >= self.most:
+                self.files.popitem(last=False)[1].close()
+            file = open(path, "rb", buffering=0)
+        self.files[owner, path] = file
+        return file
+
+    def close(self, owner):
+        with self.lock:
+            for key in [key for key in self.files if key[0] == owner]:
+                self.files.pop(key).close()
+
+
+OPEN, OWNERS = OpenFiles(MOST_FILES), itertools.count()
+
+
 class Tokens:
     """One split as one read-only stream of token ids over its shards. len() is the number of tokens.
 
-    Reads `SPLIT_000000.bin`, ... with a header, or nanoGPT's headerless `SPLIT.bin`. Sizes are checked on opening;
-    raises DataError naming the shard.
+    Reads what find_shards finds: shards with llm.c's header, and nanoGPT's SPLIT.bin with a header or without. Sizes
+    are checked on opening; raises DataError naming the shard.
     """
 
     def __init__(self, folder, split, vocab_size=65536):
         self.folder, self.split, self.vocab_size = Path(folder), split, vocab_size
-        self.files, self.lock = {}, threading.Lock()
-        self.paths = sorted(self.folder.glob(f"{split}_[0-9]*.bin"))
-        if self.paths:
+        self.owner = next(OWNERS)
+        weakref.finalize(self, OPEN.close, self.owner)
+        self.paths = find_shards(self.folder, split)
+        plain = [self.folder / f"{split}.bin"]  # nanoGPT's name
+        if self.paths != plain or self._header(plain[0])[0] == MAGIC:
             self.skip = HEADER_BYTES
             counts = [self._count(path) for path in self.paths]
         else:
-            self.paths, self.skip = [self.folder / f"{split}.bin"], 0
-            if not self.paths[0].exists():
-                raise DataError(
-                    f"{self.folder} has no {split} split: neither {split}_000000.bin nor {split}.bin; "
-                    "prepare the dataset first"
-                )
+            self.skip = 0
             size = self.paths[0].stat().st_size
             if size % 2:
                 raise DataError(f"{self.paths[0]} is damaged: {size:,} bytes are no whole uint16; prepare it again")
@@ -143,9 +190,13 @@ class Tokens:
     def __len__(self):
         return int(self.starts[-1])
 
-    def _count(self, path):
+    @staticmethod
+    def _header(path):
         with open(path, "rb") as f:
-            header = np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
+            return np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
+
+    def _count(self, path):
+        header = self._header(path)
         if header[0] != MAGIC or header[1] != VERSION:
             raise DataError(
                 f"{path} is not a token shard (magic {header[0]}, version {header[1]}, not {MAGIC} and {VERSION}); "
@@ -179,12 +230,12 @@ class Tokens:
         """
         rows = np.empty((len(starts), length), dtype="<u2")
         shards = (np.searchsorted(self.starts, starts, side="right") - 1).tolist()
-        with self.lock:
+        with OPEN.lock:
             for row, start, shard in zip(rows, np.asarray(starts).tolist(), shards, strict=True):
                 filled = 0
                 while filled < length:
                     at, end = start + filled, int(self.starts[shard + 1])
-                    part, file = row[filled : filled + end - at], self.file(shard)
+                    part, file = row[filled : filled + end - at], OPEN.get(self.owner, self.paths[shard])
                     file.seek(self.skip + 2 * (at - int(self.starts[shard])))
                     if file.readinto(part.data) != part.nbytes:
                         raise DataError(f"{self.paths[shard]} became shorter: prepare the dataset again")
@@ -195,14 +246,6 @@ class Tokens:
                 f"{self.vocab_size}: set vocab_size above it, or prepare the dataset with this model's tokenizer"
             )
         return rows
-
-    def file(self, shard):
-        """An open file, of the few that are kept so."""
-        if shard not in self.files:
-            if len(self.files) >= MOST_FILES:
-                self.files.pop(next(iter(self.files))).close()
-            self.files[shard] = open(self.paths[shard], "rb", buffering=0)
-        return self.files[shard]
 
     @property
     def parts(self):

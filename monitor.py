@@ -41,6 +41,19 @@ def git(*args):
     return done.stdout.decode("utf-8", "replace").removesuffix("\n") if done.returncode == 0 else None
 
 
+LONGEST_DIFF = 10_000_000  # characters
+
+
+def plain_diff():
+    """The changes since the last commit as `git apply` takes them, whatever the user's configuration of git says of
+    colours, prefixes and programs; binary files included. None where there is no repository, "" without changes."""
+    diff = git("-c", "core.quotepath=off", "-c", "diff.relative=false", "diff", "--no-color", "--no-ext-diff",
+               "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "--binary", "HEAD")
+    if diff and len(diff) > LONGEST_DIFF:
+        return f"{len(diff):,} characters of changes are too many to keep; they are in:\n" + git("diff", "--stat", "HEAD")
+    return diff
+
+
 def cpu_name():
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -57,7 +70,7 @@ def environment(device, dataset_sha256):
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    diff = git("diff", "HEAD")
+    diff = plain_diff()
     machine = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -175,7 +175,7 @@ def compile_trouble(engine, prompt):
 
 
 if __name__ == "__main__":
-    settings = configure(globals())
+    settings = configure(globals(), product=True)
     try:
         main(settings)
     except KeyboardInterrupt:

@@ -304,15 +304,39 @@ def _from_json(raw):
     return CharTokenizer(fields["chars"], specials)
 
 
+class _Dtype:
+    """Stands for numpy's dtype in a pickle: holds what it was called with."""
+
+    def __init__(self, code, *options):
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+
+def _number(dtype, raw):
+    """Stands for numpy's scalar in a pickle. -> int. Raises UnpicklingError for what is no whole number."""
+    whole = (f"i{len(raw)}", f"u{len(raw)}") if isinstance(dtype, _Dtype) and isinstance(raw, bytes) else ()
+    if not whole or dtype.code not in whole:
+        raise pickle.UnpicklingError("it holds a number of numpy's that is not whole")
+    return int.from_bytes(raw, "big" if dtype.order == ">" else "little", signed=dtype.code[0] == "i")
+
+
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers of them. A pickle runs code only through a global, and this has none."""
+    """Reads numbers, strings and containers of them. A pickle runs code only through a global: this has none besides
+    two of its own, which read numpy's whole numbers."""
+
+    OWN = {("numpy", "dtype"): _Dtype, ("numpy.core.multiarray", "scalar"): _number,
+           ("numpy._core.multiarray", "scalar"): _number}
 
     def find_class(self, module, name):
+        if (module, name) in self.OWN:
+            return self.OWN[module, name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and a pickle from elsewhere gets to call nothing")
 
 
-def _from_meta_pkl(path):
-    """nanoGPT's {vocab_size, stoi, itos}: its ids are kept, and it has no special tokens."""
+def _read_meta_pkl(path):
+    """nanoGPT's meta.pkl as a dict. Raises ValueError."""
     try:
         with open(path, "rb") as file:
             meta = _PlainUnpickler(file).load()
@@ -320,11 +344,37 @@ def _from_meta_pkl(path):
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    itos = meta.get("itos") if isinstance(meta, dict) else None
+    if not isinstance(meta, dict):
+        raise ValueError("expected nanoGPT's dict")
+    return meta
+
+
+def _from_meta_pkl(path):
+    """nanoGPT's {vocab_size, stoi, itos}: its ids are kept, and it has no special tokens."""
+    meta = _read_meta_pkl(path)
+    itos = meta.get("itos")
+    if isinstance(itos, (list, tuple)):
+        itos = dict(enumerate(itos))
     if not isinstance(itos, dict) or set(itos) != set(range(len(itos))):
         raise ValueError('expected nanoGPT\'s "itos", a dict with the ids 0, 1, ... as its keys')
     if wrong := [i for i, c in itos.items() if not isinstance(c, str) or len(c) != 1]:
-        raise ValueError(f"token {wrong[0]} is not one character")
-    if meta.get("vocab_size", len(itos)) != len(itos):
-        raise ValueError(f"its vocab_size is {meta['vocab_size']!r}, but it has {len(itos)} characters")
+        raise ValueError(f"token {min(wrong)} is not one character")
+    size = meta.get("vocab_size", len(itos))
+    if not isinstance(size, int) or size < len(itos):  # a larger one is padded
+        raise ValueError(f"its vocab_size is {size!r}, but it has {len(itos)} characters")
     return CharTokenizer("".join(itos[i] for i in range(len(itos))), specials=())
+
+
+def meta_vocab_size(folder):
+    """The vocabulary of a nanoGPT dataset as its meta.pkl has it, which may be padded, or be all that is in there. None
+    where nothing says it, or a tokenizer.json says more."""
+    folder = Path(folder)
+    if (folder / "tokenizer.json").exists() or not (folder / "meta.pkl").exists():
+        return None
+    try:
+        meta = _read_meta_pkl(folder / "meta.pkl")
+    except ValueError:
+        return None
+    itos = meta.get("itos")
+    size = meta.get("vocab_size", len(itos) if isinstance(itos, (dict, list, tuple)) else None)
+    return size if isinstance(size, int) and not isinstance(size, bool) and 0 < size <= MAX_VOCAB else None

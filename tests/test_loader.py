@@ -1,5 +1,6 @@
 """The order of the data, batches, and what is refused as a dataset."""
 
+import gc
 import itertools
 import json
 import shutil
@@ -608,3 +609,65 @@ def test_the_order_of_ten_billion_tokens_takes_no_memory():
         tracemalloc.stop()
         assert len(set(starts.tolist())) == 64 and starts.max() <= tokens - 1025
     assert peaks[1] < 2 * peaks[0] < 1_000_000
+
+
+# -----------------------------------------------------------------------------
+# Other projects' names
+
+
+def shard(path, ids):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(shard_header(len(ids)) + np.asarray(ids, dtype="<u2").tobytes())
+
+
+@pytest.mark.parametrize("names", [
+    ("edu_fineweb_train_000001.bin", "edu_fineweb_train_000002.bin"), ("TinyStories_train.bin",), ("train.bin",),
+    ("my_train_set_train_000007.bin",),
+], ids=lambda names: names[0])
+def test_shards_under_the_names_of_other_projects(names, tmp_path):
+    for i, name in enumerate(names):
+        shard(tmp_path / "d" / name, np.arange(10 * i, 10 * i + 10))
+    shard(tmp_path / "d" / names[0].replace("train_0", "val_0").replace("train.bin", "val.bin"), np.arange(100, 110))
+    folder = find_dataset(str(tmp_path / "d"))
+    assert Tokens(folder, "train").read([0], 10 * len(names))[0].tolist() == list(range(10 * len(names)))
+    assert Tokens(folder, "val").read([0], 10)[0].tolist() == list(range(100, 110))
+
+
+def test_nanogpts_file_with_a_damaged_header_is_refused(tmp_path):
+    shard(tmp_path / "d" / "train.bin", np.arange(10))
+    raw = (tmp_path / "d" / "train.bin").read_bytes()
+    (tmp_path / "d" / "train.bin").write_bytes(raw[:-2])
+    refused(lambda: Tokens(tmp_path / "d", "train"), "train.bin", "damaged")
+    (tmp_path / "d" / "train.bin").write_bytes(raw[:4] + b"\2\0\0\0" + raw[8:])
+    refused(lambda: Tokens(tmp_path / "d", "train"), "train.bin", "version 2")
+
+
+def test_shards_of_two_datasets_in_one_folder_are_refused(tmp_path):
+    for name in ("a_train_000000.bin", "b_train_000000.bin"):
+        shard(tmp_path / "d" / name, np.arange(10))
+    refused(lambda: Tokens(tmp_path / "d", "train"), "a_train_000000.bin", "b_train_000000.bin")
+
+
+def test_another_projects_name_needs_the_header(tmp_path):
+    (tmp_path / "x_train.bin").write_bytes(np.arange(600, dtype="<u2").tobytes())
+    refused(lambda: Tokens(tmp_path, "train"), "x_train.bin", "not a token shard")
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "dataset_dict.json"])
+def test_a_folder_of_save_to_disk_is_named(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    refused(lambda: find_dataset(str(tmp_path)), "save_to_disk", "to_parquet")
+
+
+def test_all_datasets_share_the_files_that_are_open(tmp_path):
+    """More shards than may be open, of two datasets in turns: each is read, and no more than MOST_FILES stay open."""
+    several = [Tokens(write_shards(tmp_path / name, "train", np.arange(300), range(3, 300, 3)), "train")
+               for name in "ab"]
+    for start in range(0, 297, 3):
+        for tokens in several:
+            assert tokens.read([start], 3)[0].tolist() == [start, start + 1, start + 2]
+    assert len(loader.OPEN.files) == loader.MOST_FILES
+    owners = {tokens.owner for tokens in several}
+    del several, tokens
+    gc.collect()
+    assert not owners & {owner for owner, _ in loader.OPEN.files}

@@ -533,3 +533,37 @@ def test_what_hides_communication_on_a_gpu():
     noted = [("FSDP::all_gather", 0, 90, 8, "cuda", "note"), ("nccl:all_reduce", 0, 90, 8, "cuda", "note")]
     assert spans(*calls, nccl, *noted, ("Memcpy DtoD", 15, 18, 8, "cuda")) == (20, 17)
     assert spans(("gloo:all_reduce", 0, 20, 2), ("ampere_sgemm", 15, 30, 8, "cuda")) == (20, 15)  # backend=gloo
+
+
+@pytest.mark.parametrize("setting", ["diff.noprefix=true", "color.ui=always", "diff.mnemonicPrefix=true",
+                                     "diff.external=false", "color.diff=always"])
+def test_the_diff_can_be_applied_whatever_git_is_configured_to(setting, tmp_path, monkeypatch):
+    """Binary files, too."""
+    repo = tmp_path / "repo"
+    repo.mkdir()
+
+    def git(*args, **options):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *identity, *args], cwd=repo, check=True, capture_output=True, **options)
+
+    git("init", "-q")
+    before = {"text.py": b"a = 1\n" * 20, "picture.png": bytes(range(256))}
+    after = {"text.py": b"a = 1\n" * 10 + b"b = 2\n" * 10, "picture.png": bytes(range(255, -1, -1))}
+    for name, content in before.items():
+        (repo / name).write_bytes(content)
+    git("add", ".")
+    git("commit", "-qm", "before")
+    git("config", *setting.split("="))
+    for name, content in after.items():
+        (repo / name).write_bytes(content)
+    monkeypatch.setattr(monitor, "__file__", str(repo / "monitor.py"))
+    diff = environment(CPU, None)["dirty_diff"]
+    git("checkout", "-q", ".")
+    git("apply", "-", input=diff.encode())
+    assert {name: (repo / name).read_bytes() for name in after} == after
+
+
+def test_a_diff_that_is_too_long_is_summed_up(monkeypatch):
+    monkeypatch.setattr(monitor, "git", lambda *args: " a.bin | 1 +" if "--stat" in args else "x" * 20_000_000)
+    diff = environment(CPU, None)["dirty_diff"]
+    assert len(diff) < 1000 and "a.bin" in diff and "20,000,000" in diff

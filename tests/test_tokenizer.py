@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tokenizer as module
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer, meta_vocab_size
 
 MIRROR = os.environ.get("MINICHAT_MIRROR", "")
 TINY = Path(MIRROR) / "tinyshakespeare.txt"
@@ -176,7 +176,7 @@ def test_malicious_meta_pkl_is_refused_and_not_executed(tmp_path):
     [
         b"", b"not a pickle", pickle.dumps(nanogpt_meta("abc"))[:-9], pickle.dumps([1]),
         pickle.dumps({"itos": {1: "a"}}), pickle.dumps({"itos": {0: "ab"}}),
-        pickle.dumps({"itos": {0: "a"}, "vocab_size": 2}),
+        pickle.dumps({"itos": {0: "a", 1: "b"}, "vocab_size": 1}),
     ],
 )  # fmt: skip
 def test_damaged_meta_pkl_is_named(tmp_path, content):
@@ -399,3 +399,32 @@ def test_special_tokens_in_a_text_on_request():
     assert not {261, 262, 263} & set(bpe.encode("a<|x|>yb<|endoftext|>"))
     chars = CharTokenizer("ab<|>eos")
     assert chars.encode("a<|eos|>b", special=True) == [0, chars.eos, 1] and len(chars.encode("a<|eos|>b")) == 9
+
+
+# -----------------------------------------------------------------------------
+# Of nanoGPT's meta.pkl the size is enough
+
+
+@pytest.mark.parametrize("meta, size, text", [
+    ({"vocab_size": 80, "itos": dict(enumerate("abc"))}, 80, "cab"),  # padded
+    ({"vocab_size": np.int32(3), "itos": {np.int64(i): c for i, c in enumerate("abc")}}, 3, "cab"),
+    ({"vocab_size": np.uint16(3), "itos": list("abc")}, 3, "cab"),
+    ({"itos": {0: "the", 1: "cat"}}, 2, None),  # words
+    ({"vocab_size": 512, "kinds": {"pitch": [1, 2]}}, 512, None),  # music, say: no itos at all
+], ids=["padded", "numpy keys", "a list", "words", "size alone"])
+def test_what_nanogpt_needs_of_meta_pkl(meta, size, text, tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert meta_vocab_size(tmp_path) == size
+    if text is None:
+        with pytest.raises(ValueError, match="meta.pkl"):
+            load_tokenizer(tmp_path)
+    else:
+        assert load_tokenizer(tmp_path).encode(text) == [2, 0, 1]
+
+
+@pytest.mark.parametrize("value", [np.float64(2.5), np.dtype("f8"), np.arange(3), print])
+def test_numpys_other_objects_stay_refused(value, tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": value, "itos": {0: "a"}}))
+    assert meta_vocab_size(tmp_path) is None
+    with pytest.raises(ValueError, match="meta.pkl"):
+        load_tokenizer(tmp_path)
