@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,25 +334,21 @@ def in_process(name, text):
         return [configure({"__file__": path}, argv)[name] for argv in ([f"--{name}={text}"], [f"--{name}", text])]
 
 
-@settings(deadline=None)  # no test asserts a time
 @given(st.integers())
 def test_round_trip_int(value):
     assert all(same(v, value) for v in in_process("max_iters", repr(value)))
 
 
-@settings(deadline=None)  # no test asserts a time
 @given(st.floats())
 def test_round_trip_float(value):
     assert all(repr(v) == repr(value) for v in in_process("dropout", repr(value)))
 
 
-@settings(deadline=None)  # no test asserts a time
 @given(st.text().filter(lambda text: not text.startswith("--") and text != "-h"))
 def test_round_trip_str(value):
     assert in_process("start", value) == [value, value]
 
 
-@settings(deadline=None)  # no test asserts a time
 @given(st.lists(st.floats(allow_nan=False)).map(tuple))
 def test_round_trip_tuple(value):
     assert all(same(v, value) for v in in_process("betas", repr(value)))
@@ -361,7 +357,6 @@ def test_round_trip_tuple(value):
 WORDS = ["--bias", "--betas=", "--seeds", "--max_iters", "--top_k=none", "--start", "=", "-1", "()", "train", "x.py"]
 
 
-@settings(deadline=None)  # no test asserts a time
 @given(st.lists(st.sampled_from(WORDS) | st.text() | st.text().map("--".__add__)), st.booleans())
 def test_any_command_line_resolves_or_is_refused(argv, bare):
     with tempfile.TemporaryDirectory() as folder:
@@ -444,7 +439,6 @@ def test_a_range_holds_for_config_files_too_and_names_the_line(refused_by):
     assert of_project("eval.py", "--block_size=0", f"--seed={2**63 - 1}")["seed"] == 2**63 - 1
 
 
-@settings(deadline=None)  # no test asserts a time
 @given(st.floats() | st.integers(), st.sampled_from(sorted(set(RANGES.values()))))
 def test_an_interval_is_what_mathematics_says(number, interval):
     least, most = map(float, interval[1:-1].split(","))
@@ -492,13 +486,11 @@ def test_quotes_protect_commas_newlines_and_blanks(text, parts):
     assert spelled("tuple[str, ...]", text) == parts
 
 
-@settings(deadline=None)  # no test asserts a time
 @given(st.lists(st.text() | st.text("\"', \n\\()[]a", max_size=4)).map(tuple))
 def test_a_shown_tuple_of_strings_is_read_back(value):
     assert spelled("tuple[str, ...]", show(value)) == value
 
 
-@settings(deadline=None)  # no test asserts a time
 @given(st.lists(st.integers()).map(tuple))
 def test_a_shown_tuple_of_numbers_is_read_back(value):
     assert spelled("tuple[int, ...]", show(value)) == value
