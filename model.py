@@ -83,10 +83,8 @@ class GPTConfig:
         if self.n_kv_head < 0 or self.n_head % self.kv_heads != 0:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
         if self.pos == "rope" and self.head_dim % 2 != 0:
-            raise ValueError(
-                f"pos='rope' rotates pairs, but n_embd={self.n_embd} / n_head={self.n_head} "
-                f"gives an odd head of {self.head_dim}"
-            )
+            raise ValueError(f"pos='rope' rotates pairs, but n_embd={self.n_embd} / n_head={self.n_head} "
+                             f"gives an odd head of {self.head_dim}")
         if not 1.0 <= self.rope_factor < math.inf:
             raise ValueError(f"rope_factor={self.rope_factor} must be at least 1")
         if self.rope_scaling == "none" and self.rope_factor != 1.0:
