@@ -88,7 +88,7 @@ def on_two(train):
     """on_two(code) -> what two ranks said that have run this, and have not failed."""
 
     def on_two(code):
-        done = train(ranks=2, before=code)  # which ends the process, before there is any training
+        done = train(ranks=2, measured=True, before=code)  # which ends the process, before there is any training
         assert done.code == 0, done.err
         return done
 
