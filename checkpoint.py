@@ -24,11 +24,13 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import threading
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +40,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from configurator import configure, fail
+from model import GPTConfig
 
 # -----------------------------------------------------------------------------
 what = ""                     # consolidate: the sharded checkpoints of runs become plain ones
@@ -51,6 +54,10 @@ SHARD = re.compile(r"shard-\d{5,}-.*\.safetensors")  # DCP's name for what one r
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+class NoOptimizer(CheckpointError):
+    """A checkpoint whose weights are good and whose optimizer.pt is missing, removed to save room perhaps."""
 
 
 def file_sha256(path):
@@ -215,8 +222,8 @@ def verify(folder, only=None):
             raise CheckpointError(f"{path} is not of this checkpoint")
     for name in [only] if plain and only else FILES if plain else state["files"]:
         path = Path(folder) / name
-        if not path.exists():
-            raise CheckpointError(f"{path} is missing")
+        if not path.exists():  # the weights come first, and are good
+            raise (NoOptimizer if name == "optimizer.pt" else CheckpointError)(f"{path} is missing")
         try:
             digest = file_sha256(path)
         except OSError as e:
@@ -256,6 +263,28 @@ def load_optimizer_state(folder, params=None, heads=None):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds for a damaged or malicious file
         raise CheckpointError(f"{path} is refused ({str(e).splitlines()[0]})") from None
+
+
+def config_of(state, folder):
+    """The GPTConfig of a checkpoint's model. Raises CheckpointError naming each field that this code does not know:
+    without it, it would be another model."""
+    if unknown := sorted(state["model"].keys() - {field.name for field in fields(GPTConfig)}):
+        named = ", ".join(f"{name}={state['model'][name]}" for name in unknown)
+        raise CheckpointError(f"{folder} holds a model with {named}, which this version does not know: take the "
+                              "version that trained it (env.json names the commit)")
+    try:
+        return GPTConfig(**{**state["model"], "attn": "auto"})
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{folder} holds a model that this version does not know ({e})") from None
+
+
+def run_of(folder):
+    """The run's folder of a checkpoint's, itself where it is in none. The tokenizer lies there: also where ckpt/ is a
+    link to another disk, or `folder` a link into a run."""
+    places = [Path(os.path.abspath(folder)), Path(folder).resolve()]
+    runs = [place.parent.parent for place in places if place.parent.name == "ckpt"]
+    held = [run for run in runs if (run / "tokenizer.json").exists()]
+    return (held or runs or [Path(folder)])[0]
 
 
 def load_model(model, folder):
@@ -446,13 +475,19 @@ def steps(out_dir):
 def latest_good(out_dir, warn=print):
     """(folder, state) of the highest step that verifies, or None where a run has no checkpoint.
 
-    One that does not verify is renamed to *.corrupt, and said. Raises CheckpointError when there are checkpoints, or
-    were before they were set aside, and none is good.
+    One that is damaged is renamed to *.corrupt, with a warning. Raises CheckpointError when there are checkpoints, or
+    were before they were set aside, and none is good; also for one without its optimizer.pt, which is not damaged.
     """
     found = steps(out_dir)
     for _, folder in sorted(found.items(), reverse=True):
         try:
             return folder, verify(folder)
+        except NoOptimizer as e:
+            before = [step for step in found if step < int(NAME.fullmatch(folder.name)[1])]
+            earlier = f"; to resume step {max(before)} instead, remove {folder}" if before else ""
+            raise CheckpointError(f"{e}, so {out_dir} cannot be resumed; its weights are good: "
+                                  f"{shlex.quote(f'--init_from={out_dir}')} with another --out_dir starts from them"
+                                  f"{earlier}") from None
         except CheckpointError as e:
             aside = folder.with_name(folder.name + ".corrupt")
             if aside.exists():
@@ -478,7 +513,8 @@ def find(out_dir, which="latest", warn=print):
         return Path(out_dir), verify(out_dir, "model.safetensors")
     found = steps(out_dir)
     if not found:
-        raise CheckpointError(f"{out_dir} holds no checkpoint: python train.py --out_dir={out_dir} makes one")
+        raise CheckpointError(f"{out_dir} holds no checkpoint: python train.py {shlex.quote(f'--out_dir={out_dir}')} "
+                              "makes one")
     if which == "latest":
         for folder in reversed(found.values()):
             try:

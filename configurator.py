@@ -143,6 +143,8 @@ class Key:
             result = typed(self.kind, spelled(self.kind, value) if parse else value)
         except (ValueError, OverflowError):
             takes = TAKES.get(self.kind) or f"{self.kind}, such as {show(self.default)}"
+            if self.kind == "tuple[str, ...]":
+                takes = """strings with commas between them (one that holds a comma in quotes: '", "'), such as """ + show(self.default)
             fail(f"{where}: {self.name} takes {takes}{' or none' * self.optional}, not {value!r}")
         for number in result if isinstance(result, tuple) else (result,):
             if self.interval and not isinstance(number, (bool, str)) and (wrong := outside(number, self.interval)):
@@ -241,6 +243,8 @@ def split_parts(text, blank):
             at = quoted.end() + 1
         else:
             part = text[at:].partition(",")[0]
+            if not part.strip(blank) and blank:
+                raise ValueError  # a comma of its own is in quotes
             parts.append(part.strip(blank))
             at += len(part) + 1
     return parts

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoint import run_of
 from configurator import configure, fail
 from device import autocast, memory_is_full, pick_device, pick_dtype
 from files import read_lines
@@ -196,7 +197,7 @@ def read_prompts():
 def write_samples(model, tokenizer, state, folder, context):
     """Samples of every prompt, each with a seed of its own, into a Markdown file."""
     want, lines = sampling_from(settings), read_prompts()
-    run = folder.parent.parent if folder.resolve().parent.name == "ckpt" else folder
+    run = run_of(folder)
     target = Path(out) if out else run / f"samples_step_{state['step']}.md"
     engine = Engine(model, tokenizer, slide=model.config.pos == "rope")
     parts, written, skipped = [], 0, {}

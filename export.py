@@ -14,6 +14,7 @@ embedding, RoPE, QK-norm, ReLU squared); llama.cpp has the first three of them.
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from configurator import configure, fail
 from model import GPT, GPTConfig, rope_base
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, load_tokenizer
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
 
 # -----------------------------------------------------------------------------
 paths: tuple[str, ...] = ()  # from where and to where, as bare words; to a name that ends in .gguf: for llama.cpp
@@ -35,6 +36,7 @@ dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat
 # -----------------------------------------------------------------------------
 
 GPT2_VOCAB = 50257  # which nanoGPT pads to 50304
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers with the causal mask: before flash attention, on PyTorch 1
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # GPT-2's Conv1D
 
 
@@ -51,6 +53,7 @@ class NoOptimizer:
 
 def from_nanogpt(path):
     """A ckpt.pt -> (GPTConfig, name -> tensor, steps done, validation loss). Raises ValueError."""
+    check_lfs(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -63,7 +66,8 @@ def from_nanogpt(path):
     sizes = {name: saved["model_args"][name] for name in names if name in saved["model_args"]}
     if GPT2_VOCAB < sizes.get("vocab_size", 0) <= 50304:
         sizes["vocab_size"] = GPT2_VOCAB
-    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
+    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
+               if not name.endswith(MASKS)}
     loss = saved.get("best_val_loss")
     loss = None if loss is None else float(loss)
     return GPTConfig(**sizes, activation="gelu"), tensors, saved.get("iter_num", 0), loss
@@ -71,7 +75,7 @@ def from_nanogpt(path):
 
 def from_hugging_face(folder):
     """A folder of GPT-2's class -> (GPTConfig, name -> tensor). Raises ValueError."""
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = read_object(folder / "config.json")
     if fields.get("model_type") != "gpt2":
         raise ValueError(f"{folder} holds a model of type {fields.get('model_type')!r}: only gpt2 is read")
     activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}.get(
@@ -82,22 +86,57 @@ def from_hugging_face(folder):
     if activation is None or odd:
         odd = odd or [f"activation_function={fields['activation_function']}"]
         raise ValueError(f"{folder}: {', '.join(odd)} is nothing that model.py knows")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no .safetensors; files of other formats can run code, and are not read")
     tensors = {}
-    for file in files:
-        tensors |= load_file(file)
+    for file in weight_files(folder):
+        check_lfs(file)
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error})") from None
     tensors = {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
-               for name, tensor in tensors.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+               for name, tensor in tensors.items() if not name.endswith(MASKS)}
     tensors = {name: t.T if name.endswith(TRANSPOSED) else t for name, t in tensors.items()}
     tied = fields.get("tie_word_embeddings", True)
+    if tied and "transformer.wte.weight" not in tensors and "lm_head.weight" in tensors:  # one of the two is enough
+        tensors["transformer.wte.weight"] = tensors.pop("lm_head.weight")
     config = GPTConfig(
         block_size=fields["n_positions"], vocab_size=fields["vocab_size"], n_layer=fields["n_layer"],
         n_head=fields["n_head"], n_embd=fields["n_embd"], activation=activation, tie_weights=tied,
         norm_eps=fields.get("layer_norm_epsilon", 1e-5),
     )
     return config, tensors
+
+
+def check_lfs(path):
+    """Raises ValueError for what a clone without Git LFS has in the place of a large file."""
+    with open(path, "rb") as file:
+        if file.read(64).startswith(b"version https://git-lfs.github.com"):
+            raise ValueError(f"{path} is a Git LFS pointer and not the file itself: git lfs pull fetches it")
+
+
+def read_object(path):
+    """The JSON object in a file. Raises ValueError naming the file."""
+    check_lfs(path)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return fields
+
+
+def weight_files(folder):
+    """The .safetensors of a Hugging Face folder. Raises ValueError for one that its index names and that is missing."""
+    files = sorted(folder.glob("*.safetensors"))
+    if (index := folder / "model.safetensors.index.json").exists():
+        names = sorted(set(map(str, read_object(index).get("weight_map", {}).values())))
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise ValueError(f"{folder / missing[0]} is missing, one of the {len(names)} files that {index.name} "
+                             "names: download the folder again")
+    if not files:
+        raise ValueError(f"{folder} has no .safetensors; files of other formats can run code, and are not read")
+    return files
 
 
 def build(config, tensors):
@@ -131,35 +170,85 @@ def bytes_to_unicode():
 
 def gpt2_vocabulary(path):
     """vocab.json -> BPETokenizer. Raises ValueError for one that is not in the order of its merges."""
-    ids = json.loads(path.read_text(encoding="utf-8"))
+    ids = read_object(path)
     special = ids.pop(END_OF_TEXT, None)
-    back = {character: byte for byte, character in bytes_to_unicode().items()}
     words = sorted(ids, key=ids.get)
     if special != len(words) or [ids[word] for word in words] != list(range(len(words))):
         raise ValueError(f"{path} is not GPT-2's kind of vocabulary: {END_OF_TEXT} is its last token")
-    return BPETokenizer([bytes(back[character] for character in word) for word in words])
+    return BPETokenizer(pieces_of(words))
+
+
+def pieces_of(words):
+    """Tokens as GPT-2's vocab.json spells them -> their bytes. Raises ValueError."""
+    back = {character: byte for byte, character in bytes_to_unicode().items()}
+    try:
+        return [bytes(back[character] for character in word) for word in words]
+    except KeyError as error:
+        raise ValueError(f"{error} stands for no byte in GPT-2's spelling") from None
+
+
+def hugging_face_tokenizer(path):
+    """transformers' tokenizer.json -> a tokenizer with the same ids: GPT-2's kind of byte-level BPE, or characters as
+    `tokenizer_files` writes them. Raises ValueError for any other."""
+    fields = read_object(path)
+    model, cut = fields.get("model") or {}, fields.get("pre_tokenizer") or {}
+    added = {token["content"]: token["id"] for token in fields.get("added_tokens") or []}
+    words = [word for word in sorted(model.get("vocab", {}), key=model["vocab"].get) if word not in added]
+    specials = sorted(added, key=added.get)
+    if [model["vocab"][word] for word in words] + [added[name] for name in specials] != [
+            *range(len(words) + len(specials))]:
+        raise ValueError(f"{path}: its special tokens do not follow the others, as they do in GPT-2's vocabulary")
+    if fields.get("normalizer"):
+        raise ValueError(f"{path}: it changes a text before it cuts it ({fields['normalizer'].get('type')})")
+    if model.get("type") == "WordLevel" and cut.get("type") == "Split":
+        if any(len(word) != 1 for word in words):
+            raise ValueError(f"{path}: its tokens are words")
+        return CharTokenizer("".join(words), specials)
+    plain = cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space", True)
+    if model.get("type") != "BPE" or not plain:
+        raise ValueError(f"{path}: {model.get('type')} cut by {cut.get('type')} is not GPT-2's byte-level BPE")
+    merges = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges", [])]
+    if merges != words[256:]:
+        raise ValueError(f"{path}: its ids are not in the order of its merges, as GPT-2's are")
+    return BPETokenizer(pieces_of(words), specials=specials)
 
 
 def tokenizer_beside(source):
-    """The tokenizer that `tokenizer` names, or that lies beside what comes in; None where there is none."""
+    """The tokenizer that `tokenizer` names, or that lies beside what comes in; None where there is none, and, with a
+    warning, where there is one of another kind: the weights are good without it."""
     if tokenizer:
         return load_tokenizer(tokenizer)
     folder = source if source.is_dir() else source.parent
-    if (folder / "vocab.json").exists():
-        return gpt2_vocabulary(folder / "vocab.json")
+    whole, words = folder / "tokenizer.json", folder / "vocab.json"
+    ours = whole.exists() and source.is_file()
     try:
+        if words.exists() and not ours:
+            try:
+                return gpt2_vocabulary(words)
+            except ValueError:
+                if not whole.exists():
+                    raise
+        if whole.exists() and not ours and "model" in read_object(whole):
+            return hugging_face_tokenizer(whole)
         return load_tokenizer(folder)
     except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"warning: the model comes without its tokenizer ({error}): --tokenizer=FOLDER names one",
+              file=sys.stderr)
         return None
 
 
 def from_hub(name):
     """The folder of a model of the Hub: its weights as safetensors, its configuration and vocabulary."""
     try:
-        from huggingface_hub import snapshot_download  # pip install huggingface-hub
-
-        return Path(snapshot_download(name, allow_patterns=["config.json", "vocab.json", "*.safetensors"]))
-    except Exception as error:  # no package, no network, no such model: none has a class in common
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        fail(f"{name} is neither a file nor a folder; to have it from the Hub: pip install huggingface-hub")
+    try:
+        files = ["config.json", "vocab.json", "tokenizer.json", "*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # no network, no such model: none has a class in common
         fail(f"{name} is neither a file nor a folder, nor to be had from the Hub ({type(error).__name__}: {error})")
 
 
@@ -187,7 +276,7 @@ def read_model(name):
 
 def read_run(source):
     folder, state = checkpoint.find(source, ckpt, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-    model, run = GPT(GPTConfig(**{**state["model"], "attn": "auto"})), folder.resolve().parent.parent
+    model, run = GPT(checkpoint.config_of(state, folder)), checkpoint.run_of(folder)
     checkpoint.load_model(model, folder)
     return model, load_tokenizer(run) if (run / "tokenizer.json").exists() else None, state
 
@@ -200,9 +289,9 @@ def write_run(model, found, state, source, target):
     checkpoint.save(target, model, NoOptimizer(), {**state, "model": asdict(model.config), "config": origin})
     if found:
         found.save(target)
-    said = "its tokenizer is there, too" if found else "without a tokenizer: --tokenizer=FOLDER names one"
+    said = "with its tokenizer" if found else "without a tokenizer: --tokenizer=FOLDER names one"
     print(f"{model.num_params():,} parameters in {target}, {said}")
-    print(f"next: python sample.py --out_dir={target}")
+    print(f"next: python sample.py {shlex.quote(f'--out_dir={target}')}")
 
 
 # -----------------------------------------------------------------------------

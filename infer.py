@@ -16,6 +16,7 @@ numbers: what it draws does not depend on what is computed beside it, but for ro
 `stream` is the plain way, which reads the whole context for every token: what the tests hold the engine to.
 """
 
+import operator
 import sys
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -23,10 +24,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError, find, load_model
+from checkpoint import CheckpointError, config_of, find, load_model, run_of
 from device import pick_device, pick_dtype
 from kvcache import BatchPass, Blocks, StepCache, new_cache, paged_kernel
-from model import GPT, GPTConfig, rope_tables
+from model import GPT, rope_tables
 from sampling import Sampling, StopText, penalise, probabilities
 from tokenizer import load_tokenizer
 from weights import computes_bfloat16, convert
@@ -40,17 +41,14 @@ def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0
     Raises CheckpointError naming what is missing or damaged, ValueError where the context cannot be longer.
     """
     folder, state = find(out_dir, which, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-    run = folder.resolve().parent.parent if folder.resolve().parent.name == "ckpt" else folder
+    run = run_of(folder)
     try:
         tokenizer = load_tokenizer(next((f for f in (folder, run) if (Path(f) / "tokenizer.json").exists()), run))
     except FileNotFoundError:
         tokenizer = None
     except (OSError, ValueError) as e:
         raise CheckpointError(f"the tokenizer of {run} cannot be read: {e}") from None
-    try:
-        model = GPT(GPTConfig(**{**state["model"], "attn": "auto"}))
-    except (TypeError, ValueError) as e:
-        raise CheckpointError(f"{folder} holds a model that this version does not know ({e})") from None
+    model = GPT(config_of(state, folder))
     load_model(model, folder)
     if rope_scaling:
         stretch(model, model.config, rope_scaling, rope_factor)
@@ -95,6 +93,23 @@ def stream(model, prompt, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0
             return
         yield token
         ids = torch.cat((ids, torch.tensor([[token]], device=device)), dim=1)
+
+
+def is_id(value):
+    """Whether a value is a whole number, of Python, numpy or torch."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def token_ids(prompt):
+    """A list, tuple, numpy array or tensor of token ids (T,) -> list of int. Raises ValueError for anything else."""
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(prompt, (list, tuple)) or not all(map(is_id, prompt)):
+        raise ValueError(f"a prompt is a string or one row of token ids, which are whole numbers, not {prompt!r:.80}")
+    return [operator.index(i) for i in prompt]
 
 
 def check_prompt(prompt, config):
@@ -201,7 +216,8 @@ class Engine:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
     def submit(self, prompt, sampling=None, **changes):
-        """Queue a prompt (a string, or a list of ids). -> Request; raises ValueError for one that cannot be served."""
+        """Queue a prompt: a string, or a list, array or tensor of ids. -> Request. Raises ValueError for one that
+        cannot be served."""
         sampling = replace(sampling or Sampling(), **changes)
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -209,6 +225,7 @@ class Engine:
             prompt = self.tokenizer.encode(prompt) if prompt else [self.tokenizer.bos]
             if prompt == [None]:
                 raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a text")
+        prompt = token_ids(prompt)
         check_prompt(prompt, self.model.config)
         window, total = self.model.config.block_size, len(prompt) + sampling.max_new_tokens - 1
         if len(prompt) > window or total > window and not self.slide:
@@ -315,8 +332,9 @@ class Engine:
 
     def generate(self, prompts, sampling=None, **changes):
         """The finished Request of a prompt, or of each of a list; `sampling` may be a list, one for each."""
-        several = isinstance(prompts, (list, tuple)) and not (prompts and isinstance(prompts[0], int))
-        prompts = prompts if several else [prompts]
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+        one = isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or prompts and is_id(prompts[0])
+        several, prompts = not one, [prompts] if one else prompts
         each = sampling if isinstance(sampling, (list, tuple)) else [sampling] * len(prompts)
         requests = []
         try:

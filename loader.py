@@ -46,9 +46,9 @@ def find_dataset(dataset):
         if any(folder.glob("*.bin")):
             return folder
         if any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-            raise DataError(f"{folder} is what save_to_disk of the package datasets wrote, and holds no tokens: write it "
-                            "as Parquet, datasets.load_from_disk(FOLDER)['train'].to_parquet('FILE.parquet'), and run "
-                            "python data/text/prepare.py --input=FILE.parquet --out_dir=...")
+            raise DataError(f"{folder} is what save_to_disk of the package datasets wrote, and holds no tokens: write "
+                            "it as Parquet, datasets.load_from_disk(FOLDER)['train'].to_parquet('FILE.parquet'), and "
+                            "run python data/text/prepare.py --input=FILE.parquet --out_dir=...")
     for folder in folders:
         if (folder / "prepare.py").exists():
             raise DataError(f"dataset {dataset!r} is not prepared yet: run python {folder / 'prepare.py'}")

@@ -50,7 +50,8 @@ def plain_diff():
     diff = git("-c", "core.quotepath=off", "-c", "diff.relative=false", "diff", "--no-color", "--no-ext-diff",
                "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "--binary", "HEAD")
     if diff and len(diff) > LONGEST_DIFF:
-        return f"{len(diff):,} characters of changes are too many to keep; they are in:\n" + git("diff", "--stat", "HEAD")
+        files = git("diff", "--no-color", "--stat", "HEAD")
+        return f"{len(diff):,} characters of changes are too many to keep; they are in:\n{files}"
     return diff
 
 

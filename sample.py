@@ -14,18 +14,22 @@ import time
 from pathlib import Path
 
 from configurator import configure, fail
-from device import can_compile, pick_device, pick_dtype
+from device import can_compile, memory_is_full, pick_device, pick_dtype
 from files import decode_text, read_lines
 from infer import Engine, check_prompt, load, stream
 from sampling import StopText, sampling_from
+from tokenizer import load_tokenizer
 from weights import convert
 
 # -----------------------------------------------------------------------------
 init_from = "resume"        # nanoGPT's key; resume: the checkpoint in out_dir
 out_dir = "out"             # run folder, or one checkpoint's folder
+tokenizer = ""              # a file (tokenizer.json, gpt2.tiktoken) or folder, for a run without one; empty: the run's
 ckpt = "latest"             # which checkpoint: latest | best | a step
 start = "\n"                # the prompt; FILE:prompt.txt reads a file, - reads stdin; empty: the beginning of a
-                            # document, which only data of several documents has taught
+                            # document, which only data of several documents has taught; names of special tokens are
+                            # plain text in it
+special = False             # names of special tokens in a prompt, such as <|endoftext|>, are these tokens
 prompts = ""                # a file with a prompt in each line, in place of start
 interactive = False         # ask for prompts, one line each, until the end of the input
 num_samples = 10            # samples to draw, of each prompt
@@ -71,7 +75,27 @@ def read_prompts():
 def encode(tokenizer, text):
     if not text and tokenizer.bos is None:
         raise ValueError("the prompt is empty, and this run's tokenizer has no token for the beginning of a text")
-    return tokenizer.encode(text) if text else [tokenizer.bos]
+    return tokenizer.encode(text, special=special) if text else [tokenizer.bos]
+
+
+def encode_prompt(tokenizer, text):
+    """Ids of a prompt of the command line. Raises ValueError naming the key."""
+    try:
+        return encode(tokenizer, text)
+    except ValueError as e:
+        raise ValueError(f"--{'prompts' if prompts else 'start'}: {e}") from None
+
+
+def default_prompt(tokenizer):
+    """The prompt that nobody gave: a line end, or where the vocabulary has none its first character."""
+    try:
+        tokenizer.encode(start)
+    except ValueError:
+        first = tokenizer.chars[0]
+        print(f"the vocabulary has no {start!r}, so samples start from {first!r}: --start= takes another",
+              file=sys.stderr)
+        return first
+    return start
 
 
 def plain(model, tokenizer, text, want, count):
@@ -109,7 +133,7 @@ def draw(engine, text, want, count):
     return sum(len(request.tokens) for request in requests)
 
 
-def main(settings):
+def main(settings, given):
     if init_from != "resume":
         fail(f"--init_from={init_from}: sample.py reads a run of this project; name its folder with --out_dir; of "
              "a model from elsewhere (gpt2, a ckpt.pt of nanoGPT's) export.py makes one")
@@ -119,11 +143,18 @@ def main(settings):
         where, device_why = pick_device(device)
         precision, dtype_why = pick_dtype(dtype, where)
         want = sampling_from(settings)  # what is wrong with it is said first
-        model, tokenizer, state, folder = load(out_dir, ckpt, where, rope_scaling, rope_factor)
-        if tokenizer is None:
-            raise ValueError(f"{out_dir} has no tokenizer, so its tokens cannot be turned into text")
+        model, words, state, folder = load(out_dir, ckpt, where, rope_scaling, rope_factor)
+        words = load_tokenizer(tokenizer) if tokenizer else words
+        if words is None:
+            raise ValueError(f"{out_dir} has no tokenizer, so its tokens cannot be turned into text: --tokenizer=FILE "
+                             "names one, such as gpt2.tiktoken for GPT-2's, or put tokenizer.json into that folder")
+        if words.vocab_size > model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {words.vocab_size:,} tokens, the model only "
+                             f"{model.config.vocab_size:,}: it is another model's")
         texts = [] if interactive else read_prompts()
-        encoded = [encode(tokenizer, text) for text in texts]
+        if texts == [start] and "start" not in given:
+            texts = [default_prompt(words)]
+        encoded = [encode_prompt(words, text) for text in texts]
         for prompt in encoded:
             check_prompt(prompt, model.config)
         convert(model, precision, quantize)
@@ -136,7 +167,7 @@ def main(settings):
     window = model.config.block_size
     slide = model.config.pos == "rope"
     room = min(num_samples, TOGETHER) * (window + 16)
-    engine = Engine(model, tokenizer, slide=slide, max_tokens=room, max_requests=TOGETHER)
+    engine = Engine(model, words, slide=slide, max_tokens=room, max_requests=TOGETHER)
     if compile:
         trouble = can_compile(where) or compile_trouble(engine, [0])
         if trouble:
@@ -146,15 +177,15 @@ def main(settings):
     while texts or interactive:
         if interactive:
             print("> ", end="", flush=True, file=sys.stderr)
-            line = sys.stdin.readline()
+            line = sys.stdin.buffer.readline().decode("utf-8", "replace")  # whatever the locale says
             if not line:
                 break
-            texts = [line.removesuffix("\n")]
+            texts = [line.removesuffix("\n").removesuffix("\r")]
         text = texts.pop(0)
         try:
-            prompt = encode(tokenizer, text)
+            prompt = encode(words, text)
             too_long = len(prompt) > window or len(prompt) + max_new_tokens - 1 > window and not slide
-            drawn += plain(model, tokenizer, text, want, num_samples) if too_long else \
+            drawn += plain(model, words, text, want, num_samples) if too_long else \
                 draw(engine, text, want, num_samples)
         except ValueError as e:
             if not interactive:
@@ -175,10 +206,18 @@ def compile_trouble(engine, prompt):
 
 
 if __name__ == "__main__":
-    settings = configure(globals(), product=True)
+    given = set()
+    settings = configure(globals(), product=True, given=given)
     try:
-        main(settings)
+        main(settings, given)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit finds no fault
+    except OSError as e:  # a full disk under it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail(f"the samples cannot be written: {e.strerror or e}")
+    except (MemoryError, RuntimeError) as e:
+        if full := memory_is_full(e):
+            fail(f"{full}: fewer --num_samples, or --quantize=int8, take less")
+        raise

@@ -221,6 +221,8 @@ def main(config, given, stop, lock, rewound=None):
         if not eval_only:
             layout.first(lambda: lock.take(create=False))  # before a checkpoint of the holder's is judged
         resumed = layout.first(lambda: what_to_resume(rewound))
+        if resumed:
+            checkpoint.config_of(resumed[1], resumed[0])  # refuses a model that this code does not know
         skipped = layout.first(lambda: what_to_skip(resumed, rewound))
         found, manifest, dataset_sha256 = open_datasets(dataset)
         source = ", ".join(str(folder) for folder, _ in found)
@@ -233,7 +235,7 @@ def main(config, given, stop, lock, rewound=None):
         layout.check(model_config, precision)
         with torch.device("meta"):
             costs = plan.costs_of(GPT(model_config))
-        free = free_memory(where, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        free = free_memory(where, parallel.from_environment("LOCAL_WORLD_SIZE", 1))
         grid = plan.Layout(layout.dp, layout.zero, tp_size, pp_size, activation_checkpointing)
 
         def takes(batch_size, accumulation):
@@ -579,7 +581,7 @@ def main(config, given, stop, lock, rewound=None):
     # ---- the loop ---------------------------------------------------------------------
     stop.listen()
     saved, val_loss = True, None
-    if resumed and (record := folder_state.get("unevaluated")):  # it was stopped between a checkpoint and its evaluation
+    if resumed and (record := folder_state.get("unevaluated")):  # it ended between a checkpoint and its evaluation
         val_loss = evaluated(record, saved=True)
         if not math.isfinite(val_loss):
             return diverged(record["step"], "the validation loss is not finite")
@@ -828,7 +830,8 @@ def what_to_skip(resumed, rewound=None):
 def check_resume(saved, state):
     """Ends the run where the saved one was another; -> {key: [then, now]} of what changed and may."""
     if "seed" not in saved:  # export.py made it of a model from elsewhere
-        fail(f"{out_dir} holds a model from {saved['config'].get('init_from') or 'elsewhere'} and no training to resume: "
+        source = saved["config"].get("init_from") or "elsewhere"
+        fail(f"{out_dir} holds a model from {source} and no training to resume: "
              f"start from it with {shlex.quote(f'--init_from={out_dir}')} and another --out_dir")
     # a field that there was not yet has its default
     then, now = ({**s, **asdict(GPTConfig()), **s["model"], "model": None} for s in (saved, state))
