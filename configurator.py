@@ -144,7 +144,7 @@ class Key:
         except (ValueError, OverflowError):
             takes = TAKES.get(self.kind) or f"{self.kind}, such as {show(self.default)}"
             if self.kind == "tuple[str, ...]":
-                takes = """strings with commas between them (one that holds a comma in quotes: '", "'), such as """ + show(self.default)
+                takes = f"""strings with commas between them ('", "' is one), such as {show(self.default)}"""
             fail(f"{where}: {self.name} takes {takes}{' or none' * self.optional}, not {value!r}")
         for number in result if isinstance(result, tuple) else (result,):
             if self.interval and not isinstance(number, (bool, str)) and (wrong := outside(number, self.interval)):

@@ -40,8 +40,7 @@ BESIDE = ".writing"  # suffix of a file that is not finished
 def run(main):
     """Call `main()`; what goes wrong outside of the program becomes one line on stderr and an exit code.
 
-    An OSError (no space, no permission, ...) is 2, Ctrl-C 130, SIGTERM 143, SIGHUP 129: each after the writer has
-    cleaned up.
+    An OSError (no space, ...) is 2, Ctrl-C 130, SIGTERM 143, SIGHUP 129: each after the writer has cleaned up.
     """
     before = end_on_signals()
     try:
