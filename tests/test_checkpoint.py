@@ -18,6 +18,8 @@ from runs import HARD, checkpoints, differences, leftovers, losses, one_error, o
 from safetensors.torch import load_file
 
 import checkpoint
+import export
+import infer
 from checkpoint import CheckpointError
 from model import GPT, GPTConfig
 from optim import Optimizers
@@ -657,3 +659,78 @@ def test_a_full_disk_behind_is_said_and_the_run_goes_on(n, code, there, tiny, tm
     assert done.err.startswith(f"warning: no checkpoint at step {4 * n}: ") and done.err.count("\n") == 1
     assert os.strerror(errno.ENOSPC) in done.err and "make room" in done.err
     assert [e["event"] for e in records(tmp_path, "events.jsonl")] == ["start", "warning", "end"]
+
+
+# -----------------------------------------------------------------------------
+# Removed, linked, of another version
+
+
+def test_an_optimizer_that_was_removed_is_not_damage(tiny, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for folder in list(checkpoint.steps(out).values())[1:]:
+        (folder / "optimizer.pt").unlink()
+    for init_from in ("resume", "auto"):
+        error = one_error(tiny(out, init_from=init_from, max_iters=20))
+        assert "optimizer.pt is missing" in error and f"--init_from={out}" in error
+        assert "to resume step 8 instead, remove" in error
+        assert checkpoints(out) == checkpoints(finished) and leftovers(out) == []
+    assert checkpoint.find(out)[1]["step"] == 12  # weights are all that sampling needs
+    done = tiny(tmp_path / "next", init_from=out, max_iters=4)
+    assert done.code == 0, done.err
+    shutil.rmtree(list(checkpoint.steps(out).values())[-1])
+    shutil.rmtree(list(checkpoint.steps(out).values())[-1])
+    assert tiny(out, init_from="resume").code == 0
+
+
+@pytest.mark.parametrize("field", [{"window": 128}, {"value_embeddings": True}])
+def test_a_field_of_the_model_that_is_not_known_is_refused_everywhere(field, tiny, finished, tmp_path, call_script):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for folder in checkpoint.steps(out).values():
+        state = checkpoint.read_state(folder)
+        checkpoint.note(folder, model=state["model"] | field)
+    name, value = next(iter(field.items()))
+    named = f"{name}={value}, which this version does not know"
+    assert named in one_error(tiny(out, init_from="resume", max_iters=13))
+    assert named in one_error(tiny(tmp_path / "other", init_from=out), tmp_path / "other")
+    for command in (["sample.py", f"--out_dir={out}"], ["eval.py", f"--out_dir={out}"],
+                    ["export.py", out, tmp_path / "hf"]):
+        code, _, err = call_script(*command)
+        assert code == 2 and named in err and err.count("\n") == 1, command
+
+
+@pytest.mark.parametrize("link", ["ckpt", "step", "run"])
+def test_a_tokenizer_beside_a_link_is_found(link, finished, tmp_path):
+    """`ckpt` on another disk; one checkpoint given by a link into the run; the whole run by a link."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    step = "ckpt/step_00000012"
+    if link == "ckpt":
+        (out / "ckpt").rename(tmp_path / "big")
+        (out / "ckpt").symlink_to(tmp_path / "big")
+        places = [out, out / step]
+    elif link == "step":
+        (tmp_path / "latest").symlink_to(out / step)
+        places = [tmp_path / "latest"]
+    else:
+        (tmp_path / "linked").symlink_to(out)
+        places = [tmp_path / "linked", tmp_path / "linked" / step]
+    for place in places:
+        assert infer.load(place)[1] is not None, place
+        assert export.read_model(place)[1] is not None, place
+
+
+def test_a_model_from_elsewhere_has_no_training_to_resume(tiny, finished, tmp_path):
+    model = infer.load(finished)[0]
+    state = {"step": 0, "val_loss": None, "model": vars(model.config), "config": {"dataset": "", "init_from": "gpt2"}}
+    checkpoint.save(tmp_path, model, export.NoOptimizer(), state)
+    error = one_error(tiny(tmp_path, init_from="resume"))
+    assert "a model from gpt2 and no training to resume" in error and f"--init_from={tmp_path}" in error
+
+
+def test_a_noted_checkpoint_is_whole(trained, tmp_path):
+    folder = put(tmp_path, trained, 3)
+    assert checkpoint.note(folder, val_loss=1.25)["val_loss"] == 1.25
+    assert checkpoint.verify(folder)["val_loss"] == 1.25 and sorted(p.name for p in folder.iterdir()) == [
+        "model.safetensors", "optimizer.pt", "state.json"]

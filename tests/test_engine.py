@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -271,3 +272,35 @@ def test_half_precision_and_int8_say_nearly_the_same(tiny_run):
         scores.append(request.logprobs[0])
         assert engine.kv_dtype in (engine.dtype, torch.float32)
     assert all(math.isclose(score, scores[0], abs_tol=0.1) for score in scores)
+
+
+# -----------------------------------------------------------------------------
+# What a prompt may be
+
+
+@pytest.mark.parametrize("prompt", [
+    (3, 1, 4), np.array([3, 1, 4]), np.array([3, 1, 4], np.uint16), torch.tensor([3, 1, 4]),
+    [np.int64(3), np.int32(1), torch.tensor(4)],
+], ids=["tuple", "numpy", "uint16", "torch", "mixed numbers"])
+def test_ids_of_any_kind_are_a_prompt(prompt, model):
+    engine = Engine(model)
+    expected = engine.generate([3, 1, 4], max_new_tokens=5, temperature=0).ids
+    assert engine.generate(prompt, max_new_tokens=5, temperature=0).ids == expected
+    several = engine.generate([prompt, [5]], max_new_tokens=5, temperature=0)
+    assert several[0].ids == expected and len(several) == 2
+
+
+def test_rows_of_ids_are_several_prompts(model):
+    engine = Engine(model)
+    for rows in (np.array([[3, 1], [4, 1]]), torch.tensor([[3, 1], [4, 1]])):
+        assert [request.ids[:2] for request in engine.generate(rows, max_new_tokens=1)] == [[3, 1], [4, 1]]
+
+
+@pytest.mark.parametrize("prompt", [
+    np.array([0.5, 1.0]), torch.tensor([1.5]), None, {"ids": [1]}, [[[1]]], [True, 2], 7,
+    torch.zeros(1, 2, 3, dtype=torch.long),
+], ids=repr)
+def test_what_is_no_prompt_is_one_line(prompt, model):
+    with pytest.raises(ValueError, match="a prompt is a string or one row of token ids") as caught:
+        Engine(model).generate(prompt, max_new_tokens=1)
+    assert "\n" not in str(caught.value)

@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_tokenizer import RANKS, needs_ranks
 
 import checkpoint
@@ -555,3 +557,115 @@ def test_llama_cpp_draws_the_same(case, tmp_path, call_script):
     most = 1e-3 if case.startswith("gpt2") else 1e-5
     assert (logits(ours, drawn) - torch.from_numpy(theirs.scores[:25])).abs().max() < most
     theirs.close()
+
+
+# -----------------------------------------------------------------------------
+# What others write
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, CHARS, CharTokenizer("ab", specials=())], ids=["bpe", "char", "bare"])
+@pytest.mark.parametrize("resaved", [False, True], ids=["ours", "saved by transformers"])
+def test_a_folder_with_tokenizer_json_alone_is_read_back(tokenizer, resaved, tmp_path, call_script):
+    ours = make_run(tmp_path / "run", tokenizer)
+    assert call_script("export.py", tmp_path / "run", tmp_path / "hf")[0] == 0
+    if resaved:
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "hf")
+    code, out, err = call_script("export.py", tmp_path / "hf", tmp_path / "back")
+    assert code == 0 and err == "" and "with its tokenizer" in out
+    model, words, _, _ = load(tmp_path / "back")
+    text = TEXT if tokenizer.kind == "bpe" or len(tokenizer.chars) > 2 else "abba"
+    ids = tokenizer.encode(text)
+    assert words.encode(text) == ids and words.special_tokens == tokenizer.special_tokens and words.eos == tokenizer.eos
+    greedy = {"max_new_tokens": 10, "temperature": 0}
+    assert Engine(model).generate(ids[:5], **greedy).ids == Engine(ours).generate(ids[:5], **greedy).ids
+
+
+def without_order(fields):
+    vocab = fields["model"]["vocab"]
+    fields["model"]["vocab"] = {word: len(vocab) - 1 - i for word, i in vocab.items()}
+
+
+@pytest.mark.parametrize("spoil, why", [
+    (without_order, "order of its merges"),
+    (lambda fields: fields.update(pre_tokenizer={"type": "Metaspace"}), "byte-level BPE"),
+    (lambda fields: fields.update(normalizer={"type": "NFKC"}), "changes a text"),
+    (lambda fields: fields["added_tokens"].append({"content": "<pad>", "id": 999}), "special tokens"),
+    (lambda fields: fields["model"].update(type="Unigram"), "byte-level BPE"),
+], ids=["another order", "other cuts", "a normalizer", "a gap", "Unigram"])
+def test_weights_come_without_a_tokenizer_of_another_kind(spoil, why, tmp_path, call_script):
+    ours = make_run(tmp_path / "run")
+    assert call_script("export.py", tmp_path / "run", tmp_path / "hf")[0] == 0
+    path = tmp_path / "hf" / "tokenizer.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    spoil(fields)
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    code, out, err = call_script("export.py", tmp_path / "hf", tmp_path / "back")
+    assert code == 0 and err.startswith("warning: the model comes without its tokenizer") and why in err
+    assert err.count("\n") == 1 and "--tokenizer=" in err
+    ids = BPE.encode(TEXT)[:20]
+    assert torch.equal(logits(ours, ids), logits(load(tmp_path / "back")[0], ids))
+
+
+@pytest.mark.parametrize("words", [{"<s>": 0, "<pad>": 1, "a": 2}, {"▁the": 0, "<|endoftext|>": 1}, ["a"]], ids=str)
+def test_a_vocab_json_of_another_kind_leaves_the_weights(words, tmp_path, call_script):
+    make_run(tmp_path / "run")
+    assert call_script("export.py", tmp_path / "run", tmp_path / "hf")[0] == 0
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    (tmp_path / "hf" / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
+    code, out, err = call_script("export.py", tmp_path / "hf", tmp_path / "back")
+    assert code == 0 and err.startswith("warning: ") and "without a tokenizer" in out
+
+
+def test_a_tied_model_with_its_head_alone_is_read(tmp_path, call_script):
+    ours = make_run(tmp_path / "run")
+    assert call_script("export.py", tmp_path / "run", tmp_path / "hf")[0] == 0
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+    save_file(tensors, path)
+    assert call_script("export.py", tmp_path / "hf", tmp_path / "back")[0] == 0
+    ids = BPE.encode(TEXT)[:20]
+    assert torch.equal(logits(ours, ids), logits(load(tmp_path / "back")[0], ids))
+
+
+@pytest.mark.parametrize("name", ["attn.bias", "attn.masked_bias"])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_masks_in_a_checkpoint_of_nanogpts_are_left_out(name, prefix, tmp_path, call_script):
+    ours = nanogpt(tmp_path / "ckpt.pt", prefix=prefix)
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    saved["model"] |= {f"{prefix}transformer.h.{i}.{name}": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    code, out, err = call_script("export.py", tmp_path / "ckpt.pt", tmp_path / "run")
+    assert code == 0, err
+    assert torch.equal(logits(ours, [1, 2, 3]), logits(load(tmp_path / "run")[0], [1, 2, 3]))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 548118077\n"
+
+
+@pytest.mark.parametrize("name, content, named", [
+    ("model.safetensors", POINTER, "git lfs pull"), ("config.json", POINTER, "git lfs pull"),
+    ("config.json", '{"model_type": "gpt', "config.json is damaged"), ("config.json", "[]", "config.json is damaged"),
+    ("model.safetensors", "not a tensor", "model.safetensors is damaged"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}',
+     "model-00001-of-00002.safetensors is missing"),
+], ids=["weights", "config", "cut", "no object", "damaged", "shard"])
+def test_what_is_wrong_with_a_hugging_face_folder_is_named(name, content, named, tmp_path, call_script):
+    make_run(tmp_path / "run")
+    assert call_script("export.py", tmp_path / "run", tmp_path / "hf")[0] == 0
+    (tmp_path / "hf" / name).write_text(content)
+    code, out, err = call_script("export.py", tmp_path / "hf", tmp_path / "back")
+    assert code == 2 and named in err and err.count("\n") == 1 and not (tmp_path / "back").exists()
+
+
+def test_a_pointer_in_the_place_of_a_ckpt_is_named(tmp_path, call_script):
+    (tmp_path / "ckpt.pt").write_text(POINTER)
+    code, out, err = call_script("export.py", tmp_path / "ckpt.pt", tmp_path / "run")
+    assert code == 2 and "git lfs pull" in err and err.count("\n") == 1
+
+
+def test_the_hub_without_its_package_names_it(tmp_path, call_script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call_script("export.py", "gpt2-large", tmp_path / "run")
+    assert code == 2 and "pip install huggingface-hub" in err and err.count("\n") == 1

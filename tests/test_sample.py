@@ -8,6 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import checkpoint
+import infer
+from export import NoOptimizer
+from model import GPT, GPTConfig
+from tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CUT = "\n---------------\n"  # after each sample
@@ -179,3 +186,78 @@ def test_other_weights_and_ways_to_choose(sample):
     for more, named in (("--quantize=int4", "int4"), ("--min_p=2", "min_p"), ("--repetition_penalty=0", "repetition")):
         code, out, err = sample(more)
         assert code == 2 and named in err and err.count("\n") == 1 and out == ""
+
+
+# -----------------------------------------------------------------------------
+# Runs on other alphabets, or without one
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """other_run(tokenizer, size) is the folder of a run with this tokenizer, or None, and so many ids."""
+
+    def make(tokenizer, size):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=16, vocab_size=size, n_layer=1, n_head=1, n_embd=16))
+        state = {"step": 1, "val_loss": None, "model": vars(model.config), "config": {"dataset": ""}}
+        checkpoint.save(tmp_path / "run", model, NoOptimizer(), state)
+        if tokenizer:
+            tokenizer.save(tmp_path / "run")
+        return tmp_path / "run"
+
+    return make
+
+
+FEW = ("--num_samples=1", "--max_new_tokens=4", "--device=cpu")
+
+
+@pytest.mark.parametrize("chars", ["ACGT", "01"])
+def test_a_text_without_line_ends_is_sampled_from_its_first_character(chars, other_run, call_script):
+    run = other_run(CharTokenizer(chars), len(chars) + 2)
+    code, out, err = call_script("sample.py", f"--out_dir={run}", *FEW)
+    assert code == 0 and out.startswith(chars[0]) and "--start=" in err
+    code, out, err = call_script("sample.py", f"--out_dir={run}", "--start=\n", *FEW)  # asked for
+    assert code == 2 and "--start" in err.splitlines()[-1] and out == ""
+
+
+def test_a_run_without_a_tokenizer_takes_one(other_run, call_script, tmp_path):
+    run = other_run(None, 64)
+    code, out, err = call_script("sample.py", f"--out_dir={run}", *FEW)
+    assert code == 2 and "--tokenizer=" in err and "tokenizer.json" in err
+    CharTokenizer("\n" + "".join(map(chr, range(33, 90)))).save(tmp_path)
+    code, out, err = call_script("sample.py", f"--out_dir={run}", f"--tokenizer={tmp_path}", *FEW)
+    assert code == 0 and out.startswith("\n")
+    CharTokenizer("".join(map(chr, range(33, 120)))).save(tmp_path)
+    code, out, err = call_script("sample.py", f"--out_dir={run}", f"--tokenizer={tmp_path}", *FEW)
+    assert code == 2 and "another model's" in err
+
+
+@pytest.mark.parametrize("special, tokens", [("true", 3), ("false", 9)])
+def test_names_of_special_tokens_are_plain_text_unless_asked_for(special, tokens, other_run, call_script, monkeypatch):
+    run = other_run(CharTokenizer("\nab<|eos>"), 11)
+    prompts, submit = [], infer.Engine.submit
+
+    def noted(self, ids, *args, **options):
+        prompts.append(ids)
+        return submit(self, ids, *args, **options)
+
+    monkeypatch.setattr(infer.Engine, "submit", noted)
+    code, out, err = call_script("sample.py", f"--out_dir={run}", "--start=a<|eos|>b", f"--special={special}", *FEW)
+    assert code == 0, err
+    assert [len(ids) for ids in prompts] == [tokens] and (10 in prompts[0]) == (special == "true")
+
+
+def test_an_interactive_session_is_utf_8_whatever_the_locale(other_run, run_script):
+    run = other_run(CharTokenizer("\né"), 4)
+    done = run_script("sample.py", f"--out_dir={run}", "--interactive", *FEW, input="é\n".encode(), LC_ALL="C",
+                      PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
+    assert done.returncode == 0 and done.stdout.startswith("é"), done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_a_full_disk_under_the_samples_is_one_line(tiny_run):
+    command = [sys.executable, str(ROOT / "sample.py"), f"--out_dir={tiny_run}", *FEW]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(b"error: the samples cannot be written")
