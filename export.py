@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from configurator import configure, fail
 from model import GPT, GPTConfig, rope_base
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
+from tokenizer import END_OF_TEXT, EOS, GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
 
 # -----------------------------------------------------------------------------
 paths: tuple[str, ...] = ()  # from where and to where, as bare words; to a name that ends in .gguf: for llama.cpp
@@ -37,6 +37,7 @@ dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat
 
 GPT2_VOCAB = 50257  # which nanoGPT pads to 50304
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers with the causal mask: before flash attention, on PyTorch 1
+CHARACTERS = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # GPT-2's Conv1D
 
 
@@ -171,10 +172,16 @@ def bytes_to_unicode():
 def gpt2_vocabulary(path):
     """vocab.json -> BPETokenizer. Raises ValueError for one that is not in the order of its merges."""
     ids = read_object(path)
+    if not all(isinstance(i, int) for i in ids.values()):
+        raise ValueError(f"{path} is damaged: its ids are no whole numbers")
     special = ids.pop(END_OF_TEXT, None)
     words = sorted(ids, key=ids.get)
     if special != len(words) or [ids[word] for word in words] != list(range(len(words))):
         raise ValueError(f"{path} is not GPT-2's kind of vocabulary: {END_OF_TEXT} is its last token")
+    if (beside := path.with_name("merges.txt")).exists():
+        lines = beside.read_text(encoding="utf-8").splitlines()
+        if [line.replace(" ", "") for line in lines if line and not line.startswith("#version")] != words[256:]:
+            raise ValueError(f"{path} is not in the order of {beside.name}, as GPT-2's is")
     return BPETokenizer(pieces_of(words))
 
 
@@ -192,6 +199,8 @@ def hugging_face_tokenizer(path):
     `tokenizer_files` writes them. Raises ValueError for any other."""
     fields = read_object(path)
     model, cut = fields.get("model") or {}, fields.get("pre_tokenizer") or {}
+    if model.get("type") not in ("BPE", "WordLevel"):
+        raise ValueError(f"{path}: {model.get('type')} is not GPT-2's byte-level BPE")
     added = {token["content"]: token["id"] for token in fields.get("added_tokens") or []}
     words = [word for word in sorted(model.get("vocab", {}), key=model["vocab"].get) if word not in added]
     specials = sorted(added, key=added.get)
@@ -200,43 +209,56 @@ def hugging_face_tokenizer(path):
         raise ValueError(f"{path}: its special tokens do not follow the others, as they do in GPT-2's vocabulary")
     if fields.get("normalizer"):
         raise ValueError(f"{path}: it changes a text before it cuts it ({fields['normalizer'].get('type')})")
-    if model.get("type") == "WordLevel" and cut.get("type") == "Split":
-        if any(len(word) != 1 for word in words):
+    if model["type"] == "WordLevel":
+        if cut != CHARACTERS or any(len(word) != 1 for word in words):
             raise ValueError(f"{path}: its tokens are words")
         return CharTokenizer("".join(words), specials)
-    plain = cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space", True)
-    if model.get("type") != "BPE" or not plain:
-        raise ValueError(f"{path}: {model.get('type')} cut by {cut.get('type')} is not GPT-2's byte-level BPE")
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    plain = not affixes and cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space", True)
+    if not plain:
+        raise ValueError(f"{path}: BPE cut by {cut.get('type')} is not GPT-2's byte-level BPE")
     merges = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges", [])]
     if merges != words[256:]:
         raise ValueError(f"{path}: its ids are not in the order of its merges, as GPT-2's are")
+    eos = read_object(path.with_name("config.json")).get("eos_token_id")
+    eos = eos if eos in added.values() else added.get(END_OF_TEXT, added.get(EOS))
+    if specials and eos != added[specials[-1]]:
+        raise ValueError(f"{path}: its last special token, {specials[-1]}, is not the one that ends a text")
     return BPETokenizer(pieces_of(words), specials=specials)
 
 
-def tokenizer_beside(source):
+def tokenizer_beside(source, most):
     """The tokenizer that `tokenizer` names, or that lies beside what comes in; None where there is none, and, with a
-    warning, where there is one of another kind: the weights are good without it."""
+    warning, where there is one of another kind or with more than `most` tokens: the weights are good without it."""
     if tokenizer:
         return load_tokenizer(tokenizer)
     folder = source if source.is_dir() else source.parent
-    whole, words = folder / "tokenizer.json", folder / "vocab.json"
-    ours = whole.exists() and source.is_file()
     try:
-        if words.exists() and not ours:
-            try:
-                return gpt2_vocabulary(words)
-            except ValueError:
-                if not whole.exists():
-                    raise
-        if whole.exists() and not ours and "model" in read_object(whole):
-            return hugging_face_tokenizer(whole)
-        return load_tokenizer(folder)
+        found = read_tokenizer(folder, foreign=source.is_dir())
+        if found.vocab_size > most:
+            raise ValueError(f"it has {found.vocab_size:,} tokens, the model only {most:,}")
+        return found
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"warning: the model comes without its tokenizer ({error}): --tokenizer=FOLDER names one",
-              file=sys.stderr)
+        damaged = f"{folder / 'tokenizer.json'} is damaged: {type(error).__name__}: {error}"
+        why = error if isinstance(error, ValueError) else damaged
+        print(f"warning: the model comes without its tokenizer ({why}): --tokenizer=FOLDER names one", file=sys.stderr)
         return None
+
+
+def read_tokenizer(folder, foreign):
+    """The tokenizer in a folder, in a `foreign` one also as transformers writes it."""
+    whole, words = folder / "tokenizer.json", folder / "vocab.json"
+    if words.exists() and (foreign or not whole.exists()):
+        try:
+            return gpt2_vocabulary(words)
+        except ValueError:
+            if not whole.exists():
+                raise
+    if foreign and whole.exists() and "model" in read_object(whole):
+        return hugging_face_tokenizer(whole)
+    return load_tokenizer(folder)
 
 
 def from_hub(name):
@@ -264,7 +286,7 @@ def read_model(name):
             config, tensors = from_hugging_face(source)
         else:
             config, tensors, state["step"], state["val_loss"] = from_nanogpt(source)
-        model, found = build(config, tensors), tokenizer_beside(source)
+        model, found = build(config, tensors), tokenizer_beside(source, config.vocab_size)
     except KeyError as error:
         raise ValueError(f"{source}: lacks {error}") from None
     except (TypeError, SafetensorError) as error:
@@ -440,7 +462,7 @@ def tokenizer_files(found):
         decoder = {**cut, "type": "ByteLevel"}
     else:
         model = {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(found.chars)}, "unk_token": ""}
-        cut = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        cut = CHARACTERS
         decoder = {"type": "Fuse"}
     specials = [{"id": i, "content": name, "special": True, "normalized": False, "single_word": False, "lstrip": False,
                  "rstrip": False} for name, i in found.special_tokens.items()]

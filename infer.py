@@ -80,6 +80,7 @@ def stream(model, prompt, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0
 
     The same seed gives the same tokens. Past block_size the model sees the last block_size tokens.
     """
+    prompt = token_ids(prompt)
     check_prompt(prompt, model.config)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
@@ -332,8 +333,9 @@ class Engine:
 
     def generate(self, prompts, sampling=None, **changes):
         """The finished Request of a prompt, or of each of a list; `sampling` may be a list, one for each."""
+        row = getattr(prompts, "ndim", 2) == 1  # an array or tensor
         prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-        one = isinstance(prompts, str) or not isinstance(prompts, (list, tuple)) or prompts and is_id(prompts[0])
+        one = row or not isinstance(prompts, (list, tuple)) or prompts and is_id(prompts[0])
         several, prompts = not one, [prompts] if one else prompts
         each = sampling if isinstance(sampling, (list, tuple)) else [sampling] * len(prompts)
         requests = []

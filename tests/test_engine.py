@@ -296,6 +296,14 @@ def test_rows_of_ids_are_several_prompts(model):
         assert [request.ids[:2] for request in engine.generate(rows, max_new_tokens=1)] == [[3, 1], [4, 1]]
 
 
+@pytest.mark.parametrize("prompt", [np.array([], int), torch.zeros(0, dtype=torch.long)], ids=["numpy", "torch"])
+def test_an_empty_row_is_an_empty_prompt(prompt, model):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        Engine(model).generate(prompt)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        next(stream(model, prompt, 1))
+
+
 @pytest.mark.parametrize("prompt", [
     np.array([0.5, 1.0]), torch.tensor([1.5]), None, {"ids": [1]}, [[[1]]], [True, 2], 7,
     torch.zeros(1, 2, 3, dtype=torch.long),

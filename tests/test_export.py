@@ -590,10 +590,13 @@ def without_order(fields):
     (lambda fields: fields.update(pre_tokenizer={"type": "Metaspace"}), "byte-level BPE"),
     (lambda fields: fields.update(normalizer={"type": "NFKC"}), "changes a text"),
     (lambda fields: fields["added_tokens"].append({"content": "<pad>", "id": 999}), "special tokens"),
-    (lambda fields: fields["model"].update(type="Unigram"), "byte-level BPE"),
-], ids=["another order", "other cuts", "a normalizer", "a gap", "Unigram"])
+    (lambda fields: fields["model"].update(type="Unigram", vocab=[["a", -0.5]]), "byte-level BPE"),
+    (lambda fields: fields["added_tokens"].append({"content": "<pad>", "id": BPE.vocab_size}), "<pad>"),
+    (lambda fields: fields["model"].update(end_of_word_suffix="</w>"), "byte-level BPE"),
+    (lambda fields: fields["model"].update(vocab=3), "damaged"),
+], ids=["another order", "other cuts", "a normalizer", "a gap", "Unigram", "pad last", "a suffix", "damaged"])
 def test_weights_come_without_a_tokenizer_of_another_kind(spoil, why, tmp_path, call_script):
-    ours = make_run(tmp_path / "run")
+    ours = make_run(tmp_path / "run", vocab_size=BPE.vocab_size + 7)
     assert call_script("export.py", tmp_path / "run", tmp_path / "hf")[0] == 0
     path = tmp_path / "hf" / "tokenizer.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -614,6 +617,30 @@ def test_a_vocab_json_of_another_kind_leaves_the_weights(words, tmp_path, call_s
     (tmp_path / "hf" / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
     code, out, err = call_script("export.py", tmp_path / "hf", tmp_path / "back")
     assert code == 0 and err.startswith("warning: ") and "without a tokenizer" in out
+
+
+@pytest.mark.parametrize("merges, kept", [("#version: 0.2\nt h\nth e\n", True), ("t h\nh e\n", False)])
+def test_the_merges_beside_a_vocab_json_have_its_order(merges, kept, tmp_path, call_script):
+    words = [*(bytes_to_unicode()[byte] for byte in range(256)), "th", "the", "<|endoftext|>"]
+    make_run(tmp_path / "run")
+    assert call_script("export.py", tmp_path / "run", tmp_path / "hf")[0] == 0
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    (tmp_path / "hf" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "hf" / "merges.txt").write_text(merges)
+    code, out, err = call_script("export.py", tmp_path / "hf", tmp_path / "back")
+    assert code == 0 and (load(tmp_path / "back")[1] is not None) == kept == (err == "")
+
+
+@pytest.mark.parametrize("more", [1, 300])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_left(more, tmp_path, call_script):
+    make_run(tmp_path / "run")
+    assert call_script("export.py", tmp_path / "run", tmp_path / "hf")[0] == 0
+    names = tuple(f"<{i}>" for i in range(more))
+    BPETokenizer(BPE.pieces, specials=(*names, "<|endoftext|>")).save(tmp_path / "hf")
+    code, out, err = call_script("export.py", tmp_path / "hf", tmp_path / "back")
+    assert code == 0 and f"{BPE.vocab_size + more} tokens, the model only" in err and err.count("\n") == 1
+    code, out, err = call_script("export.py", tmp_path / "hf", tmp_path / "new", f"--tokenizer={tmp_path / 'hf'}")
+    assert code == 2 and "the model only" in err and not (tmp_path / "new").exists()  # the one that was asked for
 
 
 def test_a_tied_model_with_its_head_alone_is_read(tmp_path, call_script):
