@@ -479,12 +479,14 @@ def latest_good(out_dir, warn=print):
     were before they were set aside, and none is good; also for one without its optimizer.pt, which is not damaged.
     """
     found = steps(out_dir)
-    for _, folder in sorted(found.items(), reverse=True):
+    for step, folder in sorted(found.items(), reverse=True):
         try:
             return folder, verify(folder)
         except NoOptimizer as e:
-            before = [step for step in found if step < int(NAME.fullmatch(folder.name)[1])]
-            earlier = f"; to resume step {max(before)} instead, remove {folder}" if before else ""
+            before = [n for n, f in found.items() if n < step and
+                      ((f / "optimizer.pt").exists() or not (f / "model.safetensors").exists())]  # plain, or sharded
+            above = [str(f) for n, f in found.items() if max(before, default=0) < n <= step]
+            earlier = f"; to resume step {max(before)} instead, remove {' and '.join(above)}" if before else ""
             raise CheckpointError(f"{e}, so {out_dir} cannot be resumed; its weights are good: "
                                   f"{shlex.quote(f'--init_from={out_dir}')} with another --out_dir starts from them"
                                   f"{earlier}") from None

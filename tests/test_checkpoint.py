@@ -208,7 +208,7 @@ DAMAGES = {
     "truncated": ("model.safetensors", truncate),
     "bit-flipped": ("optimizer.pt", flip),
     "malicious": ("optimizer.pt", malicious),
-    "missing": ("optimizer.pt", Path.unlink),
+    "missing": ("model.safetensors", Path.unlink),  # an optimizer.pt that is missing is no damage: see the end
     "garbage": ("state.json", lambda path: path.write_bytes(b"\xff\x00{")),
     "edited": ("state.json", lambda path: path.write_text(path.read_text().replace('"step": 12', '"step": 11'))),
     "keyless": ("state.json", keyless),
@@ -673,8 +673,12 @@ def test_an_optimizer_that_was_removed_is_not_damage(tiny, finished, tmp_path, c
     for init_from in ("resume", "auto"):
         error = one_error(tiny(out, init_from=init_from, max_iters=20))
         assert "optimizer.pt is missing" in error and f"--init_from={out}" in error
-        assert "to resume step 8 instead, remove" in error
+        assert "to resume step 4 instead, remove" in error
+        assert all(f"step_{step:08d}" in error.partition("remove")[2] for step in (8, 12))
         assert checkpoints(out) == checkpoints(finished) and leftovers(out) == []
+    kept = (out / "ckpt" / "step_00000004" / "optimizer.pt").rename(tmp_path / "kept")
+    assert "instead" not in one_error(tiny(out, init_from="resume", max_iters=20))  # there is none to resume
+    kept.rename(out / "ckpt" / "step_00000004" / "optimizer.pt")
     assert checkpoint.find(out)[1]["step"] == 12  # weights are all that sampling needs
     done = tiny(tmp_path / "next", init_from=out, max_iters=4)
     assert done.code == 0, done.err
