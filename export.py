@@ -214,8 +214,8 @@ def hugging_face_tokenizer(path):
             raise ValueError(f"{path}: its tokens are words")
         return CharTokenizer("".join(words), specials)
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    plain = not affixes and cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space", True)
-    if not plain:
+    bytes_only = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
+    if affixes or not bytes_only or cut.get("add_prefix_space", True):
         raise ValueError(f"{path}: BPE cut by {cut.get('type')} is not GPT-2's byte-level BPE")
     merges = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges", [])]
     if merges != words[256:]:
