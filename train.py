@@ -698,7 +698,7 @@ def main(config, given, stop, lock, rewound=None):
     if not saved:
         print(f"{done}; the last checkpoint could not be saved (the reason is above)")
         return 1
-    words = "" if tokenizer else " --tokenizer=FILE (the dataset has none)"
+    words = "" if tokenizer else " --tokenizer=FILE"  # the dataset has none
     print(f"{done}; next: python sample.py {shlex.quote(f'--out_dir={out_dir}')}{words}")
     return 0
 

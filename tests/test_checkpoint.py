@@ -306,8 +306,10 @@ def test_disk_really_full(tiny, finished, tmp_path):
         assert done.code == 1
         lines = done.err.splitlines()
         assert "GB are free" in lines[0] and len(lines) > 1  # said before the first step
-        assert all(line.startswith("warning: no checkpoint at step") for line in lines[1:])
-        assert os.strerror(28) in lines[1]
+        lost = [line for line in lines[1:] if line.startswith("warning: no checkpoint at step")]
+        small_files = [line for line in lines[1:] if line not in lost]  # a page is a lot here
+        assert lost and all("does not hold its val_loss" in line or "the logs of" in line for line in small_files)
+        assert len(small_files) <= 2 and all(os.strerror(28) in line for line in (lost[0], *small_files))
         saved = checkpoints(small / "run")
         assert saved == list(range(1, len(saved) + 1)) and 1 <= len(saved) < 12 and leftovers(small / "run") == []
         for folder in checkpoint.steps(small / "run").values():

@@ -112,7 +112,7 @@ def test_documents_without_text_are_counted_and_what_is_damaged_is_named(prepare
         ({"input": "none.txt"}, "there is no such file or folder"),
         ({"input": "text.txt", "tokenizer": "gtp2"}, "tokenizer=gtp2 is neither gpt2 nor char"),
         ({"input": "text.txt", "tokenizer": "text.txt"}, "not a tokenizer that can be used"),
-        ({"input": "text.txt", "tokenizer": "char", "val_fraction": 1.5}, "val_fraction is a share"),
+        ({"input": "text.txt", "tokenizer": "char", "val_fraction": 1.5}, "val_fraction="),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(settings, named, prepare, tmp_path):

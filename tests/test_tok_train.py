@@ -70,13 +70,13 @@ def test_gpt2_on_the_same_text(learn):
 @pytest.mark.parametrize(
     "settings, named",
     [
-        ({"input": ""}, "--input and --out_dir are needed"),
+        ({"input": ""}, "--input= is empty"),
         ({"vocab_size": 256}, "must lie between 257"),
         ({"vocab_size": 65537}, "and 65536"),
         ({"specials": "()"}, "at least one"),
         ({"specials": "a,a"}, "distinct names"),
         ({"pattern": "("}, "--pattern=("),
-        ({"val_fraction": 0}, "val_fraction is a share"),
+        ({"val_fraction": 0}, "val_fraction="),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(settings, named, learn, tmp_path):
