@@ -110,6 +110,7 @@ def one_line(done):
 # Running
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_run_once(lab, whole):
     plan = lab("--dry_run")
     assert "4 runs: 0 finished, 0 begun, 4 missing; no estimate" in plan.out and "Is it better?\n" in plan.out
@@ -150,6 +151,7 @@ def test_what_is_missing_is_run_once(lab, whole):
     whole += rows_of(lab.out)[:4]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_the_rows_are_the_same(lab, whole):
     killed = lab(before=KILL)
     assert killed.code == 2 and killed.trained == ["base_seed1", "rope_seed1"]

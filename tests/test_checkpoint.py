@@ -84,6 +84,7 @@ INSTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_killed_again_and_again_while_saving(optimizer, tiny, unbroken, tmp_path):
     """One run, killed at one instant after the other, each time continued by the same command."""

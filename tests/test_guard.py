@@ -614,6 +614,7 @@ def two(train, words, tmp_path_factory):
     assert trainers[1].server.wait(30) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{}, {"zero_stage": 2}, {"tp_size": 2}, {"pp_size": 2}], ids=str)
 def test_two_ranks_rewind_alike(layout, two, tmp_path):
     """A NaN and a spike that only one of them has seen."""

@@ -409,6 +409,7 @@ def test_a_cpu_is_not_asked_for_a_gpu(gpu):
 # Profiler
 
 
+@pytest.mark.slow
 def test_a_profile_of_some_steps(tmp_path, tiny_settings, run_script, tiny_run):
     """The trace has those steps' work alone, and the run is the same."""
     out = tmp_path / "run"

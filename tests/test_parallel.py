@@ -482,6 +482,7 @@ def test_layers_that_are_split_do_not_compile(tiny, tmp_path, unbroken):
     assert close(losses(tmp_path / "run"), [r["loss"] for r in one["metrics"]])
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails(words, tmp_path):
     """All stop, and what is said is what happened there."""
     script = faulty(tmp_path, 'assert rank != "1" or len(calls) < 3, "on purpose"')
@@ -492,12 +493,14 @@ def test_a_rank_that_fails(words, tmp_path):
     assert len(losses(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_ranks_do_not_divide(words, tmp_path):
     done = finish(start(2, ROOT / "train.py", *flags(words, tmp_path / "run", gradient_accumulation_steps=3)))
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     assert done.err.count("error: gradient_accumulation_steps=3 does not do for 2 processes: DDP 2; 2 and 4 do") == 1
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_all_at_one_step(words, tmp_path):
     settings = dict(zero_stage=1, log_interval=1, eval_interval=1000)
     running = start(2, ROOT / "train.py", *flags(words, tmp_path / "run", max_iters=100000, **settings))

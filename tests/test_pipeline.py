@@ -123,6 +123,7 @@ def test_every_format_and_any_chunk_give_the_same_shards(prepare, tmp_path):
     assert all(found == made[".jsonl"] for found in made.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5])
 def test_workers_chunks_and_parts_change_nothing(count, prepare, tmp_path):
     """One file shared out by chunks, or five by files; also parts out of order, and one that is missing."""
@@ -175,6 +176,7 @@ def test_killed_at_twenty_random_moments_the_bytes_are_the_same(prepare, tmp_pat
     assert "scanning" in stages
 
 
+@pytest.mark.slow
 @posix
 def test_killed_between_the_passes(prepare, tmp_path):
     """Whatever file was the last to be written: the scan's, the decision, a shard; and in the middle of tidying up."""

@@ -168,6 +168,7 @@ MEASURED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_total_is_what_a_step_takes_within_a_tenth(name, how):

@@ -1,6 +1,7 @@
 """The set-up files: run_all.sh's decisions (against a stand-in for Python), the pins, the imports."""
 
 import ast
+import itertools
 import os
 import re
 import shutil
@@ -212,3 +213,15 @@ def test_no_package_index_or_machine_path_in_any_file():
         if name and path.is_file():
             hit = foreign.search(path.read_text(encoding="utf-8", errors="replace"))
             assert not hit, f"{name} names {hit.group()}, which other machines do not have"
+
+
+def test_every_floor_is_in_the_environment_of_lowest_versions():
+    """Whoever raises or adds a floor tests it in that environment: tests/lowest.txt says how."""
+    wanted = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
+    floors = {match[1]: match[2] for need in wanted if (match := re.match(r"([\w-]+)>=([\d.]+)", need))}
+    lines = [line.split("==") for line in (ROOT / "tests" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+             if line and not line.startswith("#")]
+    lowest = {name: version for name, version in lines}
+    assert floors.keys() == lowest.keys() and "torch" in floors
+    for name, floor in floors.items():
+        assert re.fullmatch(rf"{re.escape(floor)}(\.0)*", lowest[name]), name
