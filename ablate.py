@@ -347,8 +347,9 @@ def train(words, log):
         process.kill() if caught else process.terminate()
         caught.append(signum)
 
-    signums = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-    signums = {signum for signum in signums if signal.getsignal(signum) != signal.SIG_IGN}  # as nohup asks for
+    signums = {signal.SIGINT, signal.SIGTERM}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        signums.add(signal.SIGHUP)
     before = {signum: signal.signal(signum, stop) for signum in signums}
     code = process.wait()
     for signum, handler in before.items():

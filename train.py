@@ -258,8 +258,7 @@ def main(config, given, stop, lock, rewound=None):
         train_tokens, val_tokens = (open_tokens(found, split, model_config.vocab_size) for split in ("train", "val"))
         if len(val_tokens) < 2:
             fail(f"{source}: {len(val_tokens)} validation tokens are too few: at least 2")
-        if layout.rank == 0:
-            check_validation(val_tokens)
+        layout.first(lambda: check_validation(val_tokens))
         state = {
             "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None, "skipped": skipped,
             "model": asdict(model_config), "config": config, "seed": seed, "dataset_sha256": dataset_sha256,
@@ -937,9 +936,11 @@ class StopSignal:
         """From here on. In a thread, where Python has no signals, nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signum not in self.before and signal.getsignal(signum) != signal.SIG_IGN:  # as nohup asks for
-                self.before[signum] = signal.signal(signum, self.caught)
+        signums = {signal.SIGINT, signal.SIGTERM}
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+            signums.add(signal.SIGHUP)
+        for signum in signums - self.before.keys():
+            self.before[signum] = signal.signal(signum, self.caught)
 
     def caught(self, signum, frame):
         self.signum = signum

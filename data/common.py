@@ -59,12 +59,12 @@ def run(main):
 
 
 def end_on_signals():
-    """Have SIGTERM and SIGHUP (the terminal was closed) end the script as an exception does. -> the handlers of before;
-    none in a thread, where Python has no signals"""
+    """Have SIGTERM and SIGHUP end the script as an exception does, except in a thread. -> the handlers of before"""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    signums = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    signums = {signum for signum in signums if signal.getsignal(signum) not in (signal.SIG_IGN, None)}  # nohup ignores
+    signums = {signal.SIGTERM}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        signums.add(signal.SIGHUP)
     return {signum: signal.signal(signum, lambda got, frame: sys.exit(128 + got)) for signum in signums}
 
 
