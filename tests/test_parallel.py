@@ -1,5 +1,6 @@
 """Many processes, one answer: each layout against one process, and what may happen to a run of several."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -185,15 +186,25 @@ def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, trai
 
 
 @pytest.fixture(scope="session")
-def table(train):
-    """Rows of layouts.py by (layout, model, optimizer), of so many ranks."""
-    known = {}
+def table(train, tmp_path_factory):
+    """Rows of layouts.py by (layout, model, optimizer), of so many ranks: made once, by one worker for all."""
+    known, shared = {}, tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def made(ranks):
+        done = train(ranks=ranks, before="import runpy; runpy.run_path('tests/layouts.py', run_name='__main__')")
+        assert done.code == 0, done.err
+        return done.out.splitlines()[-1]
 
     def of(ranks):
         if ranks not in known:
-            done = train(ranks=ranks, before="import runpy; runpy.run_path('tests/layouts.py', run_name='__main__')")
-            assert done.code == 0, done.err
-            rows = json.loads(done.out.splitlines()[-1])["rows"]
+            path = shared / f"layouts_{ranks}.json"
+            with open(path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    path.write_text(made(ranks), encoding="utf-8")
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
             known[ranks] = {(row["layout"], row["model"], row["optimizer"]): row for row in rows}
         return known[ranks]
 
