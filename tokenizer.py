@@ -27,6 +27,7 @@ import numpy as np
 
 BOS, EOS = "<|bos|>", "<|eos|>"  # before the first and after the last token of a document
 MAX_VOCAB = 65_536  # shards hold uint16
+OLDEST_TIKTOKEN = 0, 13  # before it, long runs of one character hang and emoji can end the process
 UNICODE = 0x110000  # code points there are
 CHUNK = 1 << 22  # characters encoded at a time: bounds the memory on texts of gigabytes
 
@@ -195,6 +196,9 @@ class BPETokenizer(Tokenizer):
     def __init__(self, pieces, pattern=GPT2_PATTERN, specials=(END_OF_TEXT,)):
         import tiktoken
 
+        if tuple(map(int, tiktoken.__version__.split(".")[:2])) < OLDEST_TIKTOKEN:
+            raise ValueError(f"tiktoken {tiktoken.__version__} panics or hangs on some texts: pip install 'tiktoken>="
+                             f"{'.'.join(map(str, OLDEST_TIKTOKEN))}'")
         self.pieces, self.pattern = list(pieces), pattern
         ranks = {piece: i for i, piece in enumerate(self.pieces)}
         self.special_tokens = {name: len(self.pieces) + i for i, name in enumerate(specials)}

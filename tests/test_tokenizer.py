@@ -428,3 +428,10 @@ def test_numpys_other_objects_stay_refused(value, tmp_path):
     assert meta_vocab_size(tmp_path) is None
     with pytest.raises(ValueError, match="meta.pkl"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["0.9.0", "0.12.0"])
+def test_a_tiktoken_that_hangs_is_refused(version, monkeypatch):
+    monkeypatch.setattr("tiktoken.__version__", version)
+    with pytest.raises(ValueError, match=rf"tiktoken {version} .*tiktoken>=0.13"):
+        BPETokenizer([bytes([i]) for i in range(256)])
