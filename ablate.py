@@ -337,7 +337,7 @@ def collect(experiment):
 def train(words, log):
     """train.py with these words, its output in `log`. -> its exit code, below 0 for a signal
 
-    SIGINT, SIGTERM and SIGHUP are passed on: it finishes its step and saves, and then ablate.py ends, too.
+    SIGINT, SIGTERM and SIGHUP are passed on: it finishes its step and saves, and then ablate.py ends.
     """
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdin=subprocess.DEVNULL, stdout=log,
                                stderr=log, start_new_session=True)  # so that Ctrl-C is not there twice

@@ -109,7 +109,7 @@ def from_hugging_face(folder):
 
 
 def check_lfs(path):
-    """Raises ValueError for what a clone without Git LFS has in the place of a large file."""
+    """Raises ValueError for the pointer that a clone without Git LFS has instead of a large file."""
     with open(path, "rb") as file:
         if file.read(64).startswith(b"version https://git-lfs.github.com"):
             raise ValueError(f"{path} is a Git LFS pointer and not the file itself: git lfs pull fetches it")

@@ -137,8 +137,6 @@ def main(settings, given):
     if init_from != "resume":
         fail(f"--init_from={init_from}: sample.py reads a run of this project; name its folder with --out_dir; of "
              "a model from elsewhere (gpt2, a ckpt.pt of nanoGPT's) export.py makes one")
-    if num_samples < 1:
-        fail("num_samples must be at least 1")
     try:
         where, device_why = pick_device(device)
         precision, dtype_why = pick_dtype(dtype, where)

@@ -63,8 +63,6 @@ def main():
     configure(globals())
     if not input or not out_dir:
         fail("--input and --out_dir are needed: the text to learn from, and where tokenizer.json goes")
-    if not 0 < val_fraction < 1:
-        fail(f"val_fraction is a share between 0 and 1, not {val_fraction}")
     if not specials or len(set(specials)) != len(specials):
         fail(f"specials are distinct names, at least one to end a document, such as {END_OF_TEXT}")
     least = 256 + len(specials)

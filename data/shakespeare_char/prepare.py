@@ -102,8 +102,6 @@ def next_command(folder):
 
 def main():
     configure(globals())
-    if not 0 < val_fraction < 1:
-        fail(f"val_fraction is a share between 0 and 1, not {val_fraction}")
     folder = Path(out_dir) if out_dir else HERE
 
     if input:

@@ -88,8 +88,6 @@ def build(folder, texts, tokenizer, source, documents, val_fraction):
 
 def main():
     configure(globals())
-    if not 0 < val_fraction < 1:
-        fail(f"val_fraction is a share between 0 and 1, not {val_fraction}")
     if not input:
         fail("--input is missing: a UTF-8 text file, a .jsonl or .parquet, or a folder of such files")
     texts, source, documents = read_texts(input, text_key)
