@@ -7,6 +7,8 @@ So any position of a run of any length is found at once, resuming needs no state
 not to the number of processes that share it. A mix of datasets is one such order: each position belongs to one of them.
 """
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -24,6 +26,16 @@ import torch
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's and modded-nanogpt's uint16 shards
 MOST_FILES = 64  # shards that are open at once, of all datasets together; macOS allows a process 256 files
+OTHERS = {  # how files begin that are no tokens, and would be read as tokens under nanoGPT's name
+    b"\x93NUMPY": "a file of numpy.save; write it with ARRAY.astype('<u2').tofile(FILE)",
+    b"version https://git-lfs": "a pointer of Git LFS; run git lfs pull",
+    np.array(20240801, "<i4").tobytes(): "a shard of llm.c's for Llama 3, whose tokens have 32 bits, not 16",
+    b"PAR1": "a Parquet file; run python data/text/prepare.py --input=FILE",
+    b"ARROW1\0\0": "an Arrow file; write its text as .jsonl and run python data/text/prepare.py --input=FILE.jsonl",
+    b"\x1f\x8b\x08": "compressed with gzip; run gunzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; run unzstd",
+    b"PK\x03\x04": "a zip archive; run unzip",
+}
 AT_ONCE = 4096  # positions whose windows are found together, at the cost of a few alone
 ROWS_AT_ONCE = 256  # of small batches, several are read at once: less Python runs beside the step, which waits for it
 
@@ -35,6 +47,10 @@ class DataError(ValueError):
 # -----------------------------------------------------------------------------
 # Datasets: a folder of shards
 
+# what lies in folders that are given as a dataset before they are one
+SAVED = ("dataset_dict.json", "dataset_info.json", "*.arrow")  # what save_to_disk of the package datasets writes
+TEXTS = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.txt")
+
 
 def find_dataset(dataset):
     """The folder of `dataset`: a path, or a name under data/. Raises DataError when there is none to use."""
@@ -45,13 +61,18 @@ def find_dataset(dataset):
             raise DataError(f"{folder} was left half-written: run its prepare.py again")
         if any(folder.glob("*.bin")):
             return folder
-        if any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-            raise DataError(f"{folder} is what save_to_disk of the package datasets wrote, and holds no tokens: write "
-                            "it as Parquet, datasets.load_from_disk(FOLDER)['train'].to_parquet('FILE.parquet'), and "
-                            "run python data/text/prepare.py --input=FILE.parquet --out_dir=...")
     for folder in folders:
         if (folder / "prepare.py").exists():
             raise DataError(f"dataset {dataset!r} is not prepared yet: run python {folder / 'prepare.py'}")
+    for folder in folders:
+        if any(any(folder.glob(name)) for pattern in SAVED for name in (pattern, f"*/{pattern}")):
+            part = "" if (folder / "state.json").exists() else "['train']"
+            raise DataError(f"{folder} is what save_to_disk of the package datasets wrote, and holds no tokens: write "
+                            f"it as Parquet, datasets.load_from_disk({str(folder)!r}){part}.to_parquet('FILE.parquet'),"
+                            " and run python data/text/prepare.py --input=FILE.parquet --out_dir=FOLDER")
+        if any(any(folder.glob(pattern)) for pattern in TEXTS):
+            raise DataError(f"{folder} holds text and no tokens: run python data/text/prepare.py --input={folder} "
+                            "--out_dir=FOLDER, and give dataset=FOLDER")
     known = sorted(f.parent.name for f in root.glob("*/prepare.py"))
     raise DataError(f"no dataset {dataset!r}: dataset= takes a folder of .bin shards or one of {', '.join(known)}")
 
@@ -120,21 +141,34 @@ def read_manifest(folder):
 def find_shards(folder, split):
     """The files of a split, in order: SPLIT_000000.bin, ..., else nanoGPT's SPLIT.bin, else llm.c's and
     modded-nanogpt's NAME_SPLIT_000000.bin, ... or NAME_SPLIT.bin. Raises DataError where there is none, or where shards
-    of several names lie side by side."""
+    of several datasets lie side by side, of this split or of training and validation."""
+    named, others = shards_by_name(folder, split), {}
+    if (folder / "manifest.json").exists():  # the manifest says which shards are the dataset's
+        named = {key: paths for key, paths in named.items() if key[0] is None} or named
+    elif split in ("train", "val"):
+        others = shards_by_name(folder, "val" if split == "train" else "train")
+    if {(None, True), (None, False)} == named.keys():
+        return named[None, True]
+    if not named:
+        raise DataError(f"{folder} has no {split} split: neither {split}_000000.bin nor {split}.bin nor "
+                        f"NAME_{split}_000000.bin; prepare the dataset first")
+    (name, _), paths = next(iter(named.items()))
+    odd = list(named.values())[1:]
+    if name not in {key[0] for key in others}:
+        odd += others.values()
+    if odd:
+        raise DataError(f"{folder} has shards of several datasets, {paths[0].name} and {odd[0][0].name}: give each a "
+                        "folder of its own")
+    return paths
+
+
+def shards_by_name(folder, split):
+    """{(the name before SPLIT or None, whether numbers follow): files in order}"""
     pattern, named = re.compile(rf"(?:(.+)_)?{split}(_[0-9]+)?\.bin"), {}
     for path in sorted(folder.glob("*.bin")):
         if match := pattern.fullmatch(path.name):
             named.setdefault((match[1], bool(match[2])), []).append(path)
-    for key in ((None, True), (None, False)):
-        if key in named:
-            return named[key]
-    if not named:
-        raise DataError(f"{folder} has no {split} split: neither {split}_000000.bin nor {split}.bin nor "
-                        f"NAME_{split}_000000.bin; prepare the dataset first")
-    if len(named) > 1:
-        first, second = [paths[0].name for paths in named.values()][:2]
-        raise DataError(f"{folder} has shards of several datasets, {first} and {second}: give each a folder of its own")
-    return next(iter(named.values()))
+    return named
 
 
 class OpenFiles:
@@ -149,9 +183,19 @@ class OpenFiles:
         if file is None:
             while len(self.files) >= self.most:
                 self.files.popitem(last=False)[1].close()
-            file = open(path, "rb", buffering=0)
+            file = self._open(path)
         self.files[owner, path] = file
         return file
+
+    def _open(self, path):
+        while True:
+            try:
+                return open(path, "rb", buffering=0)
+            except OSError as e:
+                if e.errno != errno.EMFILE or not self.files:
+                    raise
+                self.most = max(1, len(self.files) - 1)  # the rest of the process needs more files than was thought
+                self.files.popitem(last=False)[1].close()
 
     def close(self, owner):
         with self.lock:
@@ -159,7 +203,17 @@ class OpenFiles:
                 self.files.pop(key).close()
 
 
-OPEN, OWNERS = OpenFiles(MOST_FILES), itertools.count()
+def most_files():
+    """MOST_FILES, or a quarter of the files that this process may open where that is less."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such module
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return MOST_FILES if soft == resource.RLIM_INFINITY else max(1, min(MOST_FILES, soft // 4))
+    return MOST_FILES
+
+
+OPEN, OWNERS = OpenFiles(most_files()), itertools.count()
 
 
 class Tokens:
@@ -180,6 +234,10 @@ class Tokens:
             counts = [self._count(path) for path in self.paths]
         else:
             self.skip = 0
+            start = self._header(plain[0]).tobytes()
+            for magic, what in OTHERS.items():
+                if start.startswith(magic):
+                    raise DataError(f"{plain[0]} holds no tokens as nanoGPT writes them: it is {what}")
             size = self.paths[0].stat().st_size
             if size % 2:
                 raise DataError(f"{self.paths[0]} is damaged: {size:,} bytes are no whole uint16; prepare it again")

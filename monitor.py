@@ -32,10 +32,16 @@ from device import memory_gb, rss_gb
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "flash-attn", "datasets", "wandb", "transformers")
 
 
+# what a user may have set and a program that reads git's answers does not want
+GIT_SETTINGS = [word for setting in ("color.ui=never", "core.quotepath=off", "diff.relative=false",
+                                     "status.showUntrackedFiles=normal") for word in ("-c", setting)]
+
+
 def git(*args):
     """What git says in this folder, or None where there is no git or no repository."""
     try:
-        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, timeout=10)
+        done = subprocess.run(["git", *GIT_SETTINGS, *args], cwd=Path(__file__).parent, capture_output=True, timeout=10,
+                              env={k: v for k, v in os.environ.items() if k != "GIT_DIFF_OPTS"})
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode("utf-8", "replace").removesuffix("\n") if done.returncode == 0 else None
@@ -47,12 +53,15 @@ LONGEST_DIFF = 10_000_000  # characters
 def plain_diff():
     """The changes since the last commit as `git apply` takes them, whatever the user's configuration of git says of
     colours, prefixes and programs; binary files included. None where there is no repository, "" without changes."""
-    diff = git("-c", "core.quotepath=off", "-c", "diff.relative=false", "diff", "--no-color", "--no-ext-diff",
-               "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "--binary", "HEAD")
-    if diff and len(diff) > LONGEST_DIFF:
-        files = git("diff", "--no-color", "--stat", "HEAD")
-        return f"{len(diff):,} characters of changes are too many to keep; they are in:\n{files}"
-    return diff
+    options = ("--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short")
+    diff = git("diff", *options, "--unified=3", "--src-prefix=a/", "--dst-prefix=b/", "--binary", "HEAD")
+    if diff is not None and len(diff) <= LONGEST_DIFF:
+        return diff
+    files = git("diff", *options, "--stat", "HEAD")
+    if not files:  # no repository
+        return diff
+    size = "more" if diff is None else f"{len(diff):,}"  # git did not end within its ten seconds
+    return f"{size} characters of changes are too many to keep; they are in:\n{files}"
 
 
 def cpu_name():

@@ -318,22 +318,40 @@ class _Dtype:
         self.order = state[1]
 
 
-def _number(dtype, raw):
-    """Stands for numpy's scalar in a pickle. -> int. Raises UnpicklingError for what is no whole number."""
-    whole = (f"i{len(raw)}", f"u{len(raw)}") if isinstance(dtype, _Dtype) and isinstance(raw, bytes) else ()
-    if not whole or dtype.code not in whole:
-        raise pickle.UnpicklingError("it holds a number of numpy's that is not whole")
-    return int.from_bytes(raw, "big" if dtype.order == ">" else "little", signed=dtype.code[0] == "i")
+def _scalar(dtype, raw):
+    """Stands for numpy's scalar in a pickle. -> int or str. Raises UnpicklingError for any other."""
+    known = isinstance(dtype, _Dtype) and isinstance(raw, bytes)
+    order = "big" if known and dtype.order == ">" else "little"
+    if known and dtype.code in (f"i{len(raw)}", f"u{len(raw)}"):
+        return int.from_bytes(raw, order, signed=dtype.code[0] == "i")
+    if known and dtype.code == f"U{len(raw) // 4}":
+        return raw.decode("utf-32-be" if order == "big" else "utf-32-le").rstrip("\0")
+    raise pickle.UnpicklingError("it holds one of numpy's values that is neither a whole number nor a string")
+
+
+def _bytes(text, encoding):
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it has bytes in {encoding!r}")
+    return text.encode("latin-1")
+
+
+def _empty(kind):
+    """Stands for a class of `collections` that is filled after it was made: a plain `kind`."""
+    return lambda *arguments: kind(*arguments[:1]) if arguments and isinstance(arguments[0], kind) else kind()
 
 
 class _PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings and containers of them. A pickle runs code only through a global: this has none besides
-    two of its own, which read numpy's whole numbers."""
+    its own, which read numpy's whole numbers and strings, and the dicts of `collections` as plain ones."""
 
-    OWN = {("numpy", "dtype"): _Dtype, ("numpy.core.multiarray", "scalar"): _number,
-           ("numpy._core.multiarray", "scalar"): _number}
+    OWN = {("numpy", "dtype"): _Dtype, ("numpy.core.multiarray", "scalar"): _scalar,
+           ("numpy._core.multiarray", "scalar"): _scalar, ("collections", "OrderedDict"): _empty(dict),
+           ("collections", "Counter"): _empty(dict), ("collections", "defaultdict"): _empty(dict),
+           ("_codecs", "encode"): _bytes,  # how protocol 2 has bytes
+           **{("builtins", name): _empty(dict) for name in ("int", "long", "str", "unicode")}}  # what defaultdict has
 
     def find_class(self, module, name):
+        module = {"__builtin__": "builtins"}.get(module, module)  # as Python 2 and old protocols call it
         if (module, name) in self.OWN:
             return self.OWN[module, name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and a pickle from elsewhere gets to call nothing")

@@ -653,10 +653,59 @@ def test_another_projects_name_needs_the_header(tmp_path):
     refused(lambda: Tokens(tmp_path, "train"), "x_train.bin", "not a token shard")
 
 
-@pytest.mark.parametrize("name", ["dataset_info.json", "dataset_dict.json"])
-def test_a_folder_of_save_to_disk_is_named(name, tmp_path):
-    (tmp_path / name).write_text("{}")
-    refused(lambda: find_dataset(str(tmp_path)), "save_to_disk", "to_parquet")
+@pytest.mark.parametrize("train, val", [
+    ("fineweb_train_000001.bin", "tiny_shakespeare_val.bin"), ("train.bin", "edu_val_000000.bin"),
+    ("a_b_train.bin", "a_val.bin"),
+])
+def test_training_and_validation_of_two_datasets_are_refused(train, val, tmp_path):
+    for name in (train, val):
+        shard(tmp_path / "d" / name, np.arange(10))
+    for split in ("train", "val"):
+        refused(lambda split=split: Tokens(tmp_path / "d", split), train, val, "a folder of its own")
+
+
+@pytest.mark.parametrize("names", [("train.bin", "x_train.bin"), ("train_000000.bin", "x_train_000003.bin"),
+                                   ("x_train.bin", "x_train_000001.bin")], ids=lambda names: names[0])
+def test_a_name_of_ours_beside_anothers_is_refused_without_a_manifest(names, tmp_path):
+    for name in names:
+        shard(tmp_path / "d" / name, np.arange(10))
+    refused(lambda: Tokens(tmp_path / "d", "train"), *names)
+
+
+def test_the_manifest_says_which_shards_are_the_datasets(dataset):
+    shard(dataset / "x_train_000000.bin", np.arange(10))
+    assert len(Tokens(dataset, "train")) == 3000
+
+
+@pytest.mark.parametrize("name, start, said", [
+    ("train.bin", np.array([20240801, 7, 400], "<i4").tobytes(), "Llama 3"),
+    ("train.bin", b"\x93NUMPY\x01\x00v\x00{'descr': '<u2'}", "numpy.save"),
+    ("val.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
+    ("val.bin", b"\x1f\x8b\x08\x00", "gunzip"),
+], ids=["another magic", "npy", "lfs", "gzip"])
+def test_what_is_no_tokens_under_nanogpts_name(name, start, said, tmp_path):
+    (tmp_path / name).write_bytes(start.ljust(3000, b"\0"))
+    refused(lambda: Tokens(tmp_path, name[:-4]), tmp_path / name, said)
+
+
+@pytest.mark.parametrize("files, call", [
+    (("dataset_info.json",), "['train']"), (("dataset_dict.json",), "['train']"),
+    (("state.json", "dataset_info.json", "data-00000-of-00002.arrow"), "load_from_disk"),
+    (("train/state.json", "train/dataset_info.json", "train/data-00000-of-00001.arrow"), "['train']"),
+], ids=lambda files: files[0])
+def test_a_folder_of_save_to_disk_is_named(files, call, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    refused(lambda: find_dataset(str(tmp_path)), tmp_path, "save_to_disk", "to_parquet", call, "data/text/prepare.py")
+    (tmp_path / "train_000000.bin").touch()
+    assert find_dataset(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["part-0001.jsonl", "a.parquet", "notes.txt"])
+def test_a_folder_of_text_is_named(name, tmp_path):
+    (tmp_path / name).touch()
+    refused(lambda: find_dataset(str(tmp_path)), f"data/text/prepare.py --input={tmp_path}")
 
 
 def test_all_datasets_share_the_files_that_are_open(tmp_path):
@@ -671,3 +720,34 @@ def test_all_datasets_share_the_files_that_are_open(tmp_path):
     del several, tokens
     gc.collect()
     assert not owners & {owner for owner, _ in loader.OPEN.files}
+
+
+FEW_FILES = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+import threading, loader
+if sys.argv[2] == "late":  # more than the limit was thought to allow
+    loader.OPEN.most = 1000
+several = [loader.Tokens(folder, "train") for folder in sys.argv[3:]]
+wrong = []
+def read(tokens):
+    for start in range(0, 297, 3):
+        if tokens.read([start], 3)[0].tolist() != [start, start + 1, start + 2]:
+            wrong.append(start)
+threads = [threading.Thread(target=read, args=(tokens,)) for tokens in several]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(wrong), loader.OPEN.most, len(loader.OPEN.files))
+"""
+
+
+@pytest.mark.parametrize("limit, when", [(80, "at once"), (200, "at once"), (80, "late")])
+def test_few_files_may_be_open(limit, when, tmp_path):
+    """Three datasets of 100 shards, read by three threads, where the process may open fewer files than MOST_FILES."""
+    pytest.importorskip("resource")
+    folders = [write_shards(tmp_path / name, "train", np.arange(300), range(3, 300, 3)) for name in "abc"]
+    done = subprocess.run([sys.executable, "-c", FEW_FILES, str(limit), when, *map(str, folders)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wrong, most, files = map(int, done.stdout.split())
+    assert wrong == 0 and files <= most < limit and (when == "late" or most == limit // 4)

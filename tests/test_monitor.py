@@ -537,7 +537,8 @@ def test_what_hides_communication_on_a_gpu():
 
 
 @pytest.mark.parametrize("setting", ["diff.noprefix=true", "color.ui=always", "diff.mnemonicPrefix=true",
-                                     "diff.external=false", "color.diff=always"])
+                                     "diff.external=false", "color.diff=always", "diff.context=0",
+                                     "GIT_DIFF_OPTS=--unified=0", "GIT_EXTERNAL_DIFF=false"])
 def test_the_diff_can_be_applied_whatever_git_is_configured_to(setting, tmp_path, monkeypatch):
     """Binary files, too."""
     repo = tmp_path / "repo"
@@ -554,7 +555,11 @@ def test_the_diff_can_be_applied_whatever_git_is_configured_to(setting, tmp_path
         (repo / name).write_bytes(content)
     git("add", ".")
     git("commit", "-qm", "before")
-    git("config", *setting.split("="))
+    name, value = setting.split("=", 1)
+    if name.startswith("GIT_"):
+        monkeypatch.setenv(name, value)
+    else:
+        git("config", name, value)
     for name, content in after.items():
         (repo / name).write_bytes(content)
     monkeypatch.setattr(monitor, "__file__", str(repo / "monitor.py"))
@@ -568,3 +573,18 @@ def test_a_diff_that_is_too_long_is_summed_up(monkeypatch):
     monkeypatch.setattr(monitor, "git", lambda *args: " a.bin | 1 +" if "--stat" in args else "x" * 20_000_000)
     diff = environment(CPU, None)["dirty_diff"]
     assert len(diff) < 1000 and "a.bin" in diff and "20,000,000" in diff
+
+
+def test_a_diff_that_takes_too_long_is_summed_up(monkeypatch):
+    monkeypatch.setattr(monitor, "git", lambda *args: None if "--binary" in args else " a.bin | Bin 1 -> 2")
+    assert "a.bin" in environment(CPU, None)["dirty_diff"]
+
+
+@pytest.mark.parametrize("setting, change", [("color.status=always", "note.txt"), ("core.quotepath=true", "né.txt"),
+                                             ("status.showUntrackedFiles=no", "new.txt")])
+def test_what_git_says_is_plain_whatever_it_is_configured_to(setting, change, repository):
+    subprocess.run(["git", "config", *setting.split("=")], cwd=repository, check=True)
+    (repository / change).write_text("a\n")
+    said = monitor.git("status", "--porcelain")
+    assert change in said and "\033" not in said
+    assert environment(CPU, None)["untracked"] == [change] * (change != "note.txt")

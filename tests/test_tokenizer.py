@@ -1,6 +1,7 @@
 """Text <-> ids: nothing is lost, nothing is guessed, and no file that is read can run anything."""
 
 import base64
+import collections
 import hashlib
 import json
 import os
@@ -420,6 +421,27 @@ def test_what_nanogpt_needs_of_meta_pkl(meta, size, text, tmp_path):
             load_tokenizer(tmp_path)
     else:
         assert load_tokenizer(tmp_path).encode(text) == [2, 0, 1]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("chars", [
+    collections.OrderedDict(enumerate("abc")), collections.Counter({0: "a", 1: "b", 2: "c"}),
+    collections.defaultdict(str, enumerate("abc")), {i: np.str_(c) for i, c in enumerate("abc")},
+], ids=["OrderedDict", "Counter", "defaultdict", "numpy strings"])
+def test_plain_values_in_other_clothes(chars, protocol, tmp_path):
+    meta = {"vocab_size": np.int64(3), "itos": chars}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
+    assert meta_vocab_size(tmp_path) == 3 and load_tokenizer(tmp_path).encode("cab") == [2, 0, 1]
+
+
+@pytest.mark.parametrize("calls", [b"cos\nmkdir\n", b"cbuiltins\neval\n", b"c_codecs\nlookup\n",
+                                   b"c__builtin__\nexec\n"])
+def test_a_pickle_calls_nothing_but_the_readers_own(calls, tmp_path):
+    target = tmp_path / "executed"
+    (tmp_path / "meta.pkl").write_bytes(b"(dS'vocab_size'\nI3\nsS'x'\n" + calls + f"(V{target}\ntRs.".encode())
+    with pytest.raises(ValueError, match="gets to call nothing"):
+        load_tokenizer(tmp_path)
+    assert meta_vocab_size(tmp_path) is None and not target.exists()
 
 
 @pytest.mark.parametrize("value", [np.float64(2.5), np.dtype("f8"), np.arange(3), print])
