@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tokenizer import load_tokenizer
+
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's and modded-nanogpt's uint16 shards
 MOST_FILES = 64  # shards that are open at once, of all datasets together; macOS allows a process 256 files
 OTHERS = {  # how files begin that are no tokens, and would be read as tokens under nanoGPT's name
@@ -97,12 +99,25 @@ def open_datasets(dataset):
     """
     found = [(find_dataset(name), weight) for name, weight in parse_mix(dataset)]
     manifests = [read_manifest(folder) for folder, _ in found]
-    tokenizers = [manifest.get("tokenizer", {}).get("sha256") for manifest, _ in manifests]
+    tokenizers = [tokenizer_of(folder, manifest) for (folder, _), (manifest, _) in zip(found, manifests, strict=True)]
     for (folder, _), tokenizer in zip(found, tokenizers, strict=True):
         if tokenizer != tokenizers[0]:
             raise DataError(f"{folder} was prepared with another tokenizer than {found[0][0]}: the same ids differ")
     names = [f"{digest}:{weight}" for (_, digest), (_, weight) in zip(manifests, found, strict=True)]
     return found, manifests[0][0], manifests[0][1] if len(found) == 1 else sha256(",".join(names).encode())
+
+
+def tokenizer_of(folder, manifest):
+    """What names the tokenizer of a dataset: its sha256, that of a meta.pkl which is no tokenizer, or None."""
+    if "tokenizer" in manifest:
+        return manifest["tokenizer"].get("sha256")
+    try:
+        return load_tokenizer(folder).sha256
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        meta = folder / "meta.pkl"
+        return sha256(meta.read_bytes()) if meta.exists() else None
 
 
 def verify_shards(folder):

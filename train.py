@@ -889,7 +889,7 @@ def vocabulary(source, manifest):
         if size is None:
             raise
         if parallel.rank() == 0:
-            print(f"warning: {e}: training on its {size:,} token ids, without text", file=sys.stderr)
+            print(f"warning: {e}; the run trains on its {size:,} token ids and has no tokenizer", file=sys.stderr)
         return None, size
     return tokenizer, max(tokenizer.vocab_size, meta_vocab_size(source) or 0)
 

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from loader import (
     verify_shards,
 )
 from tokenizer import CharTokenizer
+from train import vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -720,6 +722,53 @@ def test_all_datasets_share_the_files_that_are_open(tmp_path):
     del several, tokens
     gc.collect()
     assert not owners & {owner for owner, _ in loader.OPEN.files}
+
+
+def meta_pkl(folder, itos, **fields):
+    """A dataset as a prepare.py of nanoGPT's kind writes it."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        (np.arange(500) % 3).astype("<u2").tofile(folder / f"{split}.bin")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 3, "itos": itos, **fields}))
+    return folder
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (dict(enumerate("abc")), dict(enumerate("cab"))), (dict(enumerate("abc")), {0: "the", 1: "cat", 2: "sat"}),
+    ({0: "le", 1: "chat", 2: "dort"}, {0: "the", 1: "cat", 2: "sat"}),
+], ids=["characters", "words", "two of words"])
+def test_a_mix_of_two_tokenizers_without_manifests_is_refused(ours, theirs, tmp_path):
+    for name, itos in (("a", ours), ("b", theirs), ("c", ours)):
+        meta_pkl(tmp_path / name, itos)
+    refused(lambda: open_datasets(f"{tmp_path}/a:1,{tmp_path}/b:1"), tmp_path / "b", "another tokenizer")
+    assert len(open_datasets(f"{tmp_path}/a:1,{tmp_path}/c:1")[0]) == 2
+
+
+@pytest.mark.parametrize("itos, fields, size, said", [
+    ({0: "C4", 1: "D4", 2: "E4"}, {}, 3, "token 0 is not one character"),
+    (None, {"vocab_size": np.int16(300)}, 300, "itos"),
+    ([b"a", b"b", b"c"], {}, 3, "token 0 is not one character"),
+    (dict(enumerate("abc")), {"vocab_size": 8}, 8, None),
+], ids=["notes", "size alone", "bytes", "padded"])
+def test_train_needs_no_more_than_the_size(itos, fields, size, said, tmp_path, capsys):
+    tokenizer, found = vocabulary(meta_pkl(tmp_path / "d", itos, **fields), {})
+    warned = capsys.readouterr().err
+    assert found == size and (tokenizer is None) == bool(said)
+    if said:
+        assert warned.count("\n") == 1 and said in warned and f"{size} token ids" in warned
+    else:
+        assert warned == ""
+
+
+def test_train_refuses_a_pickle_that_calls(tmp_path):
+    with pytest.raises(ValueError, match="gets to call nothing"):
+        vocabulary(meta_pkl(tmp_path / "d", dict(enumerate("abc")), extra=print), {})
+
+
+def test_a_dataset_that_says_nothing_is_gpt2s(tmp_path):
+    meta_pkl(tmp_path / "d", None)
+    (tmp_path / "d" / "meta.pkl").unlink()
+    assert vocabulary(tmp_path / "d", {}) == (None, 50257)
 
 
 FEW_FILES = """
