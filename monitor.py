@@ -53,13 +53,19 @@ LONGEST_DIFF = 10_000_000  # characters
 def plain_diff():
     """The changes since the last commit as `git apply` takes them, whatever the user's configuration of git says of
     colours, prefixes and programs; binary files included. None where there is no repository, "" without changes."""
-    options = ("--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short")
-    diff = git("diff", *options, "--unified=3", "--src-prefix=a/", "--dst-prefix=b/", "--binary", "HEAD")
+    options = ("--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short", "--no-renames")
+    whole = (*options, "--unified=3", "--src-prefix=a/", "--dst-prefix=b/", "--binary", "HEAD")
+    diff = git("diff", *whole)
     if diff is not None and len(diff) <= LONGEST_DIFF:
         return diff
     files = git("diff", *options, "--stat", "HEAD")
     if not files:  # no repository
         return diff
+    changed = (git("diff", *options, "--numstat", "-z", "HEAD") or "").split("\0")
+    if binary := [line[4:] for line in changed if line.startswith("-\t-\t")]:
+        text = git("diff", *whole, "--", ":(top)", *(f":(top,exclude,literal){path}" for path in binary))
+        if text and len(text) <= LONGEST_DIFF:
+            return f"too large to keep, and missing here: {', '.join(binary)}\n{text}"
     size = "more" if diff is None else f"{len(diff):,}"  # git did not end within its ten seconds
     return f"{size} characters of changes are too many to keep; they are in:\n{files}"
 

@@ -575,6 +575,23 @@ def test_a_diff_that_is_too_long_is_summed_up(monkeypatch):
     assert len(diff) < 1000 and "a.bin" in diff and "20,000,000" in diff
 
 
+@pytest.mark.parametrize("name", ["weights.bin", "né [1].png"])
+def test_without_binary_files_that_are_too_large_the_diff_is_kept(name, repository, monkeypatch):
+    """git apply takes the rest, and the first line says what is missing."""
+    (repository / "note.txt").write_text("text")
+    (repository / name).write_bytes(bytes(4))
+    subprocess.run(["git", "add", "."], cwd=repository, check=True)
+    subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", "commit", "--no-verify", "-qm", "second"],
+                   cwd=repository, check=True)
+    (repository / name).write_bytes(os.urandom(4000))
+    (repository / "note.txt").write_text("other text")
+    monkeypatch.setattr(monitor, "LONGEST_DIFF", 2000)
+    diff = environment(CPU, None)["dirty_diff"]
+    assert name in diff.splitlines()[0] and "missing" in diff.splitlines()[0] and len(diff) < 2000
+    subprocess.run(["git", "apply", "-R"], input=diff.encode(), cwd=repository, check=True)
+    assert (repository / "note.txt").read_text() == "text"
+
+
 def test_a_diff_that_takes_too_long_is_summed_up(monkeypatch):
     monkeypatch.setattr(monitor, "git", lambda *args: None if "--binary" in args else " a.bin | Bin 1 -> 2")
     assert "a.bin" in environment(CPU, None)["dirty_diff"]
