@@ -353,7 +353,7 @@ def train(words, log):
     before = {signum: signal.signal(signum, stop) for signum in signums}
     code = process.wait()
     for signum, handler in before.items():
-        signal.signal(signum, handler)
+        signal.signal(signum, handler or signal.SIG_DFL)
     if caught:
         print("stopped; the same command resumes from here")
         sys.exit(128 + caught[0])

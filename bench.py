@@ -241,7 +241,7 @@ def bench_scaling():
     take as many micro-batches) and at one that grows (weak: each takes one). Efficiency is the speed of each process
     as a share of that with the fewest processes."""
     if not (batches and lengths and worlds):
-        fail("batches, lengths and worlds must be at least one each")
+        fail("batches, lengths and worlds need at least one number each")
     if warm_up + updates < 2:
         fail("warm_up and updates must be two together: the last update's memory has the evaluation in it")
     most = math.lcm(*worlds)
@@ -799,7 +799,7 @@ def bench_zero():
     whole weights by then. What the stages differ in is the peak: 3 frees weights between uses, 2 and 3 reduce
     gradients after each micro-batch, 1 keeps them whole up to the last."""
     if not worlds:
-        fail("worlds must be at least 1, and at least one")
+        fail("worlds must be at least 1 number of processes")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "100000"  # for the children: glibc gives back at once what they free
     rows = []
     for ranks in worlds:

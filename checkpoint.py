@@ -7,7 +7,9 @@ Checkpoints: write, verify, find and read.
         state.json          step, config, data position, metrics length, ..., the sha256 of each file and its own
 
 A checkpoint is written beside its place, synced and then renamed, so a folder of that name is complete, and a kill at
-any instant leaves the one before it whole. Nothing read from a checkpoint is ever executed.
+any instant leaves the one before it whole. It is written before its step is evaluated: state.json then holds the
+step's record as "unevaluated", and val_loss is added once it is known (`note`). Nothing read from a checkpoint is ever
+executed.
 
 Where gathering the model on one rank hurts, checkpoint_format="sharded" has each rank write what lies on it, by
 torch.distributed.checkpoint (DCP) in its safetensors storage: shard-0000R-model-00001-of-00001.safetensors instead of
@@ -56,7 +58,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
-class NoOptimizer(CheckpointError):
+class MissingOptimizer(CheckpointError):
     """A checkpoint whose weights are good and whose optimizer.pt is missing, removed to save room perhaps."""
 
 
@@ -223,7 +225,7 @@ def verify(folder, only=None):
     for name in [only] if plain and only else FILES if plain else state["files"]:
         path = Path(folder) / name
         if not path.exists():  # the weights come first, and are good
-            raise (NoOptimizer if name == "optimizer.pt" else CheckpointError)(f"{path} is missing")
+            raise (MissingOptimizer if name == "optimizer.pt" else CheckpointError)(f"{path} is missing")
         try:
             digest = file_sha256(path)
         except OSError as e:
@@ -281,7 +283,7 @@ def config_of(state, folder):
 def run_of(folder):
     """The run's folder of a checkpoint's, itself where it is in none. The tokenizer lies there: also where ckpt/ is a
     link to another disk, or `folder` a link into a run."""
-    places = [Path(os.path.abspath(folder)), Path(folder).resolve()]
+    places = [Path(folder), Path(os.path.abspath(folder)), Path(folder).resolve()]
     runs = [place.parent.parent for place in places if place.parent.name == "ckpt"]
     held = [run for run in runs if (run / "tokenizer.json").exists()]
     return (held or runs or [Path(folder)])[0]
@@ -482,7 +484,7 @@ def latest_good(out_dir, warn=print):
     for step, folder in sorted(found.items(), reverse=True):
         try:
             return folder, verify(folder)
-        except NoOptimizer as e:
+        except MissingOptimizer as e:
             before = [n for n, f in found.items() if n < step and
                       ((f / "optimizer.pt").exists() or not (f / "model.safetensors").exists())]  # plain, or sharded
             above = [str(f) for n, f in found.items() if max(before, default=0) < n <= step]

@@ -154,7 +154,7 @@ class Key:
         return result
 
     def check_path(self, value, where, parse):
-        """`value`, a path or several, with the home folder in the place of ~. Ends the run for an empty one."""
+        """`value`, a path or several, with ~ expanded to the home folder. Ends the run for an empty path."""
         if isinstance(value, tuple):
             return tuple(self.check_path(part, where, parse) for part in value)
         if value == "" and (parse or self.default):
@@ -164,7 +164,7 @@ class Key:
 
 
 def at_home(path):
-    """`path` with the home folder in the place of a ~ or ~user at its start, which a shell leaves in --key=~/x."""
+    """`path` with a ~ or ~user at its start expanded to the home folder: a shell leaves it in --key=~/x."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and not os.path.exists(expanded):
         fail(f"{path}: there is no home folder {path.split('/')[0]}; ./{path} is the file of that name")

@@ -185,10 +185,8 @@ def read_prompts():
     path = Path(prompts) if Path(prompts).exists() else Path(__file__).resolve().parent / prompts
     try:
         lines = [line for line in read_lines(path) if line.strip()]
-    except OSError as e:
-        raise ValueError(f"--prompts={prompts} cannot be read: {e.strerror or e}") from None
-    except ValueError as e:
-        raise ValueError(f"--prompts={prompts} cannot be read: {e}") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"--prompts={prompts} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if not lines:
         raise ValueError(f"--prompts={prompts} has no line")
     return lines

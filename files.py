@@ -57,7 +57,7 @@ def read_lines(path):
 class FolderLock:
     """Holds a folder for one process, by a lock on the file FOLDER/.lock that ends with the process, however it ends.
 
-    The file says who holds it. One that a killed process left blocks nobody.
+    The file says who holds it. One that a killed process left blocks nobody. Windows has no such lock: nothing is held.
     """
 
     def __init__(self, folder, warn=lambda message: None):

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -65,7 +66,8 @@ def find_dataset(dataset):
             return folder
     for folder in folders:
         if (folder / "prepare.py").exists():
-            raise DataError(f"dataset {dataset!r} is not prepared yet: run python {folder / 'prepare.py'}")
+            raise DataError(f"dataset {dataset!r} is not prepared yet: run python "
+                            f"{shlex.quote(str(folder / 'prepare.py'))}")
     for folder in folders:
         if any(any(folder.glob(name)) for pattern in SAVED for name in (pattern, f"*/{pattern}")):
             part = "" if (folder / "state.json").exists() else "['train']"
@@ -73,7 +75,8 @@ def find_dataset(dataset):
                             f"it as Parquet, datasets.load_from_disk({str(folder)!r}){part}.to_parquet('FILE.parquet'),"
                             " and run python data/text/prepare.py --input=FILE.parquet --out_dir=FOLDER")
         if any(any(folder.glob(pattern)) for pattern in TEXTS):
-            raise DataError(f"{folder} holds text and no tokens: run python data/text/prepare.py --input={folder} "
+            source = shlex.quote(f"--input={folder}")
+            raise DataError(f"{folder} holds text and no tokens: run python data/text/prepare.py {source} "
                             "--out_dir=FOLDER, and give dataset=FOLDER")
     known = sorted(f.parent.name for f in root.glob("*/prepare.py"))
     raise DataError(f"no dataset {dataset!r}: dataset= takes a folder of .bin shards or one of {', '.join(known)}")

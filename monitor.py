@@ -66,8 +66,8 @@ def plain_diff():
         text = git("diff", *whole, "--", ":(top)", *(f":(top,exclude,literal){path}" for path in binary))
         if text and len(text) <= LONGEST_DIFF:
             return f"too large to keep, and missing here: {', '.join(binary)}\n{text}"
-    size = "more" if diff is None else f"{len(diff):,}"  # git did not end within its ten seconds
-    return f"{size} characters of changes are too many to keep; they are in:\n{files}"
+    why = "git took too long to list the changes" if diff is None else f"{len(diff):,} characters are too many to keep"
+    return f"{why}; the changes are in:\n{files}"
 
 
 def cpu_name():

@@ -63,10 +63,8 @@ def read_prompts():
             lines = [decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")]
         else:
             lines = [decode_text(Path(start[5:]).read_bytes(), start[5:]) if start.startswith("FILE:") else start]
-    except OSError as e:
-        raise ValueError(f"{name} cannot be read: {e.strerror or e}") from None
-    except ValueError as e:
-        raise ValueError(f"{name} cannot be read: {e}") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{name} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if not lines:
         raise ValueError(f"{name} has no line")
     return lines

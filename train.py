@@ -737,7 +737,7 @@ def check_validation(val_tokens):
         targets = len(part) - 1
         if eval_iters:
             targets = min(targets, eval_iters * max(1, 16384 // block_size) * block_size)
-        part.sha256_of(targets + 1)  # which the evaluation asks for, too
+        part.sha256_of(targets + 1)  # kept for the evaluation, which asks for it again
 
 
 def hold_folder(lock, resumed):

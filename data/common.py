@@ -55,7 +55,7 @@ def run(main):
         fail("this machine's memory is full: give a part of the input, or prepare it with data/openwebtext/prepare.py")
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)  # in a notebook the process lives on
+            signal.signal(signum, handler or signal.SIG_DFL)  # in a notebook the process lives on
 
 
 def end_on_signals():

@@ -329,7 +329,7 @@ def read_texts(path, text_key="text"):
     """The text of a file, or of each file under a folder that list_files knows: of a .jsonl or .parquet, each document.
 
     A text stands as it is, not cut at <|endoftext|>. A document without text is counted and passed over. Half a
-    character, as JSON may spell one, becomes U+FFFD, which is said, and its document counts as changed.
+    character, as JSON may spell one, becomes U+FFFD, with a warning, and its document counts as changed.
     -> (list of str, the manifest's source, its documents)
     """
     path = Path(path)
