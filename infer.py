@@ -178,7 +178,7 @@ class Engine:
         self.device, self.dtype = weight.device, weight.dtype
         self.max_requests, self.chunk = max_requests, max(chunk, max_requests)
         self.batched, self.passes = self.device.type == "cuda" if batched is None else batched, {}
-        self.kernel = paged_kernel(self.device, self.dtype)
+        self.kernel = paged_kernel(self.device, self.dtype, config.head_dim)
         self.block = block = block or (256 if self.kernel else 16)
         count = -(-(max_tokens or 4 * config.block_size) // block)
         self.blocks = Blocks(count)

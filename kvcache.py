@@ -9,6 +9,8 @@ a view where its blocks are neighbours. Or it is a BatchPass: one token of each,
 import torch
 import torch.nn.functional as F
 
+from model import takes_flash
+
 try:  # optional kernels: pip install flash-attn (CUDA only)
     from flash_attn import flash_attn_with_kvcache
 except ImportError:
@@ -176,10 +178,9 @@ def new_cache(config, slots, dtype, device):
     return torch.zeros(slots, config.kv_heads, config.head_dim, dtype=dtype, device=device)
 
 
-def paged_kernel(device, dtype):
+def paged_kernel(device, dtype, head_dim):
     """flash-attn's kernel that reads keys and values by a table of blocks, where it is installed and can run."""
-    usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    return flash_attn_with_kvcache if usable else None
+    return flash_attn_with_kvcache if takes_flash(device, dtype, head_dim) else None
 
 
 def attend_one(q, k, v, first):

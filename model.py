@@ -12,8 +12,9 @@ What it can be, and where each idea comes from:
 - ReLU squared (So et al. 2021, arXiv:2109.08668) and SwiGLU (Shazeer 2020, arXiv:2002.05202)
 - soft-capped logits (Gemma 2, arXiv:2408.00118), residual projections and head that start at zero (modded-nanogpt)
 - attention by PyTorch's SDPA, by flash-attn where it is installed, or spelled out
+- a loss that never holds the logits (cross_entropy.py)
 
-The model is pure: it knows no device, rank, file or dataset. It imports torch alone.
+The model is pure: it knows no device, rank, file or dataset. It imports torch and cross_entropy.py alone.
 """
 
 import math
@@ -23,7 +24,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+from cross_entropy import linear_cross_entropy, rows_at_once
 
 try:  # optional kernels: pip install flash-attn (CUDA only)
     from flash_attn import flash_attn_func
@@ -223,16 +225,30 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
+def takes_flash(device, dtype, head_dim):
+    """Whether flash attention's kernels, flash-attn's and SDPA's, run on this device, in this dtype, at this size of
+    head: https://github.com/Dao-AILab/flash-attention#nvidia-cuda-support"""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return head_dim <= 256 and head_dim % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def prefers_sdpa(device):
+    """Whether SDPA is quicker here than flash-attn 2: on Hopper from torch 2.11 on, by its kernels for that GPU."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return version >= (2, 11) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def pick_attention(attn, device, dtype, T, head_dim):
     """config.attn on a device, in a dtype, for T tokens -> ("flash" | "sdpa" | "math", why)."""
     if attn != "auto":
         return attn, "asked for"
-    half = dtype in (torch.float16, torch.bfloat16)
-    if half and device.type == "cuda" and flash_attn_func is not None and head_dim <= 256:
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return "flash", "flash-attn is installed"
-    if half and device.type == "cpu" and T <= 512:  # longer, and T x T weights take too much memory
-        return "math", "quicker than SDPA's CPU kernel in half precision"
+    if flash_attn_func is not None and takes_flash(device, dtype, head_dim):
+        if prefers_sdpa(device):
+            return "sdpa", "quicker on this GPU than flash-attn"
+        return "flash", "flash-attn is installed"
+    if dtype in (torch.float16, torch.bfloat16) and device.type == "cpu" and T <= 512:
+        return "math", "quicker than SDPA's CPU kernel in half precision"  # longer, T x T weights take too much memory
     return "sdpa", "PyTorch picks the kernel"
 
 
@@ -250,9 +266,12 @@ def attend(q, k, v, attn="auto", dropout=0.0):
         scores = (q * q.size(-1) ** -0.5) @ k.mT + future  # (B, n_q, T, T)
         y = F.dropout(scores.softmax(-1), dropout) @ v
     else:
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.size(1) != k.size(1)
-        )
+        grouped = q.size(1) != k.size(1)
+        if grouped and q.device.type == "cuda" and not takes_flash(q.device, q.dtype, q.size(-1)):
+            # SDPA's other kernels on CUDA want a key head for each query head, or it takes T x T weights
+            k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+            grouped = False
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
@@ -272,6 +291,8 @@ class MLP(nn.Module):
         h = self.c_fc(x)  # (B, T, mlp_dim)
         if self.activation == "relu2":
             h = F.relu(h)
+            if h.dtype == torch.float16:
+                h = h.clamp(max=255.0)  # whose square float16 still holds
             h = h * h  # the backward pass of square() takes several times as long on a CPU
         elif self.activation == "swiglu":
             h = F.silu(self.c_gate(x)) * h
@@ -298,6 +319,16 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Head(nn.Linear):
+    """The last layer: hidden states (..., n_embd) -> logits (..., padded vocabulary). With targets (N,) and hidden
+    states (N, n_embd) -> the summed loss, as linear_cross_entropy takes its `options`."""
+
+    def forward(self, x, targets=None, **options):
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(x, self.weight, targets, **options)
+
+
 class GPT(nn.Module):
     """forward = embed, blocks, head; a pipeline stage holds some of these under the same names."""
 
@@ -319,7 +350,7 @@ class GPT(nn.Module):
             self.register_buffer("rope_sin", sin, persistent=False)
         if config.norm_embed:
             self.transformer["ln_e"] = Norm(config, config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
@@ -391,23 +422,18 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
-    def loss(self, x, targets, chunk=2**25):
-        """Mean cross-entropy of (B, T, n_embd) against (B, T), in nats, holding at most `chunk` logits in fp32.
-
-        A large vocabulary makes the logits the largest tensor of all (GPT-2: 201 kB a token in fp32), so they are made,
-        used and thrown away by rows, and made again in the backward pass (cf. Cut Cross-Entropy, arXiv:2411.09009).
-        """
-        x, targets = x.flatten(0, 1), targets.flatten()
-        rows = max(1, chunk // self.config.vocab_size)
-
-        def summed(x, targets):
-            return F.cross_entropy(self.head(x).float(), targets, ignore_index=-1, reduction="sum")
-
-        if len(x) <= rows:
-            total = summed(x, targets)
-        else:
+    def loss(self, x, targets, fuse=False):
+        """Mean cross-entropy of (B, T, n_embd) against (B, T), in nats per target. The logits are never held whole;
+        with `fuse` what lies between their products is compiled, though the model is not."""
+        x, targets, c = x.flatten(0, 1), targets.flatten(), self.config
+        if isinstance(self.lm_head, Head):
+            total = self.lm_head(self.transformer.ln_f(x), targets, vocab_size=c.vocab_size, softcap=c.logit_softcap,
+                                 fuse=fuse)
+        else:  # packed or quantized for inference (weights.py), where there is no gradient
+            rows = rows_at_once(c.padded_vocab_size, x.device.type)
             pieces = zip(x.split(rows), targets.split(rows), strict=True)
-            total = sum(checkpoint(summed, xs, ts, use_reentrant=False, preserve_rng_state=False) for xs, ts in pieces)
+            total = sum(F.cross_entropy(self.head(xs).float(), ts, ignore_index=-1, reduction="sum")
+                        for xs, ts in pieces)
         return total / (targets != -1).sum()
 
     # -------------------------------------------------------------------------

@@ -447,6 +447,8 @@ class Layout:
             return torch.compile(self.module, dynamic=False)  # a kernel for each shape, the same after a resume
         for module in parts_of_blocks(model):
             module.forward = torch.compile(module.forward, dynamic=False)
+        for root in model.stages if self.pp > 1 else [model]:
+            root.loss = partial(root.loss, fuse=True)
         return self.module
 
     def before_forward(self, model, last):

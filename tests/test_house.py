@@ -19,7 +19,8 @@ from ablate import read_experiment  # noqa: E402
 from configurator import read_file, read_keys  # noqa: E402
 
 FLOORS = [
-    {"model", "configurator", "files", "tokenizer", "device", "isoflop"},
+    {"configurator", "files", "tokenizer", "device", "isoflop", "cross_entropy"},
+    {"model"},
     {"loader", "optim", "checkpoint", "monitor", "guard", "probe", "track", "plan", "tables", "sampling", "weights",
      "kvcache", "tasks"},
     {"parallel", "infer", "export", "history"},
@@ -30,8 +31,8 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # what floor 0 may import besides the standard library; the other floors' packages are in test_setup.py
-BARE = {"configurator": set(), "model": {"torch", "flash_attn"}, "device": {"torch"},
-        "isoflop": {"numpy"}, "files": set()}
+BARE = {"configurator": set(), "cross_entropy": {"torch"}, "model": {"torch", "flash_attn", "cross_entropy"},
+        "device": {"torch"}, "isoflop": {"numpy"}, "files": set()}
 
 # floors of data/: a prepare.py may import another's, besides these
 DATA_FLOORS = [{"common"}, {"reading"}, {"cleaning", "dedup"}, {"scan"}, {"pipeline"}]
@@ -39,6 +40,7 @@ DATA_FLOOR = {name: floor for floor, names in enumerate(DATA_FLOORS) for name in
 
 MOST_LINES = 450
 LONGER = {  # file: why it is one file all the same
+    "model.py": "the whole architecture, every choice of it in sight of the others",
     "train.py": "a hundred lines of settings above the story",
     "checkpoint.py": "plain and sharded, at once and behind the steps, and how one becomes the other",
     "configurator.py": "where settings come from, the range of each number, and prints that never fail",

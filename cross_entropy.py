@@ -1,0 +1,154 @@
+"""
+The loss of a large vocabulary, without its logits.
+
+In fp32 GPT-2's logits take 201 kB a token: at 64 x 1,024 tokens 13 GB, more than all the rest of a 124M model's step.
+So the last hidden states and the table go in, and the loss comes out together with both gradients. Some rows at a time,
+the logits are made, become their own gradient in the same memory, are multiplied, and make room for the next rows.
+Nothing is computed twice, and nothing but the two gradients is kept for the backward pass, which only scales them
+(Liger Kernel, Hsu et al. 2024, arXiv:2410.10989; Cut Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009).
+
+It is one operator to autograd, to torch.compile and to DDP, so every layout of parallel.py computes the same thing.
+It imports torch alone.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Logits that are held at once, by type of device. A CPU's caches like few. On a GPU the product with the table wants
+# some thousand rows: with 2,668 rows (GPT-2's vocabulary) one 128 x 128 tile for each multiprocessor of an H100.
+PIECE = {"cpu": 2**25, "cuda": 2**27}
+
+
+def linear_cross_entropy(x, table, targets, vocab_size, softcap=0.0, fuse=False, piece=0):
+    """Cross-entropy of the logits x table^T against targets, summed, in nats.
+
+    x (N, C) hidden states; table (padded vocabulary, C), whose rows from `vocab_size` on are no tokens; targets (N,)
+    ids, -1 where there is nothing to predict. With softcap the logits are softcap * tanh(logits / softcap). Products
+    are made in autocast's dtype, or else x's; the softmax, the sum and the table's gradient in fp32.
+
+    fuse: what lies between the products is compiled (as it always is within torch.compile). piece: logits held at
+    once; 0: PIECE's. -> a scalar, fp32
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    gradients = torch.is_grad_enabled() and (x.requires_grad or table.requires_grad)
+    fuse = fuse or torch.compiler.is_compiling()
+    return loss_and_gradients(x, table, targets, vocab_size, softcap, dtype, gradients, fuse, piece)[0]
+
+
+def rows_at_once(padded_vocab_size, kind, softcap=0.0, piece=0):
+    """Rows whose logits are held at once on a device of this type. A soft-cap's slope takes as much room again."""
+    piece = piece or PIECE.get(kind, PIECE["cpu"])
+    return max(1, piece // padded_vocab_size // (2 if softcap else 1))
+
+
+@torch.library.custom_op("minichat::linear_cross_entropy", mutates_args=())
+def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: int, softcap: float, dtype: torch.dtype,
+                       gradients: bool, fuse: bool, piece: int) -> tuple[Tensor, Tensor, Tensor]:
+    """linear_cross_entropy, and with `gradients` the loss's with respect to x (N, C) and to the table, else empty."""
+    turn_into_gradient = compiled() if fuse else logits_to_gradient_
+    with torch.autocast(x.device.type, enabled=False):
+        weight = table.to(dtype)
+        pieces = -(-len(x) // rows_at_once(len(table), x.device.type, softcap, piece))
+        rows = -(-len(x) // pieces)  # of equal size, but for the last
+        buffer = torch.empty(rows, len(table), dtype=dtype, device=x.device)
+        loss = torch.zeros((), dtype=at_least_fp32(dtype), device=x.device)
+        grad_x, grad_table = (torch.empty_like(t) if gradients else t.new_empty(0) for t in (x, table))
+        for first in range(0, len(x), rows):
+            xs, ts = x[first : first + rows].to(dtype), targets[first : first + rows]
+            logits = torch.mm(xs, weight.T, out=buffer[: len(xs)])  # (rows, padded vocabulary)
+            loss += turn_into_gradient(logits, ts, vocab_size, softcap)
+            if gradients:
+                predicted = (ts != -1)[:, None].to(dtype)
+                grad_x[first : first + rows] = (logits @ weight) * predicted
+                add_product(grad_table, logits.T, xs * predicted, begin=first == 0)
+    return loss, grad_x, grad_table
+
+
+@loss_and_gradients.register_fake
+def _(x, table, targets, vocab_size, softcap, dtype, gradients, fuse, piece):
+    grad_x, grad_table = (torch.empty_like(t) if gradients else t.new_empty(0) for t in (x, table))
+    return x.new_empty((), dtype=at_least_fp32(dtype)), grad_x, grad_table
+
+
+def save_gradients(ctx, inputs, output):
+    _, grad_x, grad_table = output
+    ctx.mark_non_differentiable(grad_x, grad_table)
+    ctx.save_for_backward(grad_x, grad_table)
+
+
+def scale_gradients(ctx, grad, *_):
+    """`grad` is that of the summed loss, a scalar. In place, as the table's gradient is as large as the table; where
+    torch.compile traces this, it plans the memory."""
+    grad_x, grad_table = ctx.saved_tensors
+    if torch.compiler.is_compiling():
+        scaled = grad_x * grad, grad_table * grad
+    else:
+        scaled = grad_x.mul_(grad), grad_table.mul_(grad)
+    return *scaled, *[None] * 7
+
+
+loss_and_gradients.register_autograd(scale_gradients, setup_context=save_gradients)
+
+
+def logits_to_gradient_(logits, targets, vocab_size, softcap):
+    """Logits (N, padded vocabulary) become, in place, the gradient of the summed loss: softmax - one-hot. -> the loss
+
+    A row whose target is -1 becomes a softmax: the caller leaves it out.
+    """
+    work = logits.to(at_least_fp32(logits.dtype))  # in fp32 the same tensor
+    at_target = torch.arange(len(logits), device=logits.device), targets.clamp(min=0)
+    if softcap:
+        work.div_(softcap).tanh_()
+        slope = work.square().neg_().add_(1)  # of tanh
+        work.mul_(softcap)
+    work[:, vocab_size:] = float("-inf")
+    log_softmax_(work)
+    log_probability = work[at_target]  # (N,)
+    loss = -torch.where(targets != -1, log_probability, 0.0).sum()
+    gradient_at_target = torch.expm1(log_probability)  # probability - 1
+    work.exp_()
+    if softcap:
+        work.mul_(slope)
+        gradient_at_target = gradient_at_target * slope[at_target]
+    logits.copy_(work)
+    logits[at_target] = gradient_at_target.to(logits.dtype)
+    return loss
+
+
+def log_softmax_(x):
+    """log_softmax over the last dimension, in place: the kernel reads an element before it writes that element."""
+    if torch.compiler.is_compiling():  # where there is no memory between operations to save
+        x.copy_(F.log_softmax(x, -1))
+    else:
+        torch.log_softmax(x, -1, out=x)
+
+
+def add_product(total, a, b, begin):
+    """total (fp32) += a b, or where it has to `begin`, total = a b."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0.0 if begin else 1.0, out=total)
+    elif begin:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
+
+
+def at_least_fp32(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+@functools.cache
+def compiled():
+    """logits_to_gradient_ as one kernel, for any number of rows."""
+    fused = torch.compile(logits_to_gradient_)
+
+    def run(logits, targets, vocab_size, softcap):
+        for tensor in (logits, targets):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return fused(logits, targets, vocab_size, softcap)
+
+    return run
