@@ -11,6 +11,7 @@ Benchmarks, as a user would run the thing: the same commands, timed.
     python bench.py activations
     python bench.py zero --worlds=1,2 --shape=12,12,768 --tokens=256
     python bench.py monitor --config=config/shakespeare_char_cpu.py
+    python bench.py gpu
 
 `train` runs train.py on the config once per seed, each in a fresh folder under out_dir, then eval.py on the whole
 validation split in fp32. `scaling` runs a few updates of it for each size of micro-batch, length of context and number
@@ -22,7 +23,9 @@ with checkpoints alone (`--models=out/a,out/b`).
 `activations` takes one training step with each of train.py's activation_checkpointing and says what it holds in memory
 and how long it takes. `zero` says what each rank holds of weights, gradients and optimizer state when the optimizer
 steps, by ZeRO stage, and its peak. `monitor` trains on the config with its logging and probes and without, in turns,
-and says what they take of a step. Each prints a table and, as the last line, one JSON object.
+and says what they take of a step. `gpu` trains GPT-2's sizes on random tokens beside the machine's ceilings, one thing
+varied at a time: compilation, batch, loss, kernel of attention, optimizer (benchmarks/gpu.py). Each prints a table and,
+as the last line, one JSON object.
 """
 
 import contextlib
@@ -44,11 +47,14 @@ import threading
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import plan
+from benchmarks import gpu
+from benchmarks.common import forget_peak, machine, table, timed
 from configurator import configure, fail, read_file, read_keys
 from device import DTYPES, memory_gb, pick_device
 from export import write_gguf
@@ -61,7 +67,7 @@ from parallel import Layout, checkpoint_activations, local, one_fate, own_device
 from weights import convert
 
 # -----------------------------------------------------------------------------
-what = "train"              # train | scaling | data | loader | infer | activations | zero | monitor
+what = "train"              # train | scaling | data | loader | infer | activations | zero | monitor | gpu
 out_dir = "out/bench"       # where the run folders go; those of an earlier benchmark must be gone
 
 # train, scaling, loader and monitor
@@ -74,7 +80,7 @@ reads = 2000                # loader: batches read in each round
 # scaling, with batches (below), which are those of one micro-step there
 lengths = (64, 256)         # tokens of context
 worlds = (1, 2)             # scaling, zero: numbers of processes
-warm_up = 3                 # updates that are not timed, ...
+warm_up = 3                 # scaling, gpu: updates that are not timed, ...
 updates = 10                # ... and those that are, in each run
 
 # data
@@ -93,11 +99,16 @@ prompts = (16, 512)         # tokens of each prompt
 new_tokens = 24             # tokens drawn after the first
 peers = True                # also the plain way, without a cache, and transformers and llama.cpp where installed
 crowd = 32                  # requests of mixed lengths, all at once and one after another; 0: none
-device = "auto"             # infer, activations, zero: auto | cpu | cuda | cuda:N | mps
+device = "auto"             # infer, activations, zero, gpu: auto | cpu | cuda | cuda:N | mps
 
 # activations, zero: fp32 steps on one sequence
 shape = (24, 16, 1024)      # layers, heads and width; these are GPT-2's 355M
-tokens = 1024               # in the sequence
+tokens = 1024               # in the sequence; gpu: in each
+
+# gpu: bfloat16 steps
+gpu_models = ("124m", "355m")  # 124m | 355m | 774m | tiny; the first is the one that is varied
+gpu_batches = (16, 64, 128)  # sequences of a step of 124m (a larger model takes fewer); the middle one is the base
+gpu_pieces = (33554432, 67108864, 134217728, 268435456)  # logits that the fused loss holds at once
 # -----------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent
@@ -128,26 +139,6 @@ def new_folder(path):
     return Path(path)
 
 
-def machine():
-    """What a figure that is no training run's depends on."""
-    dirty = bool(git("status", "--porcelain"))
-    return {"commit": git("rev-parse", "HEAD"), "dirty": dirty, "cpu": cpu_name(), "cores": os.cpu_count()}
-
-
-def table(rows, columns):
-    """Print `rows` (dicts) as a Markdown table; None is n/a."""
-    def cell(value):
-        if value is None:
-            return "n/a"
-        return f"{value:.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-    lines = [list(columns), *([cell(row[c]) for c in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    for line in lines:
-        print("| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |")
-
-
 # -----------------------------------------------------------------------------
 # train
 
@@ -164,9 +155,8 @@ def read_run(folder):
 def typical(records):
     """The median of a step's time, of its parts and of its speed; None where nothing was recorded, as of
     communication, which is measured at evaluations, in one process."""
-    parts = (*PARTS, "pipeline_ms")  # a pipeline's forward and backward passes are one
-    found = {"step_ms": statistics.median(sum(r.get(part, 0) for part in parts) for r in records)}
-    for part in (*PARTS, "comm_ms", "tok_per_s", "mfu"):
+    found = {}
+    for part in ("step_ms", *PARTS, "comm_ms", "tok_per_s", "mfu"):
         values = [r[part] for r in records if r.get(part) is not None]
         found[part] = statistics.median(values) if values else None
     return found
@@ -221,7 +211,8 @@ def run_few(batch_size, length, ranks, micro_batches, folder, must):
     steps = warm_up + updates
     grid = {"batch_size": batch_size, "block_size": length, "gradient_accumulation_steps": micro_batches,
             "tokens_per_step": 0, "context_start": 0, "max_iters": steps, "log_interval": 1, "eval_interval": steps,
-            "eval_iters": 1, "save_interval": 0, "save_minutes": 0, "sample_tokens": 0, "out_dir": folder}
+            "eval_iters": 1, "save_interval": 0, "save_minutes": 0, "sample_tokens": 0, "measure_comm": True,
+            "out_dir": folder}
     for key in overrides:
         if key.partition("=")[0] in grid:
             fail(f"--overrides={key}: that is for the grid of scaling to say")
@@ -486,12 +477,6 @@ def bandwidth(where, size=2**28):
     return data.nbytes / min(timed(lambda: data.sum().item()) for _ in range(5))
 
 
-def timed(call):
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
 def decode(engine, batch, length):
     """One round of requests. -> (seconds to the first token, median seconds of a step after it)"""
     ids = torch.randint(engine.model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
@@ -680,15 +665,6 @@ def weight_bytes(layer):
 # activations and zero: what is held in memory
 
 
-def forget_peak(where):
-    """Peak memory, of all that this process holds, counts from now on (proc(5), clear_refs); where it cannot, from the
-    start of the process."""
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
 def apart(function, *args, ranks=1):
     """What `function` gives, by rank, in processes of their own, as the peak of a process never falls."""
     spawn = multiprocessing.get_context("spawn")
@@ -827,7 +803,7 @@ def check():
     if len(shape) != 3:
         fail("--shape takes three numbers: layers, heads and width")
     try:
-        if what in ("infer", "activations", "zero"):
+        if what in ("infer", "activations", "zero", "gpu"):
             pick_device(device)
         for heads in kv_heads:
             GPTConfig(n_kv_head=heads)
@@ -889,9 +865,11 @@ def bench_monitor():
 if __name__ == "__main__":
     benchmarks = {"train": bench_train, "scaling": bench_scaling, "data": bench_data, "loader": bench_loader,
                   "infer": bench_infer, "activations": bench_activations, "zero": bench_zero,
-                  "monitor": bench_monitor}
+                  "monitor": bench_monitor, "gpu": lambda: gpu.bench(SimpleNamespace(**settings))}
     settings = configure(globals(), verb="what", verbs=tuple(benchmarks))
     check()
     figures = benchmarks[what]()
     settings["input"] = Path(input).name  # where it lies is this machine's own affair
     print(json.dumps({"benchmark": what, "settings": settings, **figures}))
+    if figures.get("failed"):
+        sys.exit(1)

@@ -65,6 +65,10 @@ INTERVALS = {
 }
 RANGES = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
 
+# Two ways to say one thing: the one that is set later overrides the other, as if that had not been set. In one config
+# file, or both on the command line, they must agree.
+ALTERNATIVES = [("tokens_per_step", "gradient_accumulation_steps")]
+
 # Keys whose values are paths. "~" at the start is the home folder.
 PATHS = set("""baseline config data dataset folders html init_from input into models out out_dir paths plot png prompts
     reference runs tokenizer""".split())
@@ -422,6 +426,7 @@ def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None, 
         print_help(namespace, keys, verb, verbs, paths)
         raise SystemExit(0)
     values, bare, verb_open = {}, [], bool(verb)
+    source, sources = 0, {}  # which config file set a key, in their order, or the command line between them
     while words:
         word = words.pop(0)
         if word.startswith("--"):
@@ -435,8 +440,12 @@ def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None, 
                     fail(f"--{name} needs a value: --{name}=VALUE")
                 text = words.pop(0)
             values[name] = keys[name].check(text, f"--{name}", parse=True)
+            sources[name] = source
         elif word.endswith(".py"):
-            values |= read_file(at_home(word), keys, keys_of_train(namespace["__file__"]))
+            read = read_file(at_home(word), keys, keys_of_train(namespace["__file__"]))
+            values |= read
+            sources |= dict.fromkeys(read, source + 1)
+            source += 2
         elif verb_open and word in verbs:
             values[verb], verb_open = word, False
         elif paths and not verb_open and not word.startswith("-"):
@@ -444,6 +453,10 @@ def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None, 
             values[paths] = keys[paths].check(tuple(bare), word)
         else:
             refuse(word, keys, verbs if verb_open else ())
+    for pair in ALTERNATIVES:
+        there = sorted((name for name in pair if values.get(name)), key=sources.get)
+        if len(there) == 2 and sources[there[0]] < sources[there[1]]:
+            del values[there[0]]
     if given is not None:
         given.update(values)
     values = {name: key.default for name, key in keys.items()} | values

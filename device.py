@@ -4,20 +4,25 @@ The machine as torch sees it: which device and precision to use and why, what it
 
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import re
 import shutil
 import sys
+import sysconfig
 import time
+import warnings
+from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Peak dense FLOP/s, without sparsity: in bf16 and fp16 with fp32 sums, and in fp32 without TF32, which train.py never
-# asks for (None: the sources differ). By a part of what torch.cuda.get_device_name says; the longer name first where
-# one contains another. From the makers' data sheets and architecture white papers (Volta, Turing, Ampere GA100 and
+# Peak dense FLOP/s, without sparsity: in bf16 and fp16 with fp32 sums, and in fp32 without TF32 (None: the sources
+# differ; peak_flops derives TF32). By a part of what torch.cuda.get_device_name says; the longer name first where one
+# contains another. From the makers' data sheets and architecture white papers (Volta, Turing, Ampere GA100 and
 # GA102, Ada, Hopper, Blackwell, RTX Blackwell, CDNA 3), half of what they print "with sparsity".
 PEAK_FLOPS = {
     "GB200": (2500e12, None),
@@ -51,27 +56,134 @@ PEAK_FLOPS = {
 
 OTHER_CHIP = re.compile(r"\b(Laptop|Max-Q|Ti|D|SUPER|MIG)\b")  # another chip, or a part of one, behind the same name
 
+# Files that an NVIDIA driver brings: on Linux, in a container, on WSL.
+NVIDIA_DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")
+
+# Builds of torch 2.9 to 2.14: wheel index -> the lowest and highest compute capability it has kernels for. CUDA 13
+# dropped Maxwell, Pascal and Volta; CUDA 12.6 came before Blackwell. From torch.cuda.PYTORCH_RELEASES_CODE_CC of 2.13.
+BUILDS = {"cu130": ((7, 5), (12, 1)), "cu126": ((5, 0), (9, 0))}
+
+SDPA = ("auto", "cudnn", "flash", "efficient", "math")  # kernels of scaled_dot_product_attention on CUDA
+
 
 def pick_device(name="auto"):
-    """"auto", "cpu", "cuda", "cuda:1" or "mps" -> (torch.device, why). Raises ValueError where it is not there."""
+    """"auto", "cpu", "cuda", "cuda:1" or "mps" -> (torch.device, why). Raises ValueError where it is not there, and
+    where there is an NVIDIA GPU that this build of torch cannot use."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), f"{torch.cuda.get_device_name()} found"
+        if cuda_is_available():
+            device = torch.device("cuda")
+            check_kernels(name, device)
+            return device, f"{torch.cuda.get_device_name()} found"
         if torch.backends.mps.is_available():
             return torch.device("mps"), "Apple GPU found"
-        return torch.device("cpu"), "no GPU found"
+        check_driver(name)
+        return torch.device("cpu"), why_no_gpu()
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device={name!r} is none of auto, cpu, cuda, cuda:N, mps") from None
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cpu": True, "cuda": cuda_is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type, False):
+        if device.type == "cuda":
+            check_driver(name)
         raise ValueError(
             f"device={name!r}: torch {torch.__version__} finds no such device here; device=auto takes what there is"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={name!r}: there are {torch.cuda.device_count()} CUDA device(s) here, counted from 0")
+    if device.type == "cuda":
+        check_kernels(name, device)
     return device, "asked for"
+
+
+def cuda_is_available():
+    """torch.cuda.is_available() without its warning about the driver: check_driver says it in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+def nvidia_driver():
+    """Whether this machine has an NVIDIA driver."""
+    return any(Path(file).exists() for file in NVIDIA_DRIVER)
+
+
+def install_torch(index):
+    """The command that replaces this torch by the build of the same version that a wheel index has."""
+    version = torch.__version__.partition("+")[0]
+    return f"pip install --force-reinstall --index-url https://download.pytorch.org/whl/{index} torch=={version}"
+
+
+def why_no_gpu():
+    """Why device=auto takes the CPU."""
+    if torch.version.cuda is None and torch.version.hip is None and nvidia_driver():
+        return ("this torch is a CPU build; an NVIDIA driver is here: install a CUDA build with "
+                f"{install_torch('cu130')}, or with cu126 where the driver is older than 580")
+    return "no GPU found"
+
+
+def check_driver(name):
+    """Raises ValueError where an NVIDIA driver is here and CUDA does not start: torch.cuda.is_available() is then False
+    as if there was no GPU. `name` is the setting of the device."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda is None or hidden or not nvidia_driver():
+        return
+    try:
+        torch.cuda.init()
+        return
+    except RuntimeError as e:
+        error = " ".join(str(e).split())
+    if "No CUDA GPUs are available" in error or "Found no NVIDIA driver" in error:
+        return  # such as a container that was not given the machine's GPUs
+    build = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    old = re.search(r"driver on your system is too old \(found version (\d+)\)", error)
+    if old is None:
+        raise ValueError(f"device={name!r}: CUDA does not start here ({error.partition('. ')[0]}), and {build}; "
+                         "--device=cpu runs without it")
+    major, minor = int(old[1]) // 1000, int(old[1]) % 1000 // 10
+    mend = "update the driver"
+    if major == 12 and not torch.version.cuda.startswith("12."):
+        mend = f"update the driver, or for a GPU older than Blackwell {install_torch('cu126')}"
+    raise ValueError(f"device={name!r}: the NVIDIA driver here is for CUDA {major}.{minor}, and {build}: {mend}; "
+                     "--device=cpu runs without the GPU")
+
+
+def runs_on(arch, capability):
+    """Whether code for "sm_86", "sm_90a" or "compute_90" runs on a GPU of a compute capability, such as (8, 9).
+
+    Binaries run on later minor versions of their major version, PTX on all later GPUs; "a" means this very version
+    (CUDA C++ Programming Guide, sections Binary Compatibility and PTX Compatibility).
+    """
+    kind, _, version = arch.partition("_")
+    number = int(version.rstrip("af"))
+    built = divmod(number, 10)
+    if version.endswith("a"):
+        return capability == built
+    if kind == "compute":
+        return capability >= built
+    return capability[0] == built[0] and capability[1] >= built[1]
+
+
+def check_kernels(name, device):
+    """Raises ValueError where this build of torch has no kernels for the GPU. `name` is the setting of the device."""
+    archs = torch.cuda.get_arch_list()
+    if torch.version.cuda is None or not archs:  # AMD's GPUs have names instead of compute capabilities
+        return
+    capability = tuple(torch.cuda.get_device_capability(device))
+    if any(runs_on(arch, capability) for arch in archs):
+        return
+    mend = "install a newer torch, built for this GPU"
+    for index, (lowest, highest) in BUILDS.items():
+        if lowest <= capability <= highest:
+            driver = "a driver of CUDA 13 and " if index == "cu130" else ""
+            low, high = (f"sm_{major}{minor}" for major, minor in (lowest, highest))
+            mend = f"the build {index} has {low} to {high}: {driver}{install_torch(index)}"
+            break
+    if capability < (5, 0):
+        mend = "no build of torch >= 2.9 has"
+    gpu = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+    raise ValueError(f"device={name!r}: {gpu}, torch {torch.__version__} has kernels for {' '.join(archs)} only; "
+                     f"{mend}; --device=cpu runs without the GPU")
 
 
 def pick_dtype(name, device):
@@ -102,17 +214,156 @@ def autocast(device, dtype):
     return lambda: torch.autocast(device.type, dtype)
 
 
+def use_sdpa(name, device):
+    """Lets scaled_dot_product_attention use one CUDA kernel alone, in this whole process: a name of SDPA. "auto" leaves
+    torch's own choice. Raises ValueError for another name, and for a kernel where the device is not CUDA."""
+    if name not in SDPA:
+        raise ValueError(f"sdpa={name!r} is none of {', '.join(SDPA)}")
+    if name == "auto":
+        return
+    if device.type != "cuda":
+        raise ValueError(f"sdpa={name!r} needs a CUDA device, and this is {device.type}: sdpa=auto works everywhere")
+    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
+    torch.backends.cuda.enable_flash_sdp(name == "flash")
+    torch.backends.cuda.enable_mem_efficient_sdp(name == "efficient")
+    torch.backends.cuda.enable_math_sdp(name == "math")
+
+
+def inference_kernels(device):
+    """The context to run inference in: scaled_dot_product_attention without cuDNN's kernel.
+
+    From torch 2.11 SDPA prefers cuDNN on Hopper and B200 (with cuDNN 9.15.1 or later, which CUDA 13 builds have). cuDNN
+    makes a plan of some 0.4 s for each new shape, and decoding has a new shape at every length; and wrong results for
+    a query of length 1 were reported on B200 (pytorch/pytorch#193893). The other kernels keep torch's order: flash,
+    efficient, math. A kernel that use_sdpa named stays alone.
+    """
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        return contextlib.nullcontext()
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+    }
+    kernels = [kernel for kernel, is_on in enabled.items() if is_on]
+    if not kernels:
+        return contextlib.nullcontext()  # use_sdpa("cudnn")
+    # Without set_priority: cuDNN is off, so the order is right, and torch sets up its own order once, at the first
+    # attention of the process. A priority restored over it would change the kernel that training gets afterwards.
+    return sdpa_kernel(kernels)
+
+
+def sdpa_kernel_of(device, dtype, *, batch, queries, keys, heads, kv_heads, head_dim, causal):
+    """The kernel that scaled_dot_product_attention picks for such tensors now: "cudnn" | "flash" | "efficient" |
+    "math"; "unknown" where torch does not say. `queries` and `keys` are lengths in tokens. Where gradients are enabled,
+    the tensors need them, as in training."""
+    names = {SDPBackend.CUDNN_ATTENTION: "cudnn", SDPBackend.FLASH_ATTENTION: "flash",
+             SDPBackend.EFFICIENT_ATTENTION: "efficient", SDPBackend.MATH: "math"}
+    grad = torch.is_grad_enabled()
+    try:
+        q = torch.empty(batch, queries, heads, head_dim, device=device, dtype=dtype, requires_grad=grad)
+        k = torch.empty(batch, keys, kv_heads, head_dim, device=device, dtype=dtype, requires_grad=grad)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, heads, T, head_dim), with the strides that model.py has
+        choice = torch._fused_sdp_choice(q, k, k, is_causal=causal, enable_gqa=heads != kv_heads)
+        return names.get(SDPBackend(choice), "unknown")
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+        return "unknown"  # the function is private to torch
+
+
+def use_tf32(enabled, device):
+    """Lets CUDA multiply fp32 matrices in TF32, 10 bits of mantissa instead of 23, or forbids it. Elsewhere it does
+    nothing."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if enabled else "highest")
+
+
+def allocate_in_segments():
+    """Has the CUDA allocator grow its segments (expandable_segments), unless PYTORCH_ALLOC_CONF or
+    PYTORCH_CUDA_ALLOC_CONF is set. Call it before the first CUDA tensor. Linux only, without WSL.
+
+    Micro-batches of several lengths need tensors of several sizes; in segments of fixed size the freed ones leave holes
+    that no later tensor fits in, and memory runs out while gigabytes are free.
+    """
+    is_set = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
+    if sys.platform != "linux" or "microsoft" in os.uname().release or torch.version.hip or is_set:
+        return
+    wanted = "expandable_segments:True"
+    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if release < (2, 10):  # reads the old name alone (pytorch/pytorch#183387), at the first tensor
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = wanted
+        return
+    os.environ["PYTORCH_ALLOC_CONF"] = wanted  # for child processes: a CUDA build reads it when torch is imported
+    set_now = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if set_now:
+        set_now(wanted)
+
+
+def has_compiler(variable, names):
+    """Whether an environment variable names a compiler, or one of the names is on PATH."""
+    return bool(os.environ.get(variable)) or any(shutil.which(name) for name in names)
+
+
+def has_python_h():
+    """Whether the headers of this Python are installed, as inductor and triton look for them."""
+    folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]  # Debian's differ
+    return any((Path(folder) / "Python.h").is_file() for folder in folders)
+
+
+def missing_for_compile(device):
+    """What torch.compile needs on this device and lacks here, each with the mend; [] where nothing is missing."""
+    missing = []
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            missing.append("triton: pip install triton")
+        if not has_compiler("CC", ("gcc", "clang")):  # where triton looks
+            missing.append("a C compiler: apt install gcc")
+    if device.type == "cpu" and not has_compiler("CXX", ("c++", "g++", "clang++")):
+        missing.append("a C++ compiler: apt install g++")
+    if device.type in ("cpu", "cuda") and not has_python_h():
+        missing.append("Python.h: apt install python3-dev")
+    return missing
+
+
 def can_compile(device):
     """Why torch.compile cannot work here, or None where it should."""
     if sys.platform == "win32":
         return "not on Windows"
-    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if device.type == "cpu" and not has_compiler("CXX", ("c++", "g++", "clang++")):
         return "no C++ compiler found"
     return None
 
 
-def peak_flops(device, dtype):
-    """FLOP/s that `device` can reach at best in `dtype`, or None where it is not known. That of a CPU is measured."""
+def compile_one(device):
+    """Compiles a small function, and runs it forward and backward. Raises what torch.compile raises."""
+    x = torch.ones(64, device=device, requires_grad=True)
+    torch.compile(lambda x: x.sin() + x.cos())(x).sum().backward()
+
+
+def inner_error(error):
+    """The innermost exception behind one: the one that torch.compile wraps (inner_exception), else the one it was
+    raised from (__cause__), else the one that was being handled (__context__)."""
+    seen = {id(error)}
+    while True:
+        context = None if error.__suppress_context__ else error.__context__
+        inner = getattr(error, "inner_exception", None) or error.__cause__ or context
+        if not isinstance(inner, BaseException) or id(inner) in seen:
+            return error
+        seen.add(id(inner))
+        error = inner
+
+
+def what_failed(error):
+    """The innermost cause of an error, in a line. Raises that cause where memory is full: to run in another way takes
+    no less."""
+    cause = inner_error(error)
+    if memory_is_full(cause):
+        raise cause from None
+    text = str(cause).strip().partition("\n")[0]
+    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+
+
+def peak_flops(device, dtype, tf32=False):
+    """FLOP/s that `device` can reach at best in `dtype`, or None where it is not known. That of a CPU is measured.
+    `tf32`: fp32 matrices are multiplied in TF32, where the GPU has it."""
     if device.type == "cpu":
         return matmul_flops(dtype, torch.get_num_threads())
     if device.type != "cuda":
@@ -122,7 +373,13 @@ def peak_flops(device, dtype):
         return None
     found = (peaks for known, peaks in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name))
     half, single = next(found, (None, None))
-    return single if dtype == torch.float32 else half
+    if dtype != torch.float32:
+        return half
+    # TF32 came with Ampere, and is half as fast as bf16 in NVIDIA's data sheets: A100 156 of 312 TFLOP/s, H100 495 of
+    # 989, L40S 183 of 362, RTX 4090 82.6 of 165, B200 1125 of 2250, all dense.
+    if tf32 and half and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0):
+        return half / 2
+    return single
 
 
 @functools.cache

@@ -28,7 +28,17 @@ import torch
 import torch.distributed as dist
 
 from configurator import configure, fail
-from device import can_compile, peak_flops, pick_device, pick_dtype
+from device import (
+    can_compile,
+    compile_one,
+    inference_kernels,
+    inner_error,
+    missing_for_compile,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    sdpa_kernel_of,
+)
 from model import flash_attn_func, pick_attention
 from monitor import environment
 from parallel import from_environment, leave
@@ -83,6 +93,28 @@ def attention_backends(where, precision):
     return f"{ours}; SDPA may use {', '.join(on)}"
 
 
+def sdpa_kernels(where, precision):
+    """(kernel that SDPA picks to train, kernel to decode), for 12 heads of 64: 8 sequences of 1024 tokens, and 8
+    requests with a query for each 512 keys."""
+    heads = {"batch": 8, "heads": 12, "kv_heads": 12, "head_dim": 64}
+    training = sdpa_kernel_of(where, precision, queries=1024, keys=1024, causal=True, **heads)
+    with torch.no_grad(), inference_kernels(where):
+        decoding = sdpa_kernel_of(where, precision, queries=1, keys=512, causal=False, **heads)
+    return training, decoding
+
+
+def try_compile(where):
+    """Compiles a small function, runs it forward and backward -> "works (N s)", or why it does not."""
+    clock = time.perf_counter()
+    try:
+        compile_one(where)
+    except Exception as e:  # the compilers' errors have no class in common
+        inner = inner_error(e)
+        reason = (str(inner).strip() or type(inner).__name__).splitlines()[0]
+        return "; ".join(["fails", *(f"missing {item}" for item in missing_for_compile(where)), reason])
+    return f"works ({time.perf_counter() - clock:.0f} s)"
+
+
 def disk(folder, size=64):
     """(GB free, MB/s of writing `size` MB) where `folder` is, or would be; nothing is left there."""
     there = next(p for p in (folder, *folder.parents) if p.is_dir())
@@ -117,8 +149,9 @@ def environment_settings():
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(READ)}
 
 
-def machine(where, why):
-    """What there is, as (name, text) lines for people and a dict for programs."""
+def machine(where, why, world=1):
+    """What there is, as (name, text) lines for people and a dict for programs. Where other ranks wait, nothing is
+    compiled: it may take longer than their time-out."""
     precision, dtype_why = pick_dtype(dtype, where)
     name = str(precision).removeprefix("torch.")
     peak = peak_flops(where, precision)
@@ -129,6 +162,8 @@ def machine(where, why):
     gloo = "yes" if dist.is_available() and dist.is_gloo_available() else "no"
     dirty = " with changes" if recorded["dirty_diff"] or recorded["untracked"] else ""
     ports, settings = infiniband(), environment_settings()
+    training, decoding = sdpa_kernels(where, precision)
+    compiles = can_compile(where) or ("not tried under torchrun" if world > 1 else try_compile(where))
     lines = [
         ("system", f"{platform.platform()}, Python {recorded['python']}"),
         ("packages", ", ".join(f"{package} {version}" for package, version in recorded["packages"].items())),
@@ -139,7 +174,8 @@ def machine(where, why):
         ("dtype", f"{name} ({dtype_why})"),
         ("peak", f"{peak / 1e12:.3g} TFLOP/s, what MFU is a share of" if peak else "not known, so MFU is n/a"),
         ("attention", attention_backends(where, precision)),
-        ("compile", can_compile(where) or "should work"),
+        ("attention", f"SDPA picks {training} to train, {decoding} to decode ({name}, heads of 64)"),
+        ("compile", compiles),
         ("disk", f"{free:.1f} GB free, {speed:.0f} MB/s written, at out_dir={out_dir}"),
         *(("infiniband", port) for port in ports or ["none"]),
         *(("topology", line) for line in topology().splitlines()),
@@ -149,7 +185,7 @@ def machine(where, why):
     ]
     del recorded["dirty_diff"], recorded["untracked"]
     return lines, {**recorded, "dtype": name, "peak_flops": peak, "disk_free_gb": free, "disk_mb_per_s": speed,
-                   "infiniband": ports, "variables": settings}
+                   "sdpa_training": training, "sdpa_decoding": decoding, "infiniband": ports, "variables": settings}
 
 
 # -----------------------------------------------------------------------------
@@ -360,7 +396,7 @@ def main():
             torch.cuda.set_device(where)
         pick_dtype(dtype, where)
         them = arrive(where, rank, world) if world > 1 else None
-        lines, found = machine(where, why) if rank == 0 else ([], {})
+        lines, found = machine(where, why, world) if rank == 0 else ([], {})
     except (ValueError, OSError) as e:
         fail(e)
     width = max((len(name) for name, _ in lines), default=0)

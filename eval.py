@@ -24,7 +24,7 @@ import torch
 
 from checkpoint import run_of
 from configurator import configure, fail
-from device import autocast, memory_is_full, pick_device, pick_dtype
+from device import autocast, inference_kernels, memory_is_full, pick_device, pick_dtype
 from files import read_lines
 from infer import Engine, load, stretch
 from loader import fixed_batches, open_datasets, open_tokens, sha256
@@ -79,13 +79,14 @@ SEVERAL = ("context", "passkey")  # take any number of them
 
 @torch.no_grad()
 def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contextlib.nullcontext, rank=0, ranks=1,
-             collect=lambda sums: [sums], tokenizer=None):
+             collect=lambda sums: [sums], tokenizer=None, compiled=None):
     """Mean cross-entropy of `model` over the fixed windows of `tokens`, in nats per token.
 
     Each window is read from its start, so its first tokens have little context: losses compare at equal block_size.
     Of a mix of datasets, each is evaluated by itself and the losses are weighted as the mix is. Of several `ranks`,
     each takes every so many-th batch, and `collect` gives all of them the sums of all: added in the order of the
-    batches, so that the result is one rank's.
+    batches, so that the result is one rank's. `compiled` is the model compiled, for batches of the full size: a smaller
+    one, at the end of the tokens, would be compiled for itself alone.
     -> {"loss", "perplexity", "bits" (per token), "tokens" (predicted), "tokens_sha256"}: losses compare where the last
     two, which say what was read, are equal. With a tokenizer also "characters" and "bytes" of what was predicted, and
     "bits_per_character" and "bits_per_byte", which compare between tokenizers where these are equal.
@@ -94,14 +95,17 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
     was_training = model.training
     model.eval()
     loss, tokens_read, digests, sizes, rates = 0.0, 0, [], np.zeros(2, np.int64), np.zeros(2)
+    full = None  # shape of the first batch; at the end of the tokens some are smaller
     for part, weight in tokens.parts:
         sums, count = [], 0
         batches = fixed_batches(part, block_size, batch_size, eval_iters)
         while together := list(itertools.islice(batches, ranks)):
             x, y = together[min(rank, len(together) - 1)]  # all take part in a sharded model's pass
             n = int((y != -1).sum())
+            full = full or together[0][0].shape
+            forward = model if compiled is None or x.shape != full else compiled
             with context():
-                _, mean = model(x.to(device), y.to(device), loss_only=True)
+                _, mean = forward(x.to(device), y.to(device), loss_only=True)
             # a sum over tokens: a mean of means would weigh the tail's tokens more
             sums.append(mean.item() * n if rank < len(together) else 0.0)
             count += sum(int((y != -1).sum()) for _, y in together)
@@ -386,7 +390,8 @@ def main():
             raise ValueError(f"{out_dir} has no tokenizer, so no text can be turned into its tokens")
         if quantize or what == "prompts":
             convert(model, precision if what == "prompts" else torch.float32, quantize)
-        result = VERBS[what](model, tokenizer, state, folder, autocast(where, precision))
+        with inference_kernels(where):
+            result = VERBS[what](model, tokenizer, state, folder, autocast(where, precision))
     except (ValueError, OSError) as e:  # CheckpointError and DataError are ValueErrors
         fail(e)
     except (MemoryError, RuntimeError) as e:

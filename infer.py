@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import CheckpointError, config_of, find, load_model, run_of
-from device import pick_device, pick_dtype
+from device import inference_kernels, pick_device, pick_dtype
 from kvcache import BatchPass, Blocks, StepCache, new_cache, paged_kernel
 from model import GPT, rope_tables
 from sampling import Sampling, StopText, penalise, probabilities
@@ -86,7 +86,8 @@ def stream(model, prompt, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
     ids = torch.tensor([prompt], dtype=torch.long, device=device)
     for _ in range(max_new_tokens):
-        logits, _ = model(ids[:, -model.config.block_size :], last_only=True)
+        with inference_kernels(device):
+            logits, _ = model(ids[:, -model.config.block_size :], last_only=True)
         logits = penalise(logits[0, -1].float().cpu(), ids[0].tolist(), repetition_penalty)
         probs = probabilities(logits, temperature, top_k, top_p, min_p)
         token = int(torch.multinomial(probs, 1, generator=generator))
@@ -178,6 +179,7 @@ class Engine:
         self.device, self.dtype = weight.device, weight.dtype
         self.max_requests, self.chunk = max_requests, max(chunk, max_requests)
         self.batched, self.passes = self.device.type == "cuda" if batched is None else batched, {}
+        self.graph_pool = None  # of memory, for the graphs of all passes
         self.kernel = paged_kernel(self.device, self.dtype, config.head_dim)
         self.block = block = block or (256 if self.kernel else 16)
         count = -(-(max_tokens or 4 * config.block_size) // block)
@@ -284,7 +286,8 @@ class Engine:
         if not parts:
             return []
         self.extend_rope(max(request.cached + len(tokens) for request, tokens in parts))
-        logits = self.forward(parts)
+        with inference_kernels(self.device):
+            logits = self.forward(parts)
         for request, tokens in parts:
             self.keep(request, len(tokens))
         ready = [request for request, _ in parts if request.cached == len(request.ids)]

@@ -120,10 +120,11 @@ class BatchPass:
         self.fill(self.slots, [r.slot(r.cached) for r in each])
         self.fill(self.lengths, [min(r.cached + 1, r.window) for r in each])
         self.fill(self.table, [(r.blocks + [0] * blocks)[:blocks] for r in each])
-        if self.table.is_cuda:
-            if self.graph is None:
-                self.capture()
-            self.graph.replay()
+        if self.engine.device.type == "cuda":
+            with torch.cuda.device(self.engine.device):  # a graph is captured and replayed on the current device
+                if self.graph is None:
+                    self.capture()
+                self.graph.replay()
         else:
             self.out = self.run()
         return self.out[: len(requests)].cpu()
@@ -138,7 +139,9 @@ class BatchPass:
         return self.engine.model(self.tokens, cache=self)[0][0].float()
 
     def capture(self):
-        """Record the pass as a graph; what it calls is set up before, on a stream beside, as PyTorch asks for."""
+        """Record the pass as a graph; what it calls is set up before, on a stream beside, as PyTorch asks for. All
+        graphs of an engine share one pool of memory: they run one at a time, and the logits of each are copied at once.
+        """
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
@@ -146,7 +149,9 @@ class BatchPass:
                 self.run()
         torch.cuda.current_stream().wait_stream(beside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        if self.engine.graph_pool is None:
+            self.engine.graph_pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(self.graph, pool=self.engine.graph_pool):
             self.out = self.run()
 
     def attend(self, layer, q, k, v):

@@ -233,6 +233,12 @@ def takes_flash(device, dtype, head_dim):
     return head_dim <= 256 and head_dim % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def shares_heads(device, dtype, head_dim):
+    """Whether SDPA takes fewer key heads than query heads and makes no T x T weights: on CUDA only by its flash kernel.
+    """
+    return device.type != "cuda" or takes_flash(device, dtype, head_dim)
+
+
 def prefers_sdpa(device):
     """Whether SDPA is quicker here than flash-attn 2: on Hopper from torch 2.11 on, by its kernels for that GPU."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -267,8 +273,7 @@ def attend(q, k, v, attn="auto", dropout=0.0):
         y = F.dropout(scores.softmax(-1), dropout) @ v
     else:
         grouped = q.size(1) != k.size(1)
-        if grouped and q.device.type == "cuda" and not takes_flash(q.device, q.dtype, q.size(-1)):
-            # SDPA's other kernels on CUDA want a key head for each query head, or it takes T x T weights
+        if grouped and not shares_heads(q.device, q.dtype, q.size(-1)):
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
             grouped = False
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)

@@ -31,7 +31,6 @@ from device import memory_gb, rss_gb
 
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "flash-attn", "datasets", "wandb", "transformers")
 
-
 # what a user may have set and a program that reads git's answers does not want
 GIT_SETTINGS = [word for setting in ("color.ui=never", "core.quotepath=off", "diff.relative=false",
                                      "status.showUntrackedFiles=normal") for word in ("-c", setting)]
@@ -243,6 +242,28 @@ class StepTimer:
             ms = a.elapsed_time(b) if self.cuda else (b - a) * 1000
             parts[part] = parts.get(part, 0.0) + ms
         return parts
+
+
+class Pace:
+    """Time from the start of a step to the start of the next: all that StepTimer marks, and the host's work between
+    steps, such as logging. `steps` counts those since the last reading."""
+
+    def __init__(self):
+        self.since, self.steps = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def aside(self):
+        """Within it nothing is training: evaluating, saving, looking inside."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
+    def read(self):
+        """-> (seconds, steps) since the last reading. Its caller has waited for the device."""
+        now = time.perf_counter()
+        found = now - self.since, self.steps
+        self.since, self.steps = now, 0
+        return found
 
 
 class Hardware:

@@ -54,13 +54,16 @@ def world():
     return from_environment("WORLD_SIZE", 1)
 
 
-def own_device(name, device):
-    """The device of this process, of those on its machine: the LOCAL_RANK-th GPU, whatever else it is given."""
+def own_device(name, device, backend="nccl"):
+    """The device of this process, of those on its machine: the LOCAL_RANK-th GPU, whatever else it is given. Over gloo,
+    processes may share a GPU, as a test of their talk does."""
     local = from_environment("LOCAL_RANK", 0)
     if world() == 1 or device.type != "cuda":
         return device
     if device.index is not None:
         raise ValueError(f"device={name!r}: under torchrun each process takes a GPU of its own, so say cuda")
+    if backend == "gloo" and torch.cuda.device_count():
+        return torch.device("cuda", local % torch.cuda.device_count())
     if local >= torch.cuda.device_count():
         raise ValueError(f"process {local} of this machine has no GPU of its own: there are "
                          f"{torch.cuda.device_count()}; give torchrun that --nproc_per_node")
@@ -184,6 +187,14 @@ class Layout:
         numbers = torch.tensor(numbers)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers.tolist()
+
+    def any_trouble(self, trouble):
+        """A line of text or None of each rank -> on every rank that of the first that has one, or None."""
+        if self.world == 1:
+            return trouble
+        each = [None] * self.world
+        dist.all_gather_object(each, trouble)
+        return next((f"rank {rank}: {line}" for rank, line in enumerate(each) if line), None)
 
     def mean(self, losses):
         """The mean over the data-parallel ranks of a tensor that on all but the last pipeline rank is 0."""
@@ -437,12 +448,13 @@ class Layout:
         """Whether each rank has all of the model, and all of its gradient after the last backward pass of a step."""
         return self.world == 1 or isinstance(self.module, DistributedDataParallel)
 
+    def cannot_compile(self):
+        """Why no layer is compiled in this layout, or None: tensor parallelism's collectives lie within them."""
+        return f"not with {self}" if self.tp > 1 else None
+
     def compile(self, model):
         """What a forward pass calls, by torch.compile: the whole, or with ZeRO and in a pipeline attention and MLP of
-        each block, around which hooks and collectives stay as they are. Raises NotImplementedError for tensor
-        parallelism, whose collectives lie within."""
-        if self.tp > 1:
-            raise NotImplementedError(f"not with {self}")
+        each block and the loss, around which hooks and collectives stay as they are."""
         if self.copies_whole:
             return torch.compile(self.module, dynamic=False)  # a kernel for each shape, the same after a resume
         for module in parts_of_blocks(model):

@@ -45,10 +45,35 @@ no_nvidia_driver() {  # a container has the device files, WSL has only nvidia-sm
     [ "$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && ! nvidia-smi >/dev/null 2>&1
 }
 
-cpu_index=https://download.pytorch.org/whl/cpu
-cpu_index_answers() {
+driver_cuda() {  # the major version of CUDA that the NVIDIA driver is for, such as 12; nothing where it does not say
+    local version='CUDA (UMD )?Version: *([0-9]+)\.'  # drivers from 610 on say "CUDA UMD Version"
+    if [[ $(nvidia-smi 2>/dev/null) =~ $version ]]; then echo "${BASH_REMATCH[2]}"; fi
+}
+
+pick_build() {  # sets build to the build of torch for this machine, empty for the package index's own, and says why
+    build=""
+    if no_nvidia_driver; then
+        build=cpu
+        echo "No NVIDIA driver here: the CPU build of torch will do."
+        return
+    fi
+    case $(driver_cuda) in
+        12)
+            build=cu126
+            echo "The NVIDIA driver is for CUDA 12, and torch's own default needs a driver for CUDA 13 (580 or later):" \
+                "the CUDA 12.6 build of torch runs on GPUs up to Hopper."
+            ;;
+        [1-9] | 10 | 11)
+            build=cpu
+            echo "The NVIDIA driver is too old for every build of torch since 2.9, which need one for CUDA 12" \
+                "(525 or later): the CPU build is installed. Update the driver, rm -r .venv and run this again."
+            ;;
+    esac
+}
+
+index_answers() {
     # The timer bounds the name look-up too, which urlopen's timeout does not.
-    .venv/bin/python - "$cpu_index/torch/" 2>/dev/null <<'END'
+    .venv/bin/python - "$1/torch/" 2>/dev/null <<'END'
 import os, sys, threading, urllib.request
 threading.Timer(5, os._exit, [1]).start()
 try:
@@ -63,7 +88,7 @@ END
 fingerprint() { { cat pyproject.toml constraints.txt; version_of .venv/bin/python || true; } | cksum | tr ' ' '-'; }
 
 install() {  # install base|dev; quick when .venv holds it already
-    local want=$1 what made="" package=. pip started=$SECONDS
+    local want=$1 what made="" package=. pip build index started=$SECONDS
     if [ -n "${PYTHON:-}" ]; then check_python; fi
     what=$(fingerprint)
     if [ -f .venv/minichat-stamp ]; then made=$(cat .venv/minichat-stamp); fi
@@ -76,11 +101,13 @@ install() {  # install base|dev; quick when .venv holds it already
     "$python" -m venv .venv || stop "could not create .venv in $PWD (the reason is above)"  # also mends a partial one
     pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off -c constraints.txt)
 
-    if no_nvidia_driver; then
-        echo "No NVIDIA driver here: looking for the CPU build of torch at $cpu_index ..."
-        if ! cpu_index_answers; then
+    pick_build
+    if [ -n "$build" ]; then
+        index=https://download.pytorch.org/whl/$build
+        echo "Looking for torch at $index ..."
+        if ! index_answers "$index"; then
             echo "It does not answer: torch comes from the package index that pip is set up with."
-        elif ! "${pip[@]}" --no-deps --index-url "$cpu_index" torch; then
+        elif ! "${pip[@]}" --no-deps --index-url "$index" torch; then
             echo "That failed: torch comes from the package index that pip is set up with."
         fi
     fi

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from configurator import configure, fail
-from device import can_compile, memory_is_full, pick_device, pick_dtype
+from device import can_compile, memory_is_full, pick_device, pick_dtype, what_failed
 from files import decode_text, read_lines
 from infer import Engine, check_prompt, load, stream
 from sampling import StopText, sampling_from
@@ -197,7 +197,7 @@ def compile_trouble(engine, prompt):
         engine.generate(prompt, max_new_tokens=2)
     except Exception as e:
         engine.model._compiled_call_impl = None  # what Module.compile sets
-        return str(e).strip().partition("\n")[0] or type(e).__name__
+        return what_failed(e)
     return None
 
 

@@ -29,7 +29,21 @@ import checkpoint
 import parallel
 import plan
 from configurator import configure, fail, nearest, read_keys
-from device import autocast, can_compile, free_memory, memory_is_full, pick_device, pick_dtype
+from device import (
+    SDPA,
+    allocate_in_segments,
+    autocast,
+    can_compile,
+    compile_one,
+    free_memory,
+    memory_is_full,
+    pick_device,
+    pick_dtype,
+    sdpa_kernel_of,
+    use_sdpa,
+    use_tf32,
+    what_failed,
+)
 from device import peak_flops as peak_of
 from eval import evaluate
 from export import read_model
@@ -50,6 +64,7 @@ from loader import (
 from model import GPT, GPTConfig, pick_attention
 from monitor import (
     Hardware,
+    Pace,
     Profiler,
     Run,
     StepTimer,
@@ -114,7 +129,7 @@ optimizer = "adamw"           # adamw | muon (for the blocks' matrices, AdamW fo
 learning_rate = 6e-4          # AdamW's peak
 muon_learning_rate = 0.02     # Muon's peak; follows the same schedule
 muon_momentum = 0.95          # Nesterov momentum
-muon_dtype = "float32"        # of the Newton-Schulz iteration: float32 | bfloat16 | auto (bfloat16 where dtype is)
+muon_dtype = "auto"           # of the Newton-Schulz iteration: float32 | bfloat16 | auto (bfloat16 where dtype is)
 weight_decay = 1e-1           # on matrices and embeddings
 beta1 = 0.9                   # AdamW's
 beta2 = 0.95                  # AdamW's
@@ -136,6 +151,8 @@ sample_tokens = 0             # tokens of a sample shown at each evaluation; 0: 
 sample_start = "\n"           # what the sample starts from
 probe_interval = 100          # updates between looks inside, each with a copy of the weights for a step; 0: none
 peak_flops = 0.0              # FLOP/s of a device, which MFU divides by; 0: its data sheet's, of a CPU measured
+measure_comm = False          # many processes: at each evaluation measure the communication that no computation hides,
+                              # by six more passes through the model
 profile = ""                  # steps to trace with torch.profiler, such as 10:13
 tracker = ""                  # wandb | trackio | tensorboard; none: metrics.jsonl alone, which is written in any case
 wandb_log = False             # nanoGPT's key: tracker=wandb
@@ -161,6 +178,9 @@ checkpoint_format = "plain"   # plain | sharded: each rank writes what lies on i
 # the machine
 device = "auto"               # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"                # auto | float32 | bfloat16 | float16 (with loss scaling)
+tf32 = False                  # CUDA: products of float32 with 10 bits after the point (TF32), several times as fast
+sdpa = "auto"                 # CUDA: the kernel of PyTorch's attention: cudnn | flash | efficient | math | auto (torch
+                              # chooses)
 compile: bool | None = None   # torch.compile; none: on CUDA
 threads = 0                   # CPU threads; 0: torch's choice
 deterministic = False         # bit-identical on CUDA too, at some cost in speed
@@ -196,13 +216,16 @@ def main(config, given, stop, lock, rewound=None):
         check_settings()
         if threads:
             torch.set_num_threads(threads)
+        allocate_in_segments()
         where, device_why = pick_device(device)
-        where = parallel.own_device(device, where)
+        where = parallel.own_device(device, where, backend)
         precision, dtype_why = pick_dtype(dtype, where)
         precision_name = str(precision).removeprefix("torch.")
         context = autocast(where, precision)
         if where.index is not None and where.type == "cuda":
             torch.cuda.set_device(where)  # for the events that time the steps
+        use_tf32(tf32, where)
+        use_sdpa(sdpa, where)
         if attn == "flash" and (where.type != "cuda" or precision == torch.float32):
             fail(f"attn='flash' needs a CUDA device and half precision, not {where.type} in {precision_name}")
         if deterministic:
@@ -335,9 +358,14 @@ def main(config, given, stop, lock, rewound=None):
     per_step = batch_size * micro_batches * block_size
     passes = accumulation if pp_size == 1 else 1  # of this rank through the model a step; a pipeline has all in one
     keep = keep_checkpoints if always_save_checkpoint else 1
-    peak = peak_flops or peak_of(where, precision)
+    peak = peak_flops or peak_of(where, precision, tf32)
     peak_why = "asked for" if peak_flops else "its data sheet" if where.type == "cuda" else "measured"
     attn_kind, attn_why = pick_attention(attn, where, precision, block_size, model_config.head_dim)
+    if attn_kind == "sdpa" and where.type == "cuda":
+        kernel = sdpa_kernel_of(where, precision, batch=batch_size, queries=block_size, keys=block_size,
+                                heads=n_head // tp_size, kv_heads=max(1, model_config.kv_heads // tp_size),
+                                head_dim=model_config.head_dim, causal=True)
+        attn_why = f"{attn_why}; {kernel} kernel"
     print(f"device      {where} ({device_why}), {precision_name} ({dtype_why}), {attn_kind} attention ({attn_why}), "
           f"{torch.get_num_threads()} CPU threads")
     if layout.world > 1:
@@ -409,7 +437,15 @@ def main(config, given, stop, lock, rewound=None):
         return {"comm_ms": round(sum(alike[micro] * min(ms) for micro, ms in found.items()), 3)}
 
     def validate():
-        result = evaluate_now(model, val_tokens, context, layout)
+        nonlocal evaluator
+        try:
+            result = evaluate_now(model, val_tokens, context, layout, evaluator)
+        except torch._dynamo.exc.TorchDynamoException as e:
+            if evaluator is None:
+                raise
+            evaluator = None
+            warn(f"torch.compile does not work for the evaluation ({what_failed(e)}); it runs uncompiled")
+            result = evaluate_now(model, val_tokens, context, layout)
         if sample_tokens and tokenizer and math.isfinite(result["loss"]):
             if whole := layout.whole_model(model):  # on one rank
                 text = sample(whole, tokenizer, context)
@@ -552,23 +588,34 @@ def main(config, given, stop, lock, rewound=None):
         return result["val_loss"]
 
     # ---- compile, and fall back once if that fails ---------------------------------------
-    compiled = layout.module
+    compiled, evaluator = layout.module, None  # what a forward pass calls, and an evaluation's
     clock = time.perf_counter()
     if compile or (compile is None and where.type == "cuda"):
-        trouble = can_compile(where)
+        def first_passes():
+            """A pass for each length of the context."""
+            nonlocal compiled, evaluator
+            compiled = layout.compile(model)
+            evaluator = torch.compile(model, dynamic=False) if layout.copies_whole else None
+            torch._dynamo.config.recompile_limit = 64  # graphs of one function: one a length, and the evaluation's
+            x, y = (t.to(where) for t in layout.repeated(loader.batch(state["step"]), accumulation))
+            length = context_at(state["step"])
+            while length <= block_size:
+                # DDP's ranks do not talk in a micro-step before the last, so one that fails leaves none waiting
+                micro_step(x.view(-1, length), y.view(-1, length), state["step"],
+                           -1 if layout.copies_whole else accumulation - 1)
+                length *= 2
+
+        trouble = layout.any_trouble(can_compile(where) or layout.cannot_compile())
+        if not trouble and not layout.copies_whole:  # where ranks wait for each other within a pass: try it before
+            trouble = layout.any_trouble(trouble_of(lambda: compile_one(where)))
         if not trouble:
-            try:
-                compiled = layout.compile(model)
-                x, y = (t.to(where) for t in layout.repeated(loader.batch(state["step"]), accumulation))
-                length = context_at(state["step"])
-                while length <= block_size:
-                    micro_step(x.view(-1, length), y.view(-1, length), state["step"], accumulation - 1)
-                    length *= 2
-            except Exception as e:
-                trouble = str(e).strip().partition("\n")[0] or type(e).__name__
-            opt.zero_grad()
+            trouble = trouble_of(first_passes)
+            if trouble and not layout.copies_whole:
+                raise RuntimeError(f"torch.compile failed ({trouble}); --compile=false trains uncompiled")
+            trouble = layout.any_trouble(trouble)
+        opt.zero_grad()
         if trouble:
-            compiled = layout.module
+            compiled, evaluator = layout.module, None
             torch.compiler.set_stance("force_eager")  # of what is compiled within it, too
             warn(f"torch.compile does not work here ({trouble}); running uncompiled")
     for _ in range(layout.warm_ups):  # DDP's buckets follow its first pass: have them as a resume does
@@ -584,7 +631,7 @@ def main(config, given, stop, lock, rewound=None):
         val_loss = evaluated(record, saved=True)
         if not math.isfinite(val_loss):
             return diverged(record["step"], "the validation loss is not finite")
-    timer, hardware = StepTimer(where), Hardware(where)
+    timer, pace, hardware = StepTimer(where), Pace(), Hardware(where)
     unread = []  # loss and gradient norm of each step since the last record, still on the device
     last_save = time.monotonic()
     began = state["step"], state["wall_s"]
@@ -592,7 +639,6 @@ def main(config, given, stop, lock, rewound=None):
         step = state["step"]
         probing = probe_interval and (step + 1) % probe_interval == 0
         profiled(step)
-        clock = time.perf_counter()
         timer.start()
         lr = learning_rate_at(step)
         opt.set_lr(lr / learning_rate)
@@ -618,6 +664,7 @@ def main(config, given, stop, lock, rewound=None):
         timer.mark("optim_ms")
         unread.append((torch.stack(losses).mean(), norm))
         state["step"] = step = step + 1
+        pace.steps += 1
         if step == began[0] + 2:  # the first step is slower than the rest
             seconds = sum(timer.read().values()) / 1000 * (max_iters - step)
             clear_bar()
@@ -630,14 +677,15 @@ def main(config, given, stop, lock, rewound=None):
             save_minutes and time.monotonic() - last_save > 60 * save_minutes
         save_due, stopped_by = layout.agree(bool(save_due), stop.signum)  # once, as they can change at any moment
         if not (log_due or eval_due or save_due or stopped_by):
-            state["wall_s"] += time.perf_counter() - clock
             continue
 
         # read the losses: from here on the device has finished the step
         read = list(zip(layout.mean(torch.stack([loss for loss, _ in unread])).tolist(),
                         torch.stack([norm for _, norm in unread]).tolist(), strict=True))
         parts = timer.read()
-        state["wall_s"] += time.perf_counter() - clock
+        seconds, steps = pace.read()
+        state["wall_s"] += seconds
+        step_ms = (1000 * seconds - parts.get("probe_ms", 0.0)) / steps
         unread = []
         for at, (loss, grad_norm) in enumerate(read, step + 1 - len(read)):
             bad = guard.judge(loss, grad_norm)
@@ -654,14 +702,16 @@ def main(config, given, stop, lock, rewound=None):
             tell("warning", f"{bad} at step {at}, of data step {batch}"
                             f"{'' if math.isfinite(grad_norm) else '; its update is left out'}")
         watch.step(step, parts)
-        inside = look_inside(update) if probing else {}
+        with pace.aside():
+            inside = look_inside(update) if probing else {}
         if log_due or eval_due:
-            tok_per_s = per_step / (sum(ms for part, ms in parts.items() if part != "probe_ms") / 1000)
+            tok_per_s = per_step / (step_ms / 1000)
             mfu = tok_per_s * flops[context_at(step - 1)] / (peak * layout.world) if peak else None
             record = {
                 "step": step, "tokens": step * per_step, "wall_s": round(state["wall_s"], 3), "loss": loss,
                 "lr": lr, "grad_norm": grad_norm, "tok_per_s": round(tok_per_s), "mfu": mfu,
-                **hardware.read(), **{part: round(ms, 3) for part, ms in parts.items()}, **inside,
+                **hardware.read(), "step_ms": round(step_ms, 3),
+                **{part: round(ms, 3) for part, ms in parts.items()}, **inside,
             }
             if not eval_due:
                 run.metrics(record)
@@ -670,17 +720,18 @@ def main(config, given, stop, lock, rewound=None):
                 written()
         saved = False
         if eval_due or save_due or stopped_by:
-            if not layout.finite(model):
-                return diverged(step, "a weight is not finite")
-            saved = save(record if eval_due else None)  # before anything that may fail or be interrupted
-            last_save = time.monotonic()
-            if eval_due:
-                comm = communication() if layout.world > 1 else {}
-                val_loss = evaluated(record, saved, **comm)
-                if not math.isfinite(val_loss):
-                    return diverged(step, "the validation loss is not finite")
-            if last or stopped_by:
-                saved = written() and saved
+            with pace.aside():
+                if not layout.finite(model):
+                    return diverged(step, "a weight is not finite")
+                saved = save(record if eval_due else None)  # before anything that may fail or be interrupted
+                last_save = time.monotonic()
+                if eval_due:
+                    comm = communication() if measure_comm and layout.world > 1 else {}
+                    val_loss = evaluated(record, saved, **comm)
+                    if not math.isfinite(val_loss):
+                        return diverged(step, "the validation loss is not finite")
+                if last or stopped_by:
+                    saved = written() and saved
         if stopped_by:
             run.event("stop", step=step, reason=signal.Signals(stopped_by).name)
             kept = "saved; resume" if saved else "not saved; resume the last checkpoint, if there is one,"
@@ -713,7 +764,7 @@ def check_settings():
         fail(f"min_lr={min_lr} must lie between 0 and learning_rate={learning_rate}; or set decay_lr=false")
     choices = {"optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
                "lr_schedule": ("cosine", "linear", "wsd"), "zero_stage": (0, 1, 2, 3), "backend": ("nccl", "gloo"),
-               "checkpoint_format": ("plain", "sharded"), "pp_schedule": parallel.SCHEDULES,
+               "sdpa": SDPA, "checkpoint_format": ("plain", "sharded"), "pp_schedule": parallel.SCHEDULES,
                "on_nan": ACTIONS, "on_spike": ACTIONS, "tracker": TRACKERS,
                "activation_checkpointing": ("none", "selective", "full")}
     for key, known in choices.items():
@@ -902,12 +953,21 @@ def learning_rate_at(step):
     )
 
 
-def evaluate_now(model, val_tokens, context, layout):
+def evaluate_now(model, val_tokens, context, layout, compiled=None):
     """eval.evaluate over the fixed validation windows, in batches of about 16,384 tokens, shared by the ranks."""
     result = evaluate(model, val_tokens, block_size, max(1, 16384 // block_size), eval_iters, context,
-                      layout.dp_rank, layout.dp, layout.collect)
+                      layout.dp_rank, layout.dp, layout.collect, compiled=compiled)
     layout.rest(model)
     return result
+
+
+def trouble_of(call):
+    """What goes wrong in `call`, in a line; None where nothing does. Raises where memory is full: to run in another way
+    takes no less."""
+    try:
+        call()
+    except Exception as e:
+        return what_failed(e)
 
 
 def context_at(step):

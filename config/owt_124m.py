@@ -5,7 +5,7 @@ dataset = "openwebtext"
 # nanoGPT's train_gpt2.py: 12 x 1024 tokens in 40 micro-steps, about half a million tokens an update
 batch_size = 12
 block_size = 1024
-gradient_accumulation_steps = 40
+tokens_per_step = 491_520
 max_iters = 600_000
 lr_decay_iters = 600_000
 

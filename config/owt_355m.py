@@ -6,7 +6,7 @@ dataset = "openwebtext"
 # as in owt_124m.py, about half a million tokens an update, in smaller micro-steps
 batch_size = 8
 block_size = 1024
-gradient_accumulation_steps = 60
+tokens_per_step = 491_520
 max_iters = 600_000
 lr_decay_iters = 600_000
 

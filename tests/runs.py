@@ -31,9 +31,6 @@ TINY = dict(batch_size=4, block_size=16, n_layer=1, n_head=2, n_embd=32, max_ite
 HARD = dict(dropout=0.1, batch_size=2, gradient_accumulation_steps=2, context_start=4, save_interval=2,
             keep_checkpoints=1)
 
-# code that spares ranks the measuring of what they communicate, which takes longer than the rest of so small a run
-UNMEASURED = "import monitor; monitor.Profiler.exposed = lambda profiler, call: None"
-
 SERVER = """
 import json, os, runpy, sys, traceback
 import torch
@@ -82,13 +79,11 @@ class Trainer:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
 
-    def start(self, *argv, before="", env=None, tty=None, ranks=0, measured=False, **settings):
+    def start(self, *argv, before="", env=None, tty=None, ranks=0, **settings):
         """-> the process's id. Settings are --key=value, over TINY's. On so many ranks: processes that torchrun's
-        variables and a store as its agent has tell of each other. What they say is in one file. What they communicate
-        is measured if `measured`."""
+        variables and a store as its agent has tell of each other. What they say is in one file."""
         before = textwrap.dedent(before)
         if ranks:
-            before = before if measured else f"{UNMEASURED}\n{before}"
             self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             every = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1",
                      "MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True,

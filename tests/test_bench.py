@@ -79,12 +79,13 @@ def test_a_mistake_that_train_py_names(bench, tmp_path):
 
 
 def test_a_part_that_was_not_recorded_is_not_known():
-    record = {"data_ms": 1.0, "forward_ms": 2.0, "backward_ms": 3.0, "optim_ms": 4.0, "tok_per_s": 10, "mfu": None}
+    record = {"step_ms": 14.0, "data_ms": 1.0, "forward_ms": 2.0, "backward_ms": 3.0, "optim_ms": 4.0, "tok_per_s": 10,
+              "mfu": None}
     found = typical([record, {**record, "optim_ms": 8.0, "comm_ms": 5.0}, {**record, "optim_ms": 9.0}])
     assert found["step_ms"] == 14.0 and found["optim_ms"] == 8.0 and found["tok_per_s"] == 10
     assert found["comm_ms"] == 5.0 and found["mfu"] is None  # the one measured; none
-    piped = {"data_ms": 1.0, "pipeline_ms": 6.0, "optim_ms": 4.0, "tok_per_s": 10, "mfu": 0.5}
-    assert typical([piped])["step_ms"] == 11.0 and typical([piped])["forward_ms"] is None
+    piped = {"step_ms": 12.0, "data_ms": 1.0, "pipeline_ms": 6.0, "optim_ms": 4.0, "tok_per_s": 10, "mfu": 0.5}
+    assert typical([piped])["step_ms"] == 12.0 and typical([piped])["forward_ms"] is None
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,27 @@ def test_what_was_set_is_known():
     assert named == {"b", "c", "kind", "runs"}
 
 
+@pytest.mark.parametrize("words, found", [
+    ((), (64, None)),
+    (("--gradient_accumulation_steps=4",), (0, 4)),                        # nanoGPT's key over the file
+    (("--tokens_per_step=128",), (128, None)),
+    (("--gradient_accumulation_steps=none",), (64, None)),                 # set to nothing, it overrides nothing
+    (("--tokens_per_step=128", "--gradient_accumulation_steps=4"), (128, 4)),  # together they must agree
+    (("steps.py",), (0, 8)),
+    (("steps.py", "--tokens_per_step=128"), (128, None)),
+], ids=str)
+def test_of_two_ways_to_say_one_thing_the_later_one_wins(words, found):
+    """How many tokens an update has, in a config file of ours, one of nanoGPT's, and on the command line."""
+    source = "tokens_per_step = 0\ngradient_accumulation_steps: int | None = None\n"
+    ours = config_file("tokens_per_step = 64", "ours.py")
+    theirs = config_file("gradient_accumulation_steps = 8", "steps.py")
+    words = [theirs if word == "steps.py" else word for word in words]
+    named = set()
+    values = resolve(ours, *words, source=source, given=named)
+    assert (values["tokens_per_step"], values["gradient_accumulation_steps"]) == found
+    assert ("tokens_per_step" in named) == bool(found[0])
+
+
 def test_argv_is_the_command_line_unless_given(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "--max_iters=7"])
     assert configure(load())["max_iters"] == 7

@@ -131,7 +131,7 @@ def test_pytorch_finds_no_fault_in_the_operator():
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_holds_less_than_two_pieces(dtype, softcap):
-    """GPT-2's vocabulary, as many rows as fill four pieces; the table is narrow, so that the logits are all there is."""
+    """GPT-2's vocabulary, as many rows as fill four pieces; the table is narrow, so the logits are all there is."""
     rows = 4 * rows_at_once(50304, "cpu")
     table = torch.randn(50304, 8, requires_grad=True)
     x, targets = torch.randn(rows, 8, requires_grad=True), torch.randint(50257, (rows,))

@@ -1,5 +1,6 @@
 """Device and precision: what is chosen and why, what cannot be had, and no guess about an unknown GPU."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,13 +13,22 @@ sys.path.insert(0, str(ROOT))
 import device  # noqa: E402
 from device import (  # noqa: E402
     PEAK_FLOPS,
+    SDPA,
+    allocate_in_segments,
     autocast,
     can_compile,
+    inference_kernels,
+    inner_error,
     memory_gb,
+    missing_for_compile,
     peak_flops,
     pick_device,
     pick_dtype,
     rss_gb,
+    runs_on,
+    sdpa_kernel_of,
+    use_sdpa,
+    use_tf32,
 )
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
@@ -26,9 +36,25 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(cuda="NVIDIA A100-SXM4-80GB", count=2, bf16=True, mps=False): torch as it is on another machine."""
+    """machine(cuda="NVIDIA A100-SXM4-80GB", count=2, bf16=True, mps=False): torch as it is on another machine.
 
-    def pretend(cuda=None, count=1, bf16=True, mps=False):
+    `build`: the CUDA version that torch is built for; `capability`, `archs`: of the GPU and of the build; `driver`:
+    whether an NVIDIA driver is there; `error`: what starting CUDA says.
+    """
+
+    def pretend(cuda=None, count=1, bf16=True, mps=False, build=None, capability=(8, 0), archs="", driver=False,
+                error=None):
+        def init():
+            if error:
+                raise RuntimeError(error)
+
+        monkeypatch.setattr(torch.version, "cuda", build)
+        monkeypatch.setattr(torch, "__version__", f"2.13.0+cu{build.replace('.', '')}" if build else "2.13.0+cpu")
+        monkeypatch.setattr(torch.cuda, "init", init)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", archs.split)
+        monkeypatch.setattr(device, "NVIDIA_DRIVER", (str(ROOT),) if driver else ())
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count if cuda else 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: cuda)
@@ -71,6 +97,118 @@ def test_a_gpu_beyond_the_last_is_refused(machine):
     for name in ("cuda:2", "cuda:7"):
         with pytest.raises(ValueError, match=f"device='{name}'.*2 CUDA"):
             pick_device(name)
+
+
+CU130 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
+CU126 = "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90"
+
+
+def too_old(version):
+    return (f"The NVIDIA driver on your system is too old (found version {version}). Please update your GPU driver by "
+            "downloading and installing a new\nversion from the URL: http://www.nvidia.com/Download/index.aspx")
+
+
+def refusal(name):
+    with pytest.raises(ValueError) as e:
+        pick_device(name)
+    text = str(e.value)
+    assert text.startswith(f"device={name!r}: ") and "\n" not in text and "--device=cpu" in text
+    return text
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_driver_too_old_for_this_build_is_no_missing_gpu(machine, name, monkeypatch):
+    machine(build="13.0", driver=True, error=too_old(12040))
+    text = refusal(name)
+    assert "for CUDA 12.4" in text and "torch 2.13.0+cu130 is built for CUDA 13.0" in text
+    assert "--index-url https://download.pytorch.org/whl/cu126 torch==2.13.0;" in text
+    machine(build="12.6", driver=True, error=too_old(11080))
+    text = refusal(name)
+    assert "for CUDA 11.8" in text and "update the driver" in text and "download.pytorch.org" not in text
+    assert pick_device("cpu")[0] == CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # whoever hides all GPUs wants the CPU
+    assert pick_device("auto") == (CPU, "no GPU found")
+
+
+def test_cuda_that_does_not_start_is_no_missing_gpu(machine):
+    machine(build="13.0", driver=True, error="CUDA unknown error - this may be due to a bad setup. Setting the devices")
+    assert "(CUDA unknown error - this may be due to a bad setup)" in refusal("auto")
+
+
+@pytest.mark.parametrize("error", ["No CUDA GPUs are available", "Found no NVIDIA driver on your system. Please check"])
+def test_a_driver_without_a_gpu_is_no_trouble(machine, error):
+    machine(build="13.0", driver=True, error=error)
+    assert pick_device("auto") == (CPU, "no GPU found")
+    with pytest.raises(ValueError, match="finds no such device"):
+        pick_device("cuda")
+
+
+def test_cuda_is_not_started_without_a_driver(machine):
+    machine(build="13.0", error=too_old(12040))
+    assert pick_device("auto") == (CPU, "no GPU found")
+
+
+def test_the_warning_about_the_driver_is_left_to_the_one_line(machine, monkeypatch, recwarn):
+    machine(build="13.0", driver=True, error=too_old(12040))
+
+    def warns():
+        device.warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", warns)
+    refusal("auto")
+    assert not recwarn.list
+
+
+def test_a_cpu_build_beside_a_driver_says_so(machine, monkeypatch):
+    machine(driver=True)
+    where, why = pick_device("auto")
+    assert where == CPU and "CPU build" in why and "download.pytorch.org/whl/cu130 torch==2.13.0" in why
+    assert "cu126" in why
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert pick_device("auto") == (CPU, "no GPU found")
+
+
+@pytest.mark.parametrize("arch, runs, fails", [
+    ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
+    ("sm_86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+    ("sm_90a", [(9, 0)], [(8, 9), (9, 1), (10, 0)]),
+    ("sm_100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ("sm_120", [(12, 0), (12, 1)], [(10, 0), (11, 0)]),
+    ("compute_90", [(9, 0), (10, 0), (12, 1)], [(8, 9), (7, 5)]),
+    ("compute_90a", [(9, 0)], [(10, 0)]),
+])
+def test_which_gpus_run_an_architectures_code(arch, runs, fails):
+    assert all(runs_on(arch, capability) for capability in runs)
+    assert not any(runs_on(arch, capability) for capability in fails)
+
+
+@pytest.mark.parametrize("build, archs, capability, says", [
+    ("13.0", CU130, (6, 1), "whl/cu126 torch==2.13.0;"),    # Pascal: CUDA 13 dropped it
+    ("13.0", CU130, (7, 0), "cu126 has sm_50 to sm_90"),    # Volta
+    ("12.6", CU126, (12, 0), "a driver of CUDA 13 and pip install"),   # Blackwell
+    ("12.6", CU126, (10, 0), "whl/cu130 torch==2.13.0;"),
+    ("13.0", CU130, (13, 0), "install a newer torch"),
+    ("13.0", CU130, (3, 7), "no build of torch >= 2.9 has"),
+])
+@pytest.mark.parametrize("name", ["auto", "cuda:0"])
+def test_a_gpu_without_kernels_in_this_build_is_refused(machine, name, build, archs, capability, says):
+    machine(cuda="Some GPU", build=build, archs=archs, capability=capability)
+    text = refusal(name)
+    assert says in text and archs in text and f"Some GPU has compute capability {capability[0]}.{capability[1]}" in text
+
+
+@pytest.mark.parametrize("build, archs, capability", [
+    ("13.0", CU130, (8, 9)),
+    ("13.0", CU130, (10, 3)),
+    ("12.6", CU126, (6, 1)),
+    ("13.0", CU130 + " compute_120", (13, 0)),  # the driver compiles the PTX
+    ("13.0", "", (9, 0)),                       # a build that does not say
+    (None, "gfx90a gfx942", (9, 4)),            # ROCm
+])
+def test_a_gpu_that_this_build_runs_on_is_taken(machine, build, archs, capability):
+    machine(cuda="Some GPU", build=build, archs=archs, capability=capability)
+    assert pick_device("auto")[0] == CUDA and pick_device("cuda:0")[1] == "asked for"
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -187,6 +325,192 @@ def test_no_peak_for_an_apple_gpu():
     assert peak_flops(MPS, torch.float16) is None
 
 
+@pytest.mark.parametrize("name, capability, peak", [
+    ("NVIDIA A100-SXM4-80GB", (8, 0), 156e12),
+    ("NVIDIA H100 80GB HBM3", (9, 0), 494.5e12),
+    ("NVIDIA L40S", (8, 9), 181e12),
+    ("NVIDIA GeForce RTX 4090", (8, 9), 82.5e12),
+    ("NVIDIA B200", (10, 0), 1125e12),
+    ("Tesla V100-SXM2-16GB", (7, 0), 15.7e12),    # without TF32: the peak of fp32
+    ("Tesla T4", (7, 5), 8.1e12),
+    ("Some GPU 5000", (9, 0), None),
+])
+def test_the_peak_of_tf32_is_half_of_bf16s(machine, name, capability, peak):
+    machine(cuda=name, capability=capability)
+    assert peak_flops(CUDA, torch.float32, tf32=True) == peak
+    assert peak_flops(CUDA, torch.bfloat16, tf32=True) == peak_flops(CUDA, torch.bfloat16)
+
+
+def test_amd_gpus_have_no_tf32_peak(machine, monkeypatch):
+    machine(cuda="AMD Instinct MI300X", capability=(9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert peak_flops(CUDA, torch.float32, tf32=True) == peak_flops(CUDA, torch.float32) == 163.4e12
+
+
+def test_tf32_is_a_setting_of_cuda_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    use_tf32(True, CPU)
+    use_tf32(False, MPS)
+    assert asked == []
+    use_tf32(True, CUDA)
+    use_tf32(False, torch.device("cuda:1"))
+    assert asked == ["high", "highest"]
+
+
+# -----------------------------------------------------------------------------
+# Attention kernels. The switches of torch.backends.cuda are there without CUDA, too; on a CPU SDPA obeys flash's.
+
+SHAPE = {"batch": 2, "queries": 8, "keys": 8, "heads": 4, "kv_heads": 4, "head_dim": 16, "causal": True}
+
+
+def enabled():
+    """The names of SDPA that are on."""
+    switches = {"cudnn": "cudnn", "flash": "flash", "efficient": "mem_efficient", "math": "math"}
+    return [name for name, switch in switches.items() if getattr(torch.backends.cuda, f"{switch}_sdp_enabled")()]
+
+
+@pytest.fixture
+def switches():
+    """Puts SDPA's switches back as they were."""
+    before = enabled()
+    yield before
+    torch.backends.cuda.enable_cudnn_sdp("cudnn" in before)
+    torch.backends.cuda.enable_flash_sdp("flash" in before)
+    torch.backends.cuda.enable_mem_efficient_sdp("efficient" in before)
+    torch.backends.cuda.enable_math_sdp("math" in before)
+
+
+def test_a_named_kernel_is_the_only_one(switches):
+    for where in (CPU, MPS, CUDA):
+        use_sdpa("auto", where)
+        assert enabled() == switches == list(SDPA[1:])
+    for name in SDPA[1:]:
+        use_sdpa(name, CUDA)
+        assert enabled() == [name]
+
+
+def test_a_kernel_that_cannot_be_had_is_one_line(switches):
+    with pytest.raises(ValueError, match="sdpa='triton' is none of auto, cudnn, flash, efficient, math$"):
+        use_sdpa("triton", CUDA)
+    for where in (CPU, MPS):
+        with pytest.raises(ValueError, match=f"sdpa='flash' needs a CUDA device, and this is {where.type}"):
+            use_sdpa("flash", where)
+    assert enabled() == switches
+
+
+def test_inference_on_cuda_is_without_cudnn(switches):
+    before, order = torch._C._get_sdp_priority_order(), [3, 1, 2, 0, 4]  # cuDNN first, as torch has it on Hopper
+    torch._C._set_sdp_priority_order(order)
+    for _ in range(2):
+        with inference_kernels(CUDA):
+            assert enabled() == ["flash", "efficient", "math"]
+            assert torch._C._get_sdp_priority_order() == order
+        assert enabled() == switches
+    assert torch._C._get_sdp_priority_order() == order  # else training would get another kernel after an evaluation
+    torch._C._set_sdp_priority_order(before)
+    for where in (CPU, MPS):
+        with inference_kernels(where):
+            assert enabled() == switches
+
+
+@pytest.mark.parametrize("name", SDPA[1:])
+def test_inference_keeps_to_a_named_kernel(switches, name):
+    use_sdpa(name, CUDA)
+    with inference_kernels(CUDA):
+        assert enabled() == [name]
+    assert enabled() == [name]
+
+
+def test_the_kernel_is_the_one_that_sdpa_picks(switches):
+    assert sdpa_kernel_of(CPU, torch.float32, **SHAPE) == "flash"
+    assert sdpa_kernel_of(CPU, torch.float32, **{**SHAPE, "kv_heads": 2}) == "flash"
+    torch.backends.cuda.enable_flash_sdp(False)
+    assert sdpa_kernel_of(CPU, torch.float32, **SHAPE) == "math"
+
+
+def test_the_tensors_are_those_that_are_asked_about(monkeypatch):
+    asked = []
+
+    def choose(q, k, v, is_causal, enable_gqa):
+        asked.append((q.shape, k.shape, v.shape, q.dtype, is_causal, enable_gqa, q.requires_grad))
+        return 3
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    shape = {"batch": 2, "queries": 1, "keys": 5, "heads": 4, "kv_heads": 2, "head_dim": 16, "causal": False}
+    with torch.no_grad():
+        assert sdpa_kernel_of(CPU, torch.bfloat16, **shape) == "cudnn"
+    assert asked.pop() == ((2, 4, 1, 16), (2, 2, 5, 16), (2, 2, 5, 16), torch.bfloat16, False, True, False)
+    assert sdpa_kernel_of(CPU, torch.float16, **SHAPE) == "cudnn"
+    assert asked.pop()[3:] == (torch.float16, True, False, True)
+
+
+@pytest.mark.parametrize("choice, name", [(0, "math"), (1, "flash"), (2, "efficient"), (3, "cudnn"), (-1, "unknown"),
+                                          (4, "unknown"), (99, "unknown")])
+def test_a_choice_has_a_name(monkeypatch, choice, name):
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: choice)
+    assert sdpa_kernel_of(CPU, torch.float32, **SHAPE) == name
+
+
+def test_a_torch_that_does_not_say_its_kernel(monkeypatch):
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert sdpa_kernel_of(CPU, torch.float32, **SHAPE) == "unknown"
+
+
+# -----------------------------------------------------------------------------
+# The allocator
+
+
+@pytest.fixture
+def allocator(monkeypatch):
+    """(environment, settings that torch was told) of a Linux machine where neither variable is set."""
+    told = []
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that the end of the test removes what is set
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    monkeypatch.setattr(device.os, "uname", lambda: os.uname_result(("Linux", "host", "6.8.0", "#1", "x86_64")))
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    return told
+
+
+def test_the_allocator_grows_its_segments(allocator, monkeypatch):
+    allocate_in_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    assert allocator == ["expandable_segments:True"]  # a build that read the variable at import
+
+
+def test_torch_2_9_reads_the_old_name(allocator, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu126")
+    allocate_in_segments()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.parametrize("value", ["expandable_segments:False", ""])
+def test_what_the_user_set_for_the_allocator_stays(allocator, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    allocate_in_segments()
+    both = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    assert {key: os.environ[key] for key in both & set(os.environ)} == {name: value} and allocator == []
+
+
+@pytest.mark.parametrize("where", ["darwin", "wsl", "rocm"])
+def test_the_allocator_is_left_alone_elsewhere(allocator, monkeypatch, where):
+    if where == "darwin":
+        monkeypatch.setattr(device.sys, "platform", "darwin")
+    if where == "wsl":
+        release = "5.15.167.4-microsoft-standard-WSL2"
+        monkeypatch.setattr(device.os, "uname", lambda: os.uname_result(("Linux", "host", release, "#1", "x86_64")))
+    if where == "rocm":
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+    allocate_in_segments()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and allocator == []
+
+
 def test_a_cpus_peak_is_measured_once_for_each_dtype_and_number_of_threads(monkeypatch):
     """The best of its tries, with the clock of the test; no random number is drawn."""
     device.matmul_flops.cache_clear()
@@ -244,9 +568,71 @@ def test_why_compile_cannot_work(monkeypatch):
     assert "Windows" in can_compile(CUDA)
     monkeypatch.setattr(device.sys, "platform", "linux")
     monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
     assert "compiler" in can_compile(CPU) and can_compile(CUDA) is None
     monkeypatch.setattr(device.shutil, "which", lambda name: f"bin/{name}" if name == "g++" else None)
     assert can_compile(CPU) is None
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CXX", "/opt/bin/g++")
+    assert can_compile(CPU) is None
+
+
+@pytest.fixture
+def tools(monkeypatch, tmp_path):
+    """tools("gcc", "triton", "Python.h"): a machine that has these tools, and no others."""
+
+    def tools(*there):
+        monkeypatch.setattr(device.shutil, "which", lambda name: f"bin/{name}" if name in there else None)
+        monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name if name in there else None)
+        monkeypatch.setattr(device.sysconfig, "get_path", lambda *_: str(tmp_path))
+        (tmp_path / "Python.h").unlink(missing_ok=True)
+        if "Python.h" in there:
+            (tmp_path / "Python.h").touch()
+        for name in ("CC", "CXX"):
+            monkeypatch.delenv(name, raising=False)
+
+    return tools
+
+
+def test_each_thing_that_compiling_lacks_has_its_mend(tools, monkeypatch):
+    header = "Python.h: apt install python3-dev"
+    tools()
+    triton, cc, last = missing_for_compile(CUDA)
+    assert triton == "triton: pip install triton" and cc == "a C compiler: apt install gcc" and last == header
+    assert missing_for_compile(CPU) == ["a C++ compiler: apt install g++", header]
+    assert missing_for_compile(MPS) == []
+    monkeypatch.setenv("CC", "/opt/bin/cc")
+    monkeypatch.setenv("CXX", "/opt/bin/c++")
+    assert missing_for_compile(CUDA) == [triton, header] and missing_for_compile(CPU) == [header]
+    for cc in ("gcc", "clang"):
+        tools("triton", cc, "Python.h")
+        assert missing_for_compile(CUDA) == []
+    for cxx in ("c++", "g++", "clang++"):
+        tools(cxx, "Python.h")
+        assert missing_for_compile(CPU) == []
+
+
+def test_the_innermost_exception_is_found():
+    class Wrapped(Exception):
+        pass
+
+    root, cause, outer = ValueError("root"), RuntimeError("cause"), Wrapped("outer")
+    cause.__context__ = root
+    outer.__cause__ = cause
+    assert inner_error(outer) is root and inner_error(root) is root
+    outer.inner_exception = KeyError("compiler")  # as torch._dynamo.exc.BackendCompilerFailed has it
+    assert inner_error(outer) is outer.inner_exception
+    outer.inner_exception.__cause__ = outer  # a circle ends
+    assert inner_error(outer) is outer.inner_exception
+
+
+def test_an_exception_raised_from_none_is_the_innermost():
+    with pytest.raises(ValueError) as e:
+        try:
+            raise KeyError("looked up")
+        except KeyError:
+            raise ValueError("what is wrong") from None
+    assert isinstance(e.value.__context__, KeyError) and inner_error(e.value) is e.value
 
 
 def test_memory_is_in_gigabytes():

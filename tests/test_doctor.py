@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -49,18 +50,69 @@ def result(process):
     return process.returncode, out, err
 
 
-def test_one_machine_is_a_list_and_a_json_line(call_script, tmp_path):
+@pytest.fixture
+def no_compiling(monkeypatch):
+    """torch.compile gives the function back, at once."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
+def test_one_machine_is_a_list_and_a_json_line(call_script, tmp_path, no_compiling):
     code, out, err = call_script("doctor.py", "--device=cpu", f"--out_dir={tmp_path / 'run'}")
     assert code == 0 and not err
     *lines, last = out.splitlines()
     names = [line.split()[0] for line in lines]
     assert {"system", "packages", "cpu", "device", "dtype", "peak", "attention", "disk", "env.json"} <= set(names)
+    assert "SDPA picks flash to train, flash to decode (" in out and "works (" in out
     texts = {line[len(max(names, key=len)):][:2] for line in lines}
     assert texts == {"  "}  # aligned
     found = json.loads(last)
     assert found["packages"]["torch"] == version("torch") and found["environment_sha256"] in out
     assert found["peak_flops"] > 1e8 and "TFLOP/s, what MFU is a share of" in out
+    assert found["sdpa_training"] == found["sdpa_decoding"] == "flash"
     assert found["disk_free_gb"] > 0 and found["disk_mb_per_s"] > 0 and not list(tmp_path.iterdir())
+
+
+def test_the_kernels_are_those_of_training_and_of_inference(monkeypatch):
+    asked = []
+
+    def choose(q, k, v, is_causal, enable_gqa):
+        asked.append((q.shape, k.shape, q.dtype, is_causal, q.requires_grad))
+        return 3 if torch.backends.cuda.cudnn_sdp_enabled() else 1
+
+    cpu = torch.device("cpu")
+    inference = doctor.inference_kernels
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    monkeypatch.setattr(doctor, "inference_kernels", lambda where: inference(torch.device("cuda")))
+    assert doctor.sdpa_kernels(cpu, torch.bfloat16) == ("cudnn", "flash")
+    assert asked == [((8, 12, 1024, 64), (8, 12, 1024, 64), torch.bfloat16, True, True),
+                     ((8, 12, 1, 64), (8, 12, 512, 64), torch.bfloat16, False, False)]
+
+
+@pytest.mark.slow
+def test_a_compiler_that_works_is_tried():
+    assert doctor.try_compile(torch.device("cpu")).startswith("works (")
+
+
+def test_a_compiler_that_fails_says_why(monkeypatch):
+    cpu = torch.device("cpu")
+
+    def fails(function):
+        raise RuntimeError("backend='inductor' raised:") from ValueError("g++: not found\n  at line 1")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(doctor, "missing_for_compile", lambda where: [])
+    assert doctor.try_compile(cpu) == "fails; g++: not found"
+    monkeypatch.setattr(doctor, "missing_for_compile", lambda where: ["Python.h: apt install python3-dev"])
+    assert doctor.try_compile(cpu) == "fails; missing Python.h: apt install python3-dev; g++: not found"
+
+
+def test_nothing_is_compiled_while_other_ranks_wait(monkeypatch):
+    def compile(function):
+        raise AssertionError("rank 0 keeps the others waiting")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    lines, _ = doctor.machine(torch.device("cpu"), "asked for", world=2)
+    assert dict(lines)["compile"] == "not tried under torchrun"
 
 
 @pytest.mark.parametrize("words", [["--device=tpu"], ["--dtype=int4"], ["--timeout=0"], ["--largest=0"]])
@@ -88,7 +140,7 @@ def test_the_topology_is_what_nvidia_smi_says(tmp_path, monkeypatch):
     assert doctor.topology() == ""
 
 
-def test_what_is_set_is_said(monkeypatch, call_script, tmp_path):
+def test_what_is_set_is_said(monkeypatch, call_script, tmp_path, no_compiling):
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("NCCLX", "no variable of it")
     code, out, err = call_script("doctor.py", "--device=cpu", f"--out_dir={tmp_path / 'run'}")

@@ -89,6 +89,22 @@ def test_the_mode_is_given_back_and_dropout_is_off(model, tokens, training):
     assert all(p.grad is None for p in model.parameters()) and torch.is_grad_enabled()
 
 
+def test_a_compiled_model_reads_the_batches_of_full_size(model, tokens):
+    """53 targets in windows of 16: a batch of three, and the rest, which would be compiled for itself alone."""
+    shapes = []
+
+    class Compiled(torch.nn.Module):  # which says of a model, as torch.compile's does, that it has no length
+        def __len__(self):
+            raise TypeError
+
+        def forward(self, x, y, loss_only):
+            shapes.append(tuple(x.shape))
+            return model(x, y, loss_only=loss_only)
+
+    assert evaluate(model, tokens, 16, 3, compiled=Compiled()) == evaluate(model, tokens, 16, 3)
+    assert shapes == [(3, 16)]
+
+
 def test_evaluating_draws_no_random_numbers(model, tokens):
     before = torch.get_rng_state()
     evaluate(model.train(), tokens, 16, 2)

@@ -102,6 +102,15 @@ def test_imports_go_down_the_floors(path):
     )
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.py")), ids=name_of)
+def test_benchmarks_stand_under_bench(path):
+    ours = imports(path) & FLOOR.keys()
+    above = {name for name in ours if FLOOR[name] >= FLOOR["bench"]}
+    assert not above, f"{name_of(path)} imports {', '.join(sorted(above))}"
+    if path.stem == "common":
+        assert "benchmarks" not in imports(path)
+
+
 @pytest.mark.parametrize("path", DATA_SCRIPTS, ids=name_of)
 def test_data_scripts_import_the_ground_floor_and_those_below_them(path):
     ours = {p.stem for p in (*SCRIPTS, *DATA_SCRIPTS)} | FLOOR.keys() | {"data"}

@@ -1,12 +1,17 @@
 """Blocks, and attention over them, one request after another and all at once."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_engine import make, some_prompts
 
 import infer
+import kvcache
+import model as model_file
 from infer import Engine, stream
-from kvcache import Blocks, attend_blocks, attend_one, paged_kernel
+from kvcache import BatchPass, Blocks, attend_blocks, attend_one, paged_kernel
 
 
 def test_blocks_are_neighbours_where_they_can_be():
@@ -59,7 +64,7 @@ def test_flash_attns_kernel_is_asked_in_its_own_terms(monkeypatch):
 
     model, prompts = make(pos="rope", n_kv_head=2), some_prompts()
     expected = [list(stream(model, prompt, 9, temperature=0)) for prompt in prompts]
-    monkeypatch.setattr(infer, "paged_kernel", lambda device, dtype: kernel)
+    monkeypatch.setattr(infer, "paged_kernel", lambda device, dtype, head_dim: kernel)
     engine = Engine(model, max_tokens=1024, batched=True)
     assert [r.tokens for r in engine.generate(prompts, max_new_tokens=9, temperature=0)] == expected
     assert engine.block == 256 and set(calls) == {4}
@@ -77,7 +82,65 @@ def test_a_pass_is_made_once_for_all_steps_of_its_shape():
 
 
 def test_no_kernel_on_a_cpu():
-    assert paged_kernel(torch.device("cpu"), torch.bfloat16) is None
+    assert paged_kernel(torch.device("cpu"), torch.bfloat16, 64) is None
+
+
+@pytest.mark.parametrize("capability, dtype, head_dim, there", [
+    ((8, 0), torch.bfloat16, 64, True), ((9, 0), torch.float16, 256, True), ((7, 5), torch.float16, 64, False),
+    ((8, 0), torch.float32, 64, False), ((8, 0), torch.bfloat16, 264, False), ((8, 0), torch.bfloat16, 60, False)])
+def test_the_paged_kernel_runs_where_the_training_kernel_does(monkeypatch, capability, dtype, head_dim, there):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kvcache, "flash_attn_with_kvcache", len)
+    monkeypatch.setattr(model_file, "flash_attn_func", len)
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    cuda = torch.device("cuda")
+    assert (paged_kernel(cuda, dtype, head_dim) is len) == there
+    assert (model_file.pick_attention("auto", cuda, dtype, 64, head_dim)[0] == "flash") == there
+
+
+class FakeGraphs:
+    """torch.cuda's graphs, whose replay does nothing. What is asked for, and on which device, is noted in `calls`."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.current = [], "cuda:0"
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        graph = SimpleNamespace(replay=lambda: self.calls.append(("replay", self.current)))
+        fakes = {"device": self.device, "graph": self.graph, "graph_pool_handle": self.pool,
+                 "CUDAGraph": lambda: graph, "Stream": lambda: stream, "current_stream": lambda: stream,
+                 "stream": lambda stream: contextlib.nullcontext()}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.current = self.current, str(device)
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool=None):
+        self.calls.append(("capture", self.current, pool))
+        yield
+
+    def pool(self):
+        self.calls.append(("pool", self.current))
+        return "the pool"
+
+
+def test_graphs_are_captured_and_replayed_on_the_engines_device_in_one_pool(monkeypatch):
+    """The engine believes that it lies on cuda:1, while another device is the current one."""
+    engine = Engine(make(), block=4, batched=True)
+    request = engine.submit([1, 2, 3], max_new_tokens=2)
+    engine.admit()
+    request.cached = 2
+    passes = [BatchPass(engine, rows, 2) for rows in (1, 2)]
+    fake = FakeGraphs(monkeypatch)
+    engine.device = torch.device("cuda:1")
+    with torch.no_grad():
+        for each in passes * 2:
+            each([request])
+    captured = [("capture", "cuda:1", "the pool"), ("replay", "cuda:1")]
+    assert fake.calls == [("pool", "cuda:1"), *captured, *captured, *[("replay", "cuda:1")] * 2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -334,7 +334,7 @@ def test_mfu_on_a_cpu_is_the_share_of_what_a_matrix_product_reaches(tmp_path, ti
 
 
 def test_an_unknown_device_has_no_mfu(tmp_path, tiny_settings, call_script, monkeypatch):
-    monkeypatch.setattr("device.peak_flops", lambda device, dtype: None)
+    monkeypatch.setattr("device.peak_flops", lambda device, dtype, tf32: None)
     code, out, err = call_script("train.py", *tiny_settings, *SMALL, f"--out_dir={tmp_path / 'a'}")
     assert code == 0 and "peak        not known, so MFU is n/a" in out, err
     assert out.count("  mfu n/a  ") == 6 and {mfu for mfu, _ in mfus(tmp_path / "a")} == {None}

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from layouts import LAYOUTS, MODELS, SIZES, Numbers, cases
-from runs import ROOT, TINY, UNMEASURED, differences, losses, outcome, records
+from runs import ROOT, TINY, differences, losses, outcome, records
 from safetensors.torch import load_file
 
 import checkpoint
@@ -27,7 +27,6 @@ FAULT = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
 import optim
-{unmeasured}
 rank, attempt = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT")
 real, calls = optim.Optimizers.step, []
 def step(self):
@@ -75,7 +74,7 @@ def trained(train, words):
 def faulty(tmp_path, fault):
     """train.py, but that `fault` is run before each update."""
     script = tmp_path / "faulty.py"
-    script.write_text(FAULT.format(root=str(ROOT), script=str(ROOT / "train.py"), fault=fault, unmeasured=UNMEASURED),
+    script.write_text(FAULT.format(root=str(ROOT), script=str(ROOT / "train.py"), fault=fault),
                       encoding="utf-8")
     return script
 
@@ -89,7 +88,7 @@ def on_two(train):
     """on_two(code) -> what two ranks said that have run this, and have not failed."""
 
     def on_two(code):
-        done = train(ranks=2, measured=True, before=code)  # which ends the process, before there is any training
+        done = train(ranks=2, before=code)  # which ends the process, before there is any training
         assert done.code == 0, done.err
         return done
 
@@ -171,10 +170,11 @@ def test_weights_are_gathered_while_the_part_before_them_computes(on_two):
     pytest.param(dict(pp_size=2), marks=pytest.mark.slow),
 ], ids=str)
 def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, trained, tmp_path):
-    """In any layout, at evaluations, but not while steps are traced; and the run is the same to the bit."""
+    """If asked for, in any layout, at evaluations, but not while steps are traced; and the run keeps its bits."""
     traced = {"profile": "1:3"} if not settings else {}
-    often = trained(2, tmp_path / "often", measured=True, max_iters=6, eval_interval=2, **settings, **traced)
-    once = trained(2, tmp_path / "once", measured=True, max_iters=6, eval_interval=6, **settings)
+    often = trained(2, tmp_path / "often", measure_comm=True, max_iters=6, eval_interval=2, **settings, **traced)
+    once = trained(2, tmp_path / "once", max_iters=6, eval_interval=6, **settings)
+    assert not any("comm_ms" in r for r in records(once))
     assert [r["step"] for r in records(often) if r.get("comm_ms", -1) >= 0] == ([4, 6] if traced else [2, 4, 6])
     assert losses(often) == losses(once)
     weights = [load_file(out / "ckpt/step_00000006/model.safetensors") for out in (often, once)]
@@ -474,7 +474,7 @@ def tell():
         print(sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"], file=file)
 """
     settings = {"gradient_accumulation_steps": 4, "n_layer": 2, "compile": True, "probe_interval": 6, **layout}
-    done = tiny(tmp_path / "run", ranks=2, measured=True, before=counting, **settings)
+    done = tiny(tmp_path / "run", ranks=2, measure_comm=True, before=counting, **settings)
     assert done.code == 0 and "torch.compile" not in done.err and "attend_cached" not in done.err, done.err
     assert "attn_entropy" in records(tmp_path / "run")[-1]
     for rank in range(2):

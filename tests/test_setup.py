@@ -33,8 +33,9 @@ case "$*" in
     *ensurepip*) exit "${FAKE_NO_VENV:-0}" ;;
     -V) echo "Python ${FAKE_VERSION:-3.12}" ;;
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python 2>/dev/null || true ;;
+    *"pip "*--index-url*) echo "$*" >>asked; exit "${FAKE_INDEX_LACKS_TORCH:-0}" ;;
     *"pip "*) echo "$*" >>asked; exit "${FAKE_PIP_FAILS:-0}" ;;
-    "- "*) exit "${FAKE_NO_CPU_INDEX:-0}" ;;
+    "- "*) exit "${FAKE_NO_INDEX:-0}" ;;
     *) echo "$*" >>asked; if [[ $* = *pytest* ]]; then exit "${FAKE_TESTS_FAIL:-0}"; fi ;;
 esac
 """
@@ -54,7 +55,7 @@ def house(tmp_path):
         shutil.copy(ROOT / name, folder)
     for name in ["bash", "env", "cat", "cksum", "cp", "dirname", "mkdir", "rm", "tr", "uname"]:
         (tools / name).symlink_to(shutil.which(name))
-    executable(tools / "nvidia-smi", "#!/usr/bin/env bash\nexit ${FAKE_NO_GPU:-0}\n")
+    executable(tools / "nvidia-smi", '#!/usr/bin/env bash\necho "${FAKE_SMI:-}"\nexit ${FAKE_NO_GPU:-0}\n')
     executable(tools / "python3", FAKE_PYTHON)
 
     def run(*args, **env):
@@ -164,7 +165,40 @@ def test_torch_comes_from_the_cpu_index_only_without_a_driver(house):
 
     assert installs() == [False]  # nvidia-smi answers
     assert installs(FAKE_NO_GPU="1") == [True, False]
-    assert installs(FAKE_NO_GPU="1", FAKE_NO_CPU_INDEX="1") == [False]
+    assert installs(FAKE_NO_GPU="1", FAKE_NO_INDEX="1") == [False]
+
+
+OLD_HEADER = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: {:<8} |"
+NEW_HEADER = "| NVIDIA-SMI 610.43.02    KMD Version: 610.43.02     CUDA UMD Version: {:<8} |"
+
+
+@pytest.mark.parametrize("header, build", [
+    (OLD_HEADER.format("12.4"), "cu126"),
+    (OLD_HEADER.format("12.9"), "cu126"),
+    (NEW_HEADER.format("12.9"), "cu126"),
+    (OLD_HEADER.format("13.0"), None),
+    (NEW_HEADER.format("13.3"), None),
+    (OLD_HEADER.format("11.8"), "cpu"),
+    (OLD_HEADER.format("10.2"), "cpu"),
+    (OLD_HEADER.format("N/A"), None),
+    (OLD_HEADER.format("120.1"), None),
+])
+def test_the_build_of_torch_is_one_for_the_driver(house, header, build):
+    code, out, asked = house("setup", FAKE_SMI=f"Wed Sep 30 21:53:38 2026\n+-----+\n{header}\n+-----+")
+    assert code == 0 and asked[-1].endswith("-c constraints.txt -e .[dev]")
+    first = f"-c constraints.txt --no-deps --index-url https://download.pytorch.org/whl/{build} torch"
+    if build is None:
+        assert len(asked) == 1 and "download.pytorch.org" not in out
+    else:
+        assert len(asked) == 2 and asked[0].endswith(first)
+    assert ("too old" in out) == (build == "cpu") and ("CUDA 12.6 build" in out) == (build == "cu126")
+
+
+@pytest.mark.parametrize("trouble, says", [("FAKE_NO_INDEX", "does not answer"), ("FAKE_INDEX_LACKS_TORCH", "failed")])
+def test_an_index_without_torch_leaves_the_default_one(house, trouble, says):
+    code, out, asked = house("setup", FAKE_SMI=OLD_HEADER.format("12.4"), **{trouble: "1"})
+    assert code == 0 and says in out and asked[-1].endswith("-c constraints.txt -e .[dev]")
+    assert sum("--index-url" in line for line in asked) == (trouble == "FAKE_INDEX_LACKS_TORCH")
 
 
 # ---------------------------------------------------------------- pins and imports
@@ -192,7 +226,8 @@ def test_constraints_are_exact_and_cover_every_dependency():
 
 def test_scripts_import_only_base_dependencies_at_module_level():
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]
-    allowed = {*sys.stdlib_module_names, *(r.name for r in BASE), *(path.stem for path in scripts), "data"}
+    allowed = {*sys.stdlib_module_names, *(r.name for r in BASE), *(path.stem for path in scripts)}
+    allowed |= {"data", "benchmarks"}  # folders of this project
     allowed |= {path.parent.name for path in scripts if path.stem == "prepare"}  # a dataset's script may use another's
     for path in scripts:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -318,7 +319,7 @@ def test_the_run_folder(finished, words):
     assert [r["step"] for r in lines] == list(range(1, 13))
     assert [r["tokens"] for r in lines] == [64 * step for step in range(1, 13)]
     every = {"step", "tokens", "wall_s", "loss", "lr", "grad_norm", "tok_per_s", "mfu", "mem_gb", "rss_gb",
-             "data_ms", "forward_ms", "backward_ms", "optim_ms"}
+             "step_ms", "data_ms", "forward_ms", "backward_ms", "optim_ms"}
     for r in lines:
         assert r.keys() == every | ({"val_loss", "val_tokens", "val_sha256"} if r["step"] in (4, 8, 12) else set())
     walls = [r["wall_s"] for r in lines]
@@ -409,6 +410,44 @@ def test_a_context_that_grows(tiny, tmp_path):
     assert [r["tokens"] for r in records(tmp_path)] == [64 * step for step in range(1, 9)]
 
 
+def test_the_readmes_advice_for_one_gpu(tiny, tmp_path):
+    """As it stands there, after the configuration for OpenWebText; the model is small and the context short."""
+    words = re.search(r"`(--tokens_per_step=\d+ --batch_size=0)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    small = dict(batch_size="", block_size=256, n_layer=1, n_head=1, n_embd=8, max_iters=1, eval_interval=1)
+    done = tiny(tmp_path / "run", "config/owt_124m.py", *words[1].split(), **small)
+    assert done.code == 0 and "step        491,520 tokens = " in done.out, done.err
+    done = tiny(tmp_path / "nanogpt", "config/owt_124m.py", gradient_accumulation_steps=2, **{**small, "batch_size": 4})
+    assert done.code == 0 and "step        2,048 tokens = 4 x 256 x 2" in done.out, done.err
+
+
+def test_the_time_between_steps_counts(tiny, tmp_path):
+    """On a clock that an update moves by 1 s, a line on the screen by 10, an evaluation by 100 and a checkpoint by
+    1,000: a step lasts until the next one begins, but evaluating and saving are no training."""
+    done = tiny(tmp_path, max_iters=6, eval_interval=3, peak_flops=1e9, before="""
+        import time
+        import checkpoint, eval, monitor, optim
+        now = [0.0]
+        time.perf_counter = lambda: now[0]
+        def moving(module, name, seconds):
+            call = getattr(module, name)
+            def moves(*args, **options):
+                now[0] += seconds
+                return call(*args, **options)
+            setattr(module, name, moves)
+        moving(optim.Optimizers, "step", 1)
+        moving(monitor, "show", 10)
+        moving(eval, "evaluate", 100)
+        moving(checkpoint, "save", 1000)
+    """)
+    assert done.code == 0, done.err
+    found = records(tmp_path)
+    # step 3 is evaluated: its line is shown within what is set aside
+    assert [r["step_ms"] for r in found] == [1000, 11000, 11000, 1000, 11000, 11000]
+    assert [r["wall_s"] for r in found] == [1, 12, 23, 24, 35, 46]
+    assert [r["tok_per_s"] for r in found] == [round(64 / seconds) for seconds in (1, 11, 11, 1, 11, 11)]
+    assert [r["optim_ms"] for r in found] == [1000] * 6
+
+
 def test_tokens_per_step_sets_the_accumulation(tiny, tmp_path):
     done = tiny(tmp_path / "run", tokens_per_step=192, max_iters=1)
     assert done.code == 0 and "192 tokens = 4 x 16 x 3" in done.out
@@ -451,7 +490,7 @@ def test_saving_by_the_clock(tiny, tmp_path):
 SCRIPTED = """
 import eval
 real, script = eval.evaluate, iter({})
-eval.evaluate = lambda *args: {{**real(*args), "loss": next(script)}}
+eval.evaluate = lambda *args, **more: {{**real(*args, **more), "loss": next(script)}}
 """
 
 
@@ -564,6 +603,69 @@ def test_compile_falls_back_with_one_warning(how, tiny, finished, tmp_path):
     assert done.code == 0
     assert done.err.startswith("warning: torch.compile does not work here (") and done.err.count("\n") == 1
     assert {"raises": "boom", "no compiler": "no C++ compiler"}.get(how, "RuntimeError") in done.err
+    assert differences(outcome(tmp_path), outcome(finished)) == []
+
+
+def test_the_cause_of_a_failure_to_compile_is_named(tiny, finished, tmp_path):
+    """What torch.compile raises is about itself; the reason is within."""
+    done = tiny(tmp_path, compile=True, before="""
+        import torch
+        def compile(model, dynamic):
+            try:
+                raise FileNotFoundError("Python.h is not there")
+            except FileNotFoundError as e:
+                raise RuntimeError("backend='inductor' raised:") from e
+        torch.compile = compile
+    """)
+    assert done.code == 0 and "FileNotFoundError: Python.h is not there" in done.err and "inductor" not in done.err
+
+
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory. Tried 9 GB')",
+                                   "RuntimeError(\"DefaultCPUAllocator: can't allocate memory\")"])
+def test_full_memory_is_no_trouble_of_the_compiler(error, tiny, tmp_path):
+    """In the first passes, which compile; also where the compiler has wrapped it."""
+    done = tiny(tmp_path, compile=True, before=f"""
+        import torch
+        def compile(model, dynamic):
+            try:
+                raise {error}
+            except Exception as e:
+                raise RuntimeError("backend='inductor' raised:") from e
+        torch.compile = compile
+    """)
+    assert done.code == 2 and "torch.compile" not in done.err and "memory" in done.err
+    assert "--batch_size=2 --gradient_accumulation_steps=2" in done.err
+
+
+def test_evaluations_are_compiled_too(tiny, finished, tmp_path):
+    done = tiny(tmp_path, compile=True, before="""
+        import torch
+        def compile(model, dynamic):
+            def forward(*args, **options):
+                if not torch.is_grad_enabled():
+                    print("evaluates compiled")
+                return model(*args, **options)
+            return forward
+        torch.compile = compile
+    """)
+    assert done.code == 0 and done.err == ""
+    assert done.out.count("evaluates compiled") == 3  # at steps 4, 8 and 12, in one batch
+    assert differences(outcome(tmp_path), outcome(finished)) == []
+
+
+def test_an_evaluation_that_does_not_compile_runs_all_the_same(tiny, finished, tmp_path):
+    done = tiny(tmp_path, compile=True, before="""
+        import torch
+        def compile(model, dynamic):
+            def forward(*args, **options):
+                if not torch.is_grad_enabled():
+                    raise torch._dynamo.exc.BackendCompilerFailed(len, OSError("no room for the kernels"), None)
+                return model(*args, **options)
+            return forward
+        torch.compile = compile
+    """)
+    assert done.code == 0 and done.err.count("\n") == 1
+    assert "does not work for the evaluation (OSError: no room for the kernels)" in done.err
     assert differences(outcome(tmp_path), outcome(finished)) == []
 
 
