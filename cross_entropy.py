@@ -56,7 +56,8 @@ def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: in
         rows = -(-len(x) // pieces)  # of equal size, but for the last
         buffer = torch.empty(rows, len(table), dtype=dtype, device=x.device)
         loss = torch.zeros((), dtype=at_least_fp32(dtype), device=x.device)
-        grad_x, grad_table = (torch.empty_like(t) if gradients else t.new_empty(0) for t in (x, table))
+        grad_x = torch.empty_like(x) if gradients else x.new_empty(0)
+        grad_table = torch.empty_like(table, dtype=at_least_fp32(table.dtype)) if gradients else table.new_empty(0)
         for first in range(0, len(x), rows):
             xs, ts = x[first : first + rows].to(dtype), targets[first : first + rows]
             logits = torch.mm(xs, weight.T, out=buffer[: len(xs)])  # (rows, padded vocabulary)
@@ -65,7 +66,7 @@ def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: in
                 predicted = (ts != -1)[:, None].to(dtype)
                 grad_x[first : first + rows] = (logits @ weight) * predicted
                 add_product(grad_table, logits.T, xs * predicted, begin=first == 0)
-    return loss, grad_x, grad_table
+    return loss, grad_x, grad_table.to(table.dtype)
 
 
 @loss_and_gradients.register_fake
@@ -128,7 +129,7 @@ def log_softmax_(x):
 
 
 def add_product(total, a, b, begin):
-    """total (fp32) += a b, or where it has to `begin`, total = a b."""
+    """total (at least fp32) += a b, or where it has to `begin`, total = a b."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0.0 if begin else 1.0, out=total)
     elif begin:

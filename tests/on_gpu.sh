@@ -52,6 +52,7 @@ new_tokens=100    # tokens of a sample
 small=()          # keys that make a model tiny
 train=("$PY" train.py)
 launcher=("${train[@]}")  # what the words for train.py go to
+dtypes=(float32 bfloat16 float16)  # of the runs that compile
 layouts=(zero_stage=0 zero_stage=1 zero_stage=2 zero_stage=3 tp_size=2 pp_size=2)
 if [ -n "$rehearse" ]; then
     OUT=${OUT:-$(mktemp -d)}
@@ -59,6 +60,7 @@ if [ -n "$rehearse" ]; then
     steps=4
     exact=6
     new_tokens=8
+    dtypes=(bfloat16)
     layouts=(zero_stage=0)  # tests/test_parallel.py has the others
     small=(--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4)
     export TORCHDYNAMO_DISABLE=1  # torch.compile changes nothing: on a CPU it takes a minute for each model
@@ -89,7 +91,7 @@ facts() {  # what the figures depend on; no date, so that two reports compare
 
 # run COMMAND...: print it, then the last `keep` lines of what it says (60 where it fails), its exit code and seconds.
 # At most `limit` seconds. A failure is remembered, and the next command runs.
-keep=12
+keep=20
 limit=200
 run() {
     local code began=$SECONDS lines=$keep
@@ -163,8 +165,7 @@ is_it_right() {
     run "$PY" -m pytest -q --noconftest -p no:cacheprovider -m cuda tests/test_cuda.py
 
     short_run float32_eager $steps --dtype=float32 --compile=false
-    for dtype in float32 bfloat16 float16; do
-        [ -n "$rehearse" ] && [ $dtype = float16 ] && continue  # a CPU is slow at it
+    for dtype in "${dtypes[@]}"; do
         short_run $dtype $steps --dtype=$dtype --compile=true
     done
     short_run stack $steps config/stack.py --dtype=auto
@@ -232,7 +233,7 @@ how_fast() {
 
 few_steps() {  # name, updates, config, then more words: figures of a large model, of which nothing is kept
     words_for "$1" "$2" "$3" "$tokens" --eval_iters=1 --log_interval=1 --probe_interval=0 "${@:4}"
-    keep=40 run "${train[@]}" "${words[@]}" && run "$PY" "$work/figures.py" "$work/$1"
+    keep=50 run "${train[@]}" "${words[@]}" && run "$PY" "$work/figures.py" "$work/$1"
     rm -rf "${work:?}/$1"  # a checkpoint of 774M takes 9 GB
 }
 
@@ -247,19 +248,22 @@ where_it_goes() {
     few_steps profile 14 config/owt_124m.py "${one[@]}" --batch_size=$batch --profile=10:12
     few_steps fits 4 config/owt_124m.py --gradient_accumulation_steps=none --tokens_per_step=$whole --batch_size=0
     few_steps 355m 5 config/owt_355m.py "${one[@]}"
-    few_steps 355m_eager 5 config/owt_355m.py "${one[@]}" --compile=false
-    few_steps 774m_eager 5 config/owt_774m.py "${one[@]}" --compile=false
+    if [ -z "$rehearse" ]; then  # in which nothing compiles
+        few_steps 355m_eager 5 config/owt_355m.py "${one[@]}" --compile=false
+        few_steps 774m_eager 5 config/owt_774m.py "${one[@]}" --compile=false
+    fi
     few_steps 774m_recomputed 5 config/owt_774m.py "${one[@]}" --compile=false --activation_checkpointing=full
 }
 
-write_figures() {  # figures.py RUN: a step's time, its parts, and memory, of the last update but one
+write_figures() {  # figures.py RUN: a step's time, its parts and memory, the median of the updates
     cat >"$work/figures.py" <<'END'
-import json, sys
-lines = open(sys.argv[1] + "/metrics.jsonl", encoding="utf-8").read().splitlines()
-record = json.loads(lines[-2])  # the last one has the evaluation in it
-for key, value in record.items():
-    if key.endswith("_ms") or key in ("tok_per_s", "mfu", "mem_gb", "gpu_util", "gpu_power_w", "gpu_mem_gb"):
-        print(key, value)
+import json, statistics, sys
+with open(sys.argv[1] + "/metrics.jsonl", encoding="utf-8") as lines:
+    records = [json.loads(line) for line in lines][1:-1]  # the last one has the evaluation in it
+names = ("tok_per_s", "mfu", "mem_gb", "gpu_util", "gpu_power_w", "gpu_mem_gb")
+for key in [key for key in records[0] if key.endswith("_ms") or key in names]:
+    values = [record[key] for record in records if record[key] is not None]
+    print(key, statistics.median(values) if values else "n/a")
 END
 }
 
@@ -275,7 +279,7 @@ generation() {
         short_run tiny 2
         words=(--forms=float32,int8 --batches=1,2 --prompts=4 --new_tokens=4 --rounds=1 "--models=$work/tiny")
     fi
-    limit=480 keep=60 run_shown "$PY" bench.py infer --device=$device --out_dir="$work/infer" "${words[@]}"
+    limit=480 run_shown "$PY" bench.py infer --device=$device --out_dir="$work/infer" "${words[@]}"
 }
 
 # -----------------------------------------------------------------------------

@@ -90,6 +90,15 @@ def test_under_autocast_products_are_in_bfloat16_and_the_rest_in_float32(fuse):
     assert distance(found[2], expected[2]) < 1e-2
 
 
+def test_a_table_in_bfloat16_adds_its_pieces_in_float32():
+    x, table, targets = tensors(torch.bfloat16)
+    found = with_gradients(linear_cross_entropy(x, table, targets, VOCAB, piece=2 * PADDED), x, table)  # 50 pieces
+    assert found[1].dtype == found[2].dtype == torch.bfloat16
+    exact = [t.detach().double().requires_grad_() for t in (x, table)]
+    expected = with_gradients(whole(*exact, targets), *exact)
+    assert distance(found[2], expected[2]) < 3.5e-3  # rounded once; added up in bfloat16 it is 5.0e-3
+
+
 def test_a_loss_of_the_largest_logits_is_finite():
     x, table, targets = tensors()
     with torch.no_grad():

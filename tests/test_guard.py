@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import UNMEASURED, Trainer, checkpoints, differences, leftovers, one_error, outcome, records
+from runs import Trainer, checkpoints, differences, leftovers, one_error, outcome, records
 
 import checkpoint
 import guard
@@ -605,7 +605,6 @@ def two(train, words, tmp_path_factory):
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
             settings = {"gradient_accumulation_steps": 4, "dataset": words, "out_dir": out, **settings}
-            settings["before"] = f"{UNMEASURED}\n{settings.get('before', '')}"
             trainer.start(env={key: str(value) for key, value in env.items()}, **settings)
         return [trainer.wait() for trainer in trainers]
 

@@ -421,11 +421,11 @@ def test_the_readmes_advice_for_one_gpu(tiny, tmp_path):
 
 
 def test_the_time_between_steps_counts(tiny, tmp_path):
-    """On a clock that an update moves by 1 s, a line on the screen by 10, an evaluation by 100 and a checkpoint by
-    1,000: a step lasts until the next one begins, but evaluating and saving are no training."""
-    done = tiny(tmp_path, max_iters=6, eval_interval=3, peak_flops=1e9, before="""
+    """On a clock that an update moves by 1 s, a line on the screen by 10, an evaluation by 100, a checkpoint by 1,000
+    and a probe by 10,000: a step lasts until the next one begins, but evaluating, saving and probing are none of it."""
+    done = tiny(tmp_path, max_iters=6, eval_interval=3, probe_interval=5, peak_flops=1e9, before="""
         import time
-        import checkpoint, eval, monitor, optim
+        import checkpoint, eval, monitor, optim, probe
         now = [0.0]
         time.perf_counter = lambda: now[0]
         def moving(module, name, seconds):
@@ -438,12 +438,13 @@ def test_the_time_between_steps_counts(tiny, tmp_path):
         moving(monitor, "show", 10)
         moving(eval, "evaluate", 100)
         moving(checkpoint, "save", 1000)
+        moving(probe.Update, "end", 10000)
     """)
     assert done.code == 0, done.err
     found = records(tmp_path)
     # step 3 is evaluated: its line is shown within what is set aside
     assert [r["step_ms"] for r in found] == [1000, 11000, 11000, 1000, 11000, 11000]
-    assert [r["wall_s"] for r in found] == [1, 12, 23, 24, 35, 46]
+    assert [r["wall_s"] for r in found] == [1, 12, 23, 24, 10035, 10046]
     assert [r["tok_per_s"] for r in found] == [round(64 / seconds) for seconds in (1, 11, 11, 1, 11, 11)]
     assert [r["optim_ms"] for r in found] == [1000] * 6
 

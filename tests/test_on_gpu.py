@@ -1,0 +1,140 @@
+"""tests/on_gpu.sh without a GPU: its rehearsal runs every command, and a command that fails is told."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_house import ROOT
+
+TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 100
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+
+# A Python that obeys no command: it prints its words, and fails where one of them is BROKEN's.
+FAKE = """#!/usr/bin/env bash
+echo "told: $*"
+case " $* " in *" $BROKEN "*) echo "it broke" && exit 3 ;; esac
+"""
+
+SHOWN = {  # by part: commands and lines of their output that the report must hold
+    1: ("doctor.py", "-m cuda tests/test_cuda.py", "--dtype=float32 --compile=false", "--dtype=bfloat16 --compile=true",
+        "config/stack.py", "--context_start=16", "--deterministic=true", "again/ckpt/step_00000006/model.safetensors",
+        "killed.py", "--init_from=resume", "killed/ckpt/step_00000006/optimizer.pt", "sample.py", "--compile\n"),
+    2: ("bench.py gpu", "row base  model tiny", "row piece 2**12", "row muon bfloat16 alone", '{"benchmark": "gpu"',
+        "nanoGPT is not measured"),
+    3: ("config/owt_124m.py", "--profile=10:12", "by memory that they take", "--batch_size=0", "memory      about",
+        "config/owt_355m.py", "config/owt_774m.py", "mem_gb"),
+    4: ("bench.py infer", '{"benchmark": "infer"'),
+    5: ("--nproc_per_node=2", "--backend=gloo", "layout      2 processes", "losses, at most"),
+}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A small text under the names of the datasets that the parts train on."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    for name in ("shakespeare_char", "shakespeare"):
+        words = [f"--input={folder / 'text.txt'}", f"--out_dir={folder / name}"]
+        subprocess.run([sys.executable, ROOT / "data/shakespeare_char/prepare.py", *words], check=True)
+    return folder
+
+
+def on_gpu(*words, **environment):
+    """bash tests/on_gpu.sh WORDS -> subprocess.CompletedProcess, stderr within stdout."""
+    inherited = {key: value for key, value in os.environ.items() if key != "MINICHAT_MIRROR"}
+    environment = {key: str(value) for key, value in environment.items()}
+    env = {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PY": sys.executable, **environment}
+    return subprocess.run(["bash", ROOT / "tests/on_gpu.sh", *words], env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+
+
+def commands(report):
+    return [line[2:] for line in report.splitlines() if line.startswith("$ ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [1, 2, 3, 4, 5])
+def test_a_part_rehearses(part, data, tmp_path):
+    done = on_gpu(str(part), "--rehearse", DATA=data, OUT=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [f"gpu_{part}_rehearsal.txt"]
+    report = (tmp_path / f"gpu_{part}_rehearsal.txt").read_text(encoding="utf-8")
+    first = report.splitlines()[:5]
+    assert [line.partition(":")[0] for line in first] == [f"# part {part}", "card", "driver", "torch", "commit"]
+    assert not [text for text in SHOWN[part] if text not in report]
+    ends = [line for line in report.splitlines() if line.startswith("exit ")]
+    assert len(ends) == len(commands(report)) and all(line.startswith("exit 0, ") for line in ends)
+    for line in report.splitlines():
+        if line.startswith("{"):
+            assert not json.loads(line).get("failed")
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A Python for PY."""
+    path = tmp_path / "python"
+    path.write_text(FAKE, encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("part", [1, 2, 3, 4, 5])
+def test_a_command_that_fails_is_told_and_the_others_run(part, fake, tmp_path):
+    broken = {1: "doctor.py", 2: "gpu", 3: "config/owt_355m.py", 4: "infer", 5: "torch.distributed.run"}[part]
+    out = tmp_path / "out"
+    done = on_gpu(str(part), "--rehearse", PY=fake, BROKEN=broken, DATA=tmp_path / "data", OUT=out)
+    assert done.returncode == 1
+    report = (out / f"gpu_{part}_rehearsal.txt").read_text(encoding="utf-8")
+    assert "it broke\nexit 3, " in report
+    failed = [line for line in report.splitlines() if line.startswith("failed: ")]
+    assert any(f" {broken} " in f"{line} " for line in failed)
+    last = {1: "sample.py", 2: "bench.py", 3: "config/owt_774m.py", 4: "bench.py", 5: "torch.distributed.run"}[part]
+    assert any(f" {last} " in command for command in commands(report)), "what comes after it runs all the same"
+
+
+def test_what_is_missing_is_prepared_and_what_is_there_is_not(fake, tmp_path):
+    mirror, data, out = tmp_path / "mirror", tmp_path / "data", tmp_path / "out"
+    mirror.mkdir()
+    where = {"PY": fake, "BROKEN": "nothing", "DATA": data, "OUT": out}
+
+    def prepared(part, **more):
+        on_gpu(part, "--rehearse", **where, **more)
+        report = (out / f"gpu_{part}_rehearsal.txt").read_text(encoding="utf-8")
+        return [word for command in commands(report) for word in command.split() if word.endswith("prepare.py")]
+
+    assert prepared("1") == ["data/shakespeare_char/prepare.py"]
+    assert prepared("3", MINICHAT_MIRROR=mirror) == ["data/shakespeare/prepare.py"]
+    (mirror / "documents.jsonl.gz").touch()
+    assert prepared("3", MINICHAT_MIRROR=mirror) == ["data/text/prepare.py"]
+    for name in ("shakespeare_char", "documents"):
+        (data / name).mkdir(parents=True)
+        (data / name / "manifest.json").touch()
+    assert prepared("1") == prepared("3") == []
+
+
+@pytest.mark.parametrize("words, named", [((), "which part"), (("6",), "unexpected word 6"), (("1",), "no CUDA GPU")])
+def test_a_part_that_cannot_begin_leaves_nothing(words, named, tmp_path):
+    done = on_gpu(*words, OUT=tmp_path / "out")
+    assert done.returncode == 2 and named in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_two_runs_that_differ_are_seen(tmp_path):
+    """losses.py of part 5, as on_gpu.sh writes it."""
+    script = (ROOT / "tests" / "on_gpu.sh").read_text(encoding="utf-8")
+    text = script.partition('cat >"$work/losses.py" <<\'END\'\n')[2].partition("\nEND\n")[0]
+    (tmp_path / "losses.py").write_text(text, encoding="utf-8")
+
+    def compare(*losses):
+        folders = [tmp_path / str(i) for i in range(len(losses))]
+        for folder, values in zip(folders, losses, strict=True):
+            Path(folder).mkdir(exist_ok=True)
+            lines = "".join(json.dumps({"loss": value}) + "\n" for value in values)
+            (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+        return subprocess.run([sys.executable, tmp_path / "losses.py", *folders], capture_output=True).returncode
+
+    assert compare([3.0, 2.0], [3.001, 2.0]) == 0
+    assert compare([3.0, 2.0], [3.0, 2.01]) == 1
+    assert compare([3.0, 2.0], [3.0]) == 1
