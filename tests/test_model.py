@@ -754,3 +754,54 @@ def test_the_golden_loss_curve(run):
 if __name__ == "__main__":
     for run in RUNS:
         print(f'    "{run}": {[round(loss, 6) for loss in curve(*RUNS[run])]},')
+
+
+# -----------------------------------------------------------------------------
+# On other devices, by what they say of themselves
+
+
+@pytest.mark.parametrize("version, capability, kind", [
+    ("2.10.0+cu128", (9, 0), "flash"), ("2.11.0+cu130", (9, 0), "sdpa"), ("2.13.0", (9, 0), "sdpa"),
+    ("2.13.0", (8, 0), "flash"), ("2.9.1", (8, 6), "flash"), ("2.13.0", (7, 5), "sdpa")])
+def test_where_flash_attn_is_installed_it_is_taken_if_it_is_the_quicker_one(monkeypatch, version, capability, kind):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(model_file, "flash_attn_func", len)
+    assert model_file.pick_attention("auto", torch.device("cuda"), torch.bfloat16, 1024, 64)[0] == kind
+    assert model_file.pick_attention("flash", torch.device("cuda"), torch.bfloat16, 1024, 64)[0] == "flash"
+
+
+@pytest.mark.parametrize("device, dtype, capability, shares", [
+    ("cpu", torch.float32, None, True), ("cuda", torch.bfloat16, (8, 0), True), ("cuda", torch.float32, (9, 0), False),
+    ("cuda", torch.float16, (7, 5), False)])
+def test_which_kernels_take_fewer_key_heads(monkeypatch, device, dtype, capability, shares):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert model_file.shares_heads(torch.device(device), dtype, 64) == shares
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_repeated_heads_are_shared_heads(monkeypatch, n_kv_head):
+    """What a GPU gets whose kernels want a key head for each query head: here, where they do not, it is the same."""
+    model = build(n_kv_head=n_kv_head)
+    idx = tokens(model)
+    expected = model(idx)[0]
+    groups = []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, **options: groups.append((q.size(1), k.size(1))) or sdpa(q, k, v, **options))
+    monkeypatch.setattr(model_file, "shares_heads", lambda device, dtype, head_dim: False)
+    torch.testing.assert_close(model(idx)[0], expected)
+    assert set(groups) == {(4, 4)}
+
+
+def test_relu_squared_is_finite_in_float16():
+    """The square of 256 is no float16; what comes in may be larger."""
+    mlp = model_file.MLP(GPTConfig(**SMALL, activation="relu2")).half()
+    with torch.no_grad():
+        mlp.c_fc.weight[0] = 1.0  # this unit gets 32,000
+    x = torch.full((1, 32), 1000.0, dtype=torch.float16, requires_grad=True)
+    y = mlp(x)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    small = torch.full((1, 32), 0.1, dtype=torch.float16)
+    torch.testing.assert_close(mlp(small), mlp.float()(small.float()).half(), rtol=2e-2, atol=1e-3)

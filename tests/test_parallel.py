@@ -493,6 +493,36 @@ def test_layers_that_are_split_do_not_compile(tiny, tmp_path, unbroken):
     assert close(losses(tmp_path / "run"), [r["loss"] for r in one["metrics"]])
 
 
+ONE_DOES_NOT_COMPILE = """
+import os, torch
+def compile(function, **options):
+    if os.environ["RANK"] == "1" and ({when}):
+        raise RuntimeError("no room for kernels")
+    return function
+torch.compile = compile
+"""
+
+
+@pytest.mark.parametrize("zero_stage, when", [(0, "options"), (3, "not options")], ids=["DDP", "ZeRO-3"])
+def test_where_one_rank_does_not_compile_all_run_uncompiled(zero_stage, when, tiny, tmp_path, unbroken):
+    """With DDP in its first passes, in which the ranks do not talk; with ZeRO in a trial before them."""
+    one = unbroken(gradient_accumulation_steps=4, n_layer=2)
+    done = tiny(tmp_path / "run", ranks=2, gradient_accumulation_steps=4, n_layer=2, compile=True,
+                zero_stage=zero_stage, before=ONE_DOES_NOT_COMPILE.format(when=when))
+    assert done.code == 0, done.err
+    assert done.err == ("warning: torch.compile does not work here (rank 1: RuntimeError: no room for kernels); "
+                        "running uncompiled\n")
+    assert close(losses(tmp_path / "run"), [r["loss"] for r in one["metrics"]])
+
+
+def test_a_rank_that_does_not_compile_amid_collectives_stops_all(tiny, tmp_path):
+    """With ZeRO the others wait within a pass: there is no way on."""
+    done = tiny(tmp_path / "run", ranks=2, gradient_accumulation_steps=4, n_layer=2, compile=True, zero_stage=3,
+                before=ONE_DOES_NOT_COMPILE.format(when="options"))
+    assert done.code == 1
+    assert "torch.compile failed (RuntimeError: no room for kernels); --compile=false trains uncompiled" in done.err
+
+
 @pytest.mark.slow
 def test_a_rank_that_fails(words, tmp_path):
     """All stop, and what is said is what happened there."""
