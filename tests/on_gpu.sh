@@ -13,8 +13,8 @@ usage: bash tests/on_gpu.sh PART [--rehearse]
   5  two processes on one GPU, over gloo, in each layout
 --rehearse: the same commands on the CPU, with tiny models.
 Environment: DATA, a folder of prepared datasets (.gpu; what is missing is prepared, from MINICHAT_MIRROR if that is
-set); OUT, a folder for the report (docs/results; of a rehearsal a temporary one); PY, the Python (python3); COMMIT,
-what to call the code where there is no git.
+set); OUT, a folder for the report (docs/results; of a rehearsal a temporary one), both relative to the project's root;
+PY, the Python (python3); COMMIT, what to call the code where there is no git.
 END
 }
 
@@ -38,7 +38,7 @@ PY=${PY:-python3}
 command -v "$PY" >/dev/null || stop "there is no $PY here: name a Python that has torch with PY=.venv/bin/python"
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
-case ${DATA:=.gpu} in /*) ;; *) DATA=$PWD/$DATA ;; esac
+DATA=${DATA:-.gpu}
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}
 
 # -----------------------------------------------------------------------------
@@ -82,7 +82,7 @@ facts() {  # what the figures depend on; no date, so that two reports compare
     changed=$(git status --porcelain 2>/dev/null | wc -l)
     say "card: $card"
     say "driver: ${driver:-none}"
-    say "torch: $("$PY" -c 'import torch; print(torch.__version__, "CUDA", torch.version.cuda)' 2>/dev/null || echo none)"
+    say "torch: $("$PY" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || echo none)"
     say "commit: ${commit:-unknown}, $((changed)) files changed since"
 }
 
@@ -272,7 +272,7 @@ END
 
 generation() {
     local peers=false
-    "$PY" -c 'import transformers' 2>/dev/null && peers=true
+    "$PY" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("transformers"))' && peers=true
     words=(--forms=bfloat16,float32,int8 --batches=1,8,32 --prompts=16,512 --new_tokens=64 --rounds=2 --peers=$peers)
     if [ -n "$rehearse" ]; then  # a tiny model in the place of GPT-2's size
         characters

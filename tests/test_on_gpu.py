@@ -1,13 +1,20 @@
-"""tests/on_gpu.sh without a GPU: its rehearsal runs every command, and a command that fails is told."""
+"""tests/on_gpu.sh and `bench.py gpu` without a GPU: a rehearsal runs the commands, and a failure is told."""
 
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from test_house import ROOT
+import torch
+
+import cross_entropy
+from benchmarks import gpu
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 100
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
@@ -56,20 +63,18 @@ def commands(report):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [1, 2, 3, 4, 5])
-def test_a_part_rehearses(part, data, tmp_path):
-    done = on_gpu(str(part), "--rehearse", DATA=data, OUT=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == [f"gpu_{part}_rehearsal.txt"]
-    report = (tmp_path / f"gpu_{part}_rehearsal.txt").read_text(encoding="utf-8")
-    first = report.splitlines()[:5]
-    assert [line.partition(":")[0] for line in first] == [f"# part {part}", "card", "driver", "torch", "commit"]
-    assert not [text for text in SHOWN[part] if text not in report]
-    ends = [line for line in report.splitlines() if line.startswith("exit ")]
-    assert len(ends) == len(commands(report)) and all(line.startswith("exit 0, ") for line in ends)
-    for line in report.splitlines():
-        if line.startswith("{"):
-            assert not json.loads(line).get("failed")
+def test_every_part_rehearses(data, tmp_path):
+    with ThreadPoolExecutor(2) as two_at_once:
+        rehearsals = two_at_once.map(lambda part: on_gpu(str(part), "--rehearse", DATA=data, OUT=tmp_path), SHOWN)
+    for part, done in zip(SHOWN, rehearsals, strict=True):
+        assert done.returncode == 0, done.stdout
+        report = (tmp_path / f"gpu_{part}_rehearsal.txt").read_text(encoding="utf-8")
+        first = report.splitlines()[:5]
+        assert [line.partition(":")[0] for line in first] == [f"# part {part}", "card", "driver", "torch", "commit"]
+        assert not [text for text in SHOWN[part] if text not in report]
+        ends = [line for line in report.splitlines() if line.startswith("exit ")]
+        assert len(ends) == len(commands(report)) and all(line.startswith("exit 0, ") for line in ends)
+    assert len(list(tmp_path.iterdir())) == len(SHOWN), "one file each"
 
 
 @pytest.fixture
@@ -119,6 +124,54 @@ def test_what_is_missing_is_prepared_and_what_is_there_is_not(fake, tmp_path):
 def test_a_part_that_cannot_begin_leaves_nothing(words, named, tmp_path):
     done = on_gpu(*words, OUT=tmp_path / "out")
     assert done.returncode == 2 and named in done.stdout and not (tmp_path / "out").exists()
+
+
+def measure_tiny(**changes):
+    """bench.py gpu on a tiny model, in this process. -> its figures"""
+    return gpu.bench(SimpleNamespace(**{
+        "device": "cpu", "gpu_models": ("tiny",), "gpu_batches": (2,), "gpu_pieces": (2048,), "tokens": 16,
+        "updates": 1, "warm_up": 0, **changes}))
+
+
+def test_a_row_that_has_no_figure_says_why_and_the_next_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    step = gpu.Training.step
+    errors = {"whole loss": torch.OutOfMemoryError("CUDA out of memory. Tried to"),
+              "eager": RuntimeError("no such\nkernel")}
+
+    def fail(training):
+        if error := errors.get(training.case.row):
+            raise error
+        step(training)
+
+    monkeypatch.setattr(gpu.Training, "step", fail)
+    figures = measure_tiny()
+    rows = {row["row"]: row for row in figures["rows"]}
+    assert rows["whole loss"]["trouble"] == "out of memory" and rows["eager"]["trouble"] == "no such"
+    assert figures["failed"] == ["eager"], "the one may happen to anybody, the other is a fault"
+    shown = capsys.readouterr().out
+    for name in ("base", "piece 2**11", "adamw alone", "muon float32 alone"):
+        assert rows[name]["step_ms"] > 0 and not rows[name]["trouble"] and f"row {name}  model tiny" in shown
+    assert rows["base"]["tok_per_s"] == pytest.approx(1000 * 2 * 16 / rows["base"]["step_ms"], abs=1)
+
+
+def test_the_piece_size_is_what_the_loss_holds_and_is_put_back(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    before, pieces, rows_at_once = dict(cross_entropy.PIECE), [], cross_entropy.rows_at_once
+
+    def rows(*args):
+        pieces.append(cross_entropy.PIECE["cpu"])
+        return rows_at_once(*args)
+
+    monkeypatch.setattr(cross_entropy, "rows_at_once", rows)
+    measure_tiny(gpu_pieces=(1024, 2048))
+    assert set(pieces) == {before["cpu"], 1024, 2048} and cross_entropy.PIECE == before
+
+
+@pytest.mark.parametrize("word, named", [("--gpu_models=gpt9", "gpt9"), ("--gpu_batches=()", "one batch")])
+def test_what_cannot_be_measured_is_one_line(word, named, call_script):
+    code, _, err = call_script("bench.py", "gpu", "--device=cpu", word)
+    assert code == 2 and named in err and err.count("\n") == 1
 
 
 def test_two_runs_that_differ_are_seen(tmp_path):
