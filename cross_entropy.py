@@ -22,20 +22,21 @@ from torch import Tensor
 PIECE = {"cpu": 2**25, "cuda": 2**27}
 
 
-def linear_cross_entropy(x, table, targets, vocab_size, softcap=0.0, fuse=False, piece=0):
+def linear_cross_entropy(x, table, targets, vocab_size, softcap=0.0, fuse=None, piece=0):
     """Cross-entropy of the logits x table^T against targets, summed, in nats.
 
     x (N, C) hidden states; table (padded vocabulary, C), whose rows from `vocab_size` on are no tokens; targets (N,)
     ids, -1 where there is nothing to predict. With softcap the logits are softcap * tanh(logits / softcap). Products
     are made in autocast's dtype, or else x's; the softmax, the sum and the table's gradient in fp32.
 
-    fuse: what lies between the products is compiled (as it always is within torch.compile). piece: logits held at
-    once; 0: PIECE's. -> a scalar, fp32
+    fuse: whether the operations between the products are compiled; none: within torch.compile on CUDA (a CPU is
+    quicker with PyTorch's own softmax). piece: logits held at once; 0: PIECE's. -> a scalar, fp32
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     gradients = torch.is_grad_enabled() and (x.requires_grad or table.requires_grad)
-    fuse = fuse or torch.compiler.is_compiling()
+    if fuse is None:
+        fuse = kind == "cuda" and torch.compiler.is_compiling()
     return loss_and_gradients(x, table, targets, vocab_size, softcap, dtype, gradients, fuse, piece)[0]
 
 
@@ -101,22 +102,24 @@ def logits_to_gradient_(logits, targets, vocab_size, softcap):
     A row whose target is -1 becomes a softmax: the caller leaves it out.
     """
     work = logits.to(at_least_fp32(logits.dtype))  # in fp32 the same tensor
-    at_target = torch.arange(len(logits), device=logits.device), targets.clamp(min=0)
+    target = targets.clamp(min=0)
     if softcap:
         work.div_(softcap).tanh_()
         slope = work.square().neg_().add_(1)  # of tanh
         work.mul_(softcap)
     work[:, vocab_size:] = float("-inf")
     log_softmax_(work)
+    at_target = torch.arange(len(work), device=work.device), target
     log_probability = work[at_target]  # (N,)
     loss = -torch.where(targets != -1, log_probability, 0.0).sum()
-    gradient_at_target = torch.expm1(log_probability)  # probability - 1
     work.exp_()
+    if torch.compiler.is_compiling():  # to one kernel, which writes each element once
+        work.sub_(torch.arange(work.size(1), device=work.device) == target[:, None])
+    else:
+        work[at_target] = torch.expm1(log_probability)  # probability - 1
     if softcap:
         work.mul_(slope)
-        gradient_at_target = gradient_at_target * slope[at_target]
     logits.copy_(work)
-    logits[at_target] = gradient_at_target.to(logits.dtype)
     return loss
 
 

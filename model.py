@@ -427,9 +427,9 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
-    def loss(self, x, targets, fuse=False):
-        """Mean cross-entropy of (B, T, n_embd) against (B, T), in nats per target. The logits are never held whole;
-        with `fuse` what lies between their products is compiled, though the model is not."""
+    def loss(self, x, targets, fuse=None):
+        """Mean cross-entropy of (B, T, n_embd) against (B, T), in nats per target. The logits are never held whole.
+        `fuse` is linear_cross_entropy's."""
         x, targets, c = x.flatten(0, 1), targets.flatten(), self.config
         if isinstance(self.lm_head, Head):
             total = self.lm_head(self.transformer.ln_f(x), targets, vocab_size=c.vocab_size, softcap=c.logit_softcap,

@@ -460,7 +460,7 @@ class Layout:
         for module in parts_of_blocks(model):
             module.forward = torch.compile(module.forward, dynamic=False)
         for root in model.stages if self.pp > 1 else [model]:
-            root.loss = partial(root.loss, fuse=True)
+            root.loss = partial(root.loss, fuse=self.device.type == "cuda")
         return self.module
 
     def before_forward(self, model, last):

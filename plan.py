@@ -137,9 +137,7 @@ def loss_memory(costs, tokens, small, cuda, copied):
     pieces = -(-tokens // rows_at_once(costs.config.padded_vocab_size, "cuda" if cuda else "cpu"))
     piece = -(-tokens // pieces) * costs.config.padded_vocab_size  # a soft-cap: half the rows, twice their bytes
     half = costs.table / 2 if small == 2 else 0                    # bytes of the table in half precision
-    softmax = 4 if small == 2 else 0                               # bytes a logit: once more, in fp32
-    if cuda:
-        softmax = small                                            # compiled: their gradient
+    softmax = 4 if small == 2 and not cuda else 0                  # bytes a logit: in fp32; compiled, none
     peak = piece * small + max(piece * softmax, half)
     return 4 * tokens * costs.config.n_embd + costs.table + half * copied + peak
 

@@ -1,5 +1,7 @@
 """The fused loss is the loss: value and gradients against float64, its memory, and how torch.compile sees it."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,15 @@ import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.utils import run_and_get_code
 
 from bench import forget_peak
-from cross_entropy import PIECE, linear_cross_entropy, log_softmax_, loss_and_gradients, rows_at_once
+from cross_entropy import PIECE, compiled, linear_cross_entropy, log_softmax_, loss_and_gradients, rows_at_once
 from device import memory_gb
 from model import GPT, GPTConfig
 
 N, C, VOCAB, PADDED = 100, 32, 1000, 1024
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 needs_clear_refs = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory cannot be reset")
 
 
@@ -61,6 +65,7 @@ def test_loss_and_gradients_are_those_of_float64(softcap, rows):
     assert (found[2][VOCAB:] == 0).all()  # no tokens
 
 
+@needs_compiler
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_compiled_it_is_the_same(softcap):
     x, table, targets = tensors()
@@ -69,14 +74,16 @@ def test_compiled_it_is_the_same(softcap):
     def loss(x, table, targets):
         return linear_cross_entropy(x, table, targets, VOCAB, softcap, piece=30 * PADDED)
 
-    ways = [torch.compile(loss, fullgraph=True)(x, table, targets),
-            linear_cross_entropy(x, table, targets, VOCAB, softcap, fuse=True, piece=30 * PADDED)]
-    for way in ways:
+    def fused(x, table, targets):
+        return linear_cross_entropy(x, table, targets, VOCAB, softcap, fuse=True, piece=30 * PADDED)
+
+    ways = [torch.compile(loss, fullgraph=True), fused, torch.compile(fused, fullgraph=True)]
+    for way in (way(x, table, targets) for way in ways):
         for one, other in zip(with_gradients(way, x, table), expected, strict=True):
             assert distance(one, other) < 1e-6
 
 
-@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("fuse", [False, pytest.param(True, marks=needs_compiler)])
 def test_under_autocast_products_are_in_bfloat16_and_the_rest_in_float32(fuse):
     x, table, targets = tensors()
     with torch.autocast("cpu", torch.bfloat16):
@@ -184,6 +191,18 @@ def test_the_compiled_graph_does_not_grow_with_the_pieces():
     one, many = (nodes_of(loss, *tensors(N=n)) for n in (8, 8000))  # 1,000 pieces
     assert one == many
     assert len(one) == 2 and sum(one) < 30
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_softmax_writes_over_the_logits(dtype):
+    """In the code that Inductor makes no other tensor is as large as the logits."""
+    torch._dynamo.reset()
+    logits, targets = torch.randn(40, PADDED).to(dtype), torch.randint(VOCAB, (40,))
+    _, codes = run_and_get_code(compiled.__wrapped__(), logits, targets, VOCAB, 0.0)
+    allocated = re.findall(r"= empty_strided_cpu\(\((.*?)\), \(", "".join(codes))
+    assert len(codes) == 1 and allocated  # such as a number for each row
+    assert not [shape for shape in allocated if str(PADDED) in shape]
 
 
 def test_a_model_with_its_loss_is_one_graph():
