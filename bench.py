@@ -615,7 +615,10 @@ def bench_infer():
             convert(model, dtype, "int8" if int8 else "")
             layers = [m for m in model.modules() if hasattr(m, "in_features")]
             row = {n: torch.randn(1, n, device=where, dtype=dtype) for n in {m.in_features for m in layers}}
-            alone = lambda layers=layers, row=row: timed(lambda: [m(row[m.in_features]) for m in layers])  # noqa: E731
+
+            def alone(layers=layers, row=row):
+                return timed(lambda: [m(row[m.in_features]) for m in layers], where)
+
             engine = Engine(model, max_tokens=max(batches) * (max(prompts) + new_tokens + 16))
             size = sum(weight_bytes(m) for m in layers)
             cases = [(batch, length) for length in prompts for batch in batches]

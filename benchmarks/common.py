@@ -35,11 +35,19 @@ def cell(value):
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def timed(call):
-    """Seconds that `call` takes."""
+def timed(call, where=None):
+    """Seconds that `call` takes; on a device `where`, until its kernels have run."""
+    wait_for(where)
     began = time.perf_counter()
     call()
+    wait_for(where)
     return time.perf_counter() - began
+
+
+def wait_for(where):
+    """Until the kernels that a CUDA device was given have run."""
+    if where is not None and where.type == "cuda":
+        torch.cuda.synchronize(where)
 
 
 def forget_peak(where):

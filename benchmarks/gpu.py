@@ -21,7 +21,7 @@ import torch
 
 import cross_entropy
 import plan
-from benchmarks.common import forget_peak, machine, only_sdpa, table
+from benchmarks.common import forget_peak, machine, only_sdpa, table, wait_for
 from configurator import fail
 from device import autocast, memory_gb, memory_is_full, peak_flops, pick_device
 from model import GPT, GPTConfig
@@ -124,17 +124,12 @@ def median_ms(call, where, updates=10, warm_up=3):
     for _ in range(warm_up):
         call()
     timer = StepTimer(where)
-    synchronize(where)
+    wait_for(where)
     timer.start()
     for i in range(updates):
         call()
         timer.mark(str(i))
     return statistics.median(timer.read().values())
-
-
-def synchronize(where):
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
 
 
 # -----------------------------------------------------------------------------
@@ -207,7 +202,7 @@ def training_rows(case, c, where, pieces):
     training = Training(case, c, where)
     began = time.perf_counter()
     training.step()
-    synchronize(where)
+    wait_for(where)
     first_s = time.perf_counter() - began
     rows = [steps_row(case, c, training, first_s if case.compile else None)]
     for piece in pieces:  # the loss reads it at each call, so nothing compiles again

@@ -3,12 +3,15 @@
 import json
 import random
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_tokenizer import RANKS, needs_ranks
 
-from bench import llama_cpp_of, typical
+from bench import llama_cpp_of, timed, typical
+from benchmarks import common
 from model import GPT, GPTConfig
 
 pytest_plugins = ["runs"]
@@ -76,6 +79,18 @@ def test_a_mistake_that_train_py_names(bench, tmp_path):
     done = bench("1", tmp_path / "out", "--overrides=max_itres=8")
     assert done.returncode == 2 and "unknown key --max_itres" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_gpu_is_given_is_timed_until_it_has_run(monkeypatch):
+    """Its kernels are launched and run later: the clock starts when none is left, and stops when none is."""
+    said = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda where: said.append("waited"))
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: said.append("clock") or len(said)))
+    timed(lambda: said.append("launched"), torch.device("cuda"))
+    assert said == ["waited", "clock", "launched", "waited", "clock"]
+    said.clear()
+    timed(lambda: said.append("done"), torch.device("cpu"))
+    assert said == ["clock", "done", "clock"]
 
 
 def test_a_part_that_was_not_recorded_is_not_known():
