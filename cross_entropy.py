@@ -14,7 +14,6 @@ It imports torch alone.
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Logits that are held at once, by type of device. A CPU's caches like few. On a GPU the product with the table wants
@@ -61,12 +60,13 @@ def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: in
         grad_table = torch.empty_like(table, dtype=at_least_fp32(table.dtype)) if gradients else table.new_empty(0)
         for first in range(0, len(x), rows):
             xs, ts = x[first : first + rows].to(dtype), targets[first : first + rows]
+            counts = ts != -1
             logits = torch.mm(xs, weight.T, out=buffer[: len(xs)])  # (rows, padded vocabulary)
-            loss += turn_into_gradient(logits, ts, vocab_size, softcap)
+            loss += turn_into_gradient(logits, ts.clamp(min=0), counts, vocab_size, softcap)
             if gradients:
-                predicted = (ts != -1)[:, None].to(dtype)
-                grad_x[first : first + rows] = (logits @ weight) * predicted
-                add_product(grad_table, logits.T, xs * predicted, begin=first == 0)
+                counts = counts[:, None].to(dtype)
+                grad_x[first : first + rows] = (logits @ weight) * counts
+                add_product(grad_table, logits.T, xs * counts, begin=first == 0)
     return loss, grad_x, grad_table.to(table.dtype)
 
 
@@ -96,39 +96,47 @@ def scale_gradients(ctx, grad, *_):
 loss_and_gradients.register_autograd(scale_gradients, setup_context=save_gradients)
 
 
-def logits_to_gradient_(logits, targets, vocab_size, softcap):
+def logits_to_gradient_(logits, targets, counts, vocab_size, softcap):
     """Logits (N, padded vocabulary) become, in place, the gradient of the summed loss: softmax - one-hot. -> the loss
 
-    A row whose target is -1 becomes a softmax: the caller leaves it out.
+    targets (N,) are token ids; of a row that does not count (N,) the loss is 0, and the caller drops its gradient.
     """
     work = logits.to(at_least_fp32(logits.dtype))  # in fp32 the same tensor
-    target = targets.clamp(min=0)
+    at_target = torch.arange(len(work), device=work.device), targets
     if softcap:
         work.div_(softcap).tanh_()
         slope = work.square().neg_().add_(1)  # of tanh
         work.mul_(softcap)
     work[:, vocab_size:] = float("-inf")
-    log_softmax_(work)
-    at_target = torch.arange(len(work), device=work.device), target
+    torch.log_softmax(work, -1, out=work)  # the kernel reads an element before it writes that element
     log_probability = work[at_target]  # (N,)
-    loss = -torch.where(targets != -1, log_probability, 0.0).sum()
+    loss = -torch.where(counts, log_probability, 0.0).sum()
     work.exp_()
-    if torch.compiler.is_compiling():  # to one kernel, which writes each element once
-        work.sub_(torch.arange(work.size(1), device=work.device) == target[:, None])
-    else:
-        work[at_target] = torch.expm1(log_probability)  # probability - 1
+    work[at_target] = torch.expm1(log_probability)  # probability - 1
     if softcap:
         work.mul_(slope)
     logits.copy_(work)
     return loss
 
 
-def log_softmax_(x):
-    """log_softmax over the last dimension, in place: the kernel reads an element before it writes that element."""
-    if torch.compiler.is_compiling():  # where there is no memory between operations to save
-        x.copy_(F.log_softmax(x, -1))
-    else:
-        torch.log_softmax(x, -1, out=x)
+def fused_logits_to_gradient_(logits, targets, counts, vocab_size, softcap):
+    """The same for torch.compile, which makes one kernel of it: only sums over a row, and no element is looked up that
+    the kernel may have overwritten."""
+    z = logits.to(at_least_fp32(logits.dtype))
+    if softcap:
+        tanh = torch.tanh(z / softcap)
+        z = softcap * tanh
+    column = torch.arange(logits.size(1), device=logits.device)
+    z = torch.where(column < vocab_size, z, float("-inf"))
+    one_hot = column == targets[:, None]
+    log_sum = torch.logsumexp(z, -1, keepdim=True)  # (N, 1)
+    log_probability = torch.where(one_hot, z, 0.0).sum(-1) - log_sum[:, 0]
+    loss = -torch.where(counts, log_probability, 0.0).sum()
+    gradient = torch.exp(z - log_sum) - one_hot.to(z.dtype)
+    if softcap:
+        gradient = gradient * (1 - tanh * tanh)
+    logits.copy_(gradient)
+    return loss
 
 
 def add_product(total, a, b, begin):
@@ -147,12 +155,12 @@ def at_least_fp32(dtype):
 
 @functools.cache
 def compiled():
-    """logits_to_gradient_ as one kernel, for any number of rows."""
-    fused = torch.compile(logits_to_gradient_)
+    """fused_logits_to_gradient_ as one kernel, for any number of rows."""
+    fused = torch.compile(fused_logits_to_gradient_)
 
-    def run(logits, targets, vocab_size, softcap):
-        for tensor in (logits, targets):
+    def run(logits, targets, counts, vocab_size, softcap):
+        for tensor in (logits, targets, counts):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return fused(logits, targets, vocab_size, softcap)
+        return fused(logits, targets, counts, vocab_size, softcap)
 
     return run

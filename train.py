@@ -216,8 +216,9 @@ def main(config, given, stop, lock, rewound=None):
         check_settings()
         if threads:
             torch.set_num_threads(threads)
-        allocate_in_segments()
         where, device_why = pick_device(device)
+        if where.type == "cuda":
+            allocate_in_segments()
         where = parallel.own_device(device, where, backend)
         precision, dtype_why = pick_dtype(dtype, where)
         precision_name = str(precision).removeprefix("torch.")

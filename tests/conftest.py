@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import setuptools  # noqa: F401  before anything imports distutils, which torch.compile's import of it forbids
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes run tests beside each other
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each that compiles starts others

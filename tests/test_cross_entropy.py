@@ -13,7 +13,15 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import run_and_get_code
 
 from bench import forget_peak
-from cross_entropy import PIECE, compiled, linear_cross_entropy, log_softmax_, loss_and_gradients, rows_at_once
+from cross_entropy import (
+    PIECE,
+    compiled,
+    fused_logits_to_gradient_,
+    linear_cross_entropy,
+    logits_to_gradient_,
+    loss_and_gradients,
+    rows_at_once,
+)
 from device import memory_gb
 from model import GPT, GPTConfig
 
@@ -126,10 +134,25 @@ def test_without_a_gradient_none_is_made():
 
 
 def test_log_softmax_in_place_is_log_softmax():
+    """Which PyTorch does not promise."""
     x = torch.randn(50, 50304) * 10
     expected = F.log_softmax(x, -1)
-    log_softmax_(x)
+    torch.log_softmax(x, -1, out=x)
     assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_kernel_says_the_same(dtype, softcap, compile):
+    """Whatever is read of the logits is read before it is overwritten."""
+    logits = (torch.randn(100, PADDED) * 5).to(dtype)
+    targets, counts = torch.randint(VOCAB, (100,)), torch.rand(100) > 0.2
+    ours, theirs = logits.clone(), logits.clone()
+    expected = logits_to_gradient_(ours, targets, counts, VOCAB, softcap)
+    found = (compiled() if compile else fused_logits_to_gradient_)(theirs, targets, counts, VOCAB, softcap)
+    assert distance(found, expected) < 1e-6
+    assert distance(theirs, ours) < (1e-6 if dtype == torch.float32 else 1e-4)
 
 
 def test_pytorch_finds_no_fault_in_the_operator():
@@ -199,7 +222,7 @@ def test_the_compiled_softmax_writes_over_the_logits(dtype):
     """In the code that Inductor makes no other tensor is as large as the logits."""
     torch._dynamo.reset()
     logits, targets = torch.randn(40, PADDED).to(dtype), torch.randint(VOCAB, (40,))
-    _, codes = run_and_get_code(compiled.__wrapped__(), logits, targets, VOCAB, 0.0)
+    _, codes = run_and_get_code(compiled.__wrapped__(), logits, targets, targets >= 0, VOCAB, 0.0)
     allocated = re.findall(r"= empty_strided_cpu\(\((.*?)\), \(", "".join(codes))
     assert len(codes) == 1 and allocated  # such as a number for each row
     assert not [shape for shape in allocated if str(PADDED) in shape]

@@ -798,6 +798,7 @@ def test_relu_squared_is_finite_in_float16():
     """The square of 256 is no float16; what comes in may be larger."""
     mlp = model_file.MLP(GPTConfig(**SMALL, activation="relu2")).half()
     with torch.no_grad():
+        mlp.c_fc.weight.zero_()
         mlp.c_fc.weight[0] = 1.0  # this unit gets 32,000
     x = torch.full((1, 32), 1000.0, dtype=torch.float16, requires_grad=True)
     y = mlp(x)
