@@ -16,8 +16,9 @@ import functools
 import torch
 from torch import Tensor
 
-# Logits that are held at once, by type of device. A CPU gains nothing by more. A GPU's products want some thousand rows:
-# 2,668 (GPT-2's vocabulary) x 768 are 126 tiles of 128 x 128, for an H100's 132 multiprocessors. Not measured on one.
+# Logits that are held at once, by type of device. A CPU gains nothing by more. A GPU's products want some thousand
+# rows: 2,668 (GPT-2's vocabulary) x 768 are 126 tiles of 128 x 128, for the 132 multiprocessors of an H100. Not
+# measured on one.
 PIECE = {"cpu": 2**25, "cuda": 2**27}
 
 
