@@ -294,7 +294,8 @@ def allocate_in_segments():
     os.environ["PYTORCH_ALLOC_CONF"] = wanted  # for child processes: a CUDA build reads it when torch is imported
     set_now = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     if set_now:
-        set_now(wanted)
+        with contextlib.suppress(RuntimeError):  # where it cannot be had, memory is allocated as ever
+            set_now(wanted)
 
 
 def has_compiler(variable, names):

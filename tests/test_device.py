@@ -482,6 +482,14 @@ def test_the_allocator_grows_its_segments(allocator, monkeypatch):
     assert allocator == ["expandable_segments:True"]  # a build that read the variable at import
 
 
+def test_an_allocator_that_refuses_is_left_as_it_is(allocator, monkeypatch):
+    def refuse(wanted):
+        raise RuntimeError("not supported by this driver")
+
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", refuse, raising=False)
+    allocate_in_segments()
+
+
 def test_torch_2_9_reads_the_old_name(allocator, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu126")
     allocate_in_segments()
