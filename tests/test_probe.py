@@ -292,13 +292,13 @@ def test_layouts_see_what_one_process_sees(settings, on_ranks, one_process):
 
 @pytest.mark.slow
 def test_probes_beside_a_compiled_model(tiny, tmp_path):
-    """The same figures to rounding, and no recompilation."""
+    """The same figures to rounding, and no recompilation but for the evaluation, which has no gradient."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler here")
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     before = "import torch\ntorch._logging.set_logs(recompiles=True)"
     done = tiny(tmp_path / "compiled", compile=True, probe_interval=2, max_iters=4, env=env, before=before)
-    assert done.code == 0 and "Recompiling" not in done.err, done.err
+    assert done.code == 0 and done.err.count("Recompiling") == done.err.count("grad_mode") == 1, done.err
     assert tiny(tmp_path / "plain", probe_interval=2, max_iters=4).code == 0
     for a, b in zip(records(tmp_path / "compiled"), records(tmp_path / "plain"), strict=True):
         for key in PROBES & b.keys():
