@@ -614,18 +614,13 @@ def bench_infer():
                     f"plain, prompt of {max(prompts)}": peers_of(plain, where, max(prompts))["plain"]}
             convert(model, dtype, "int8" if int8 else "")
             layers = [m for m in model.modules() if hasattr(m, "in_features")]
-            row = {n: torch.randn(1, n, device=where, dtype=dtype) for n in {m.in_features for m in layers}}
-
-            def alone(layers=layers, row=row):
-                return timed(lambda: [m(row[m.in_features]) for m in layers], where)
-
             engine = Engine(model, max_tokens=max(batches) * (max(prompts) + new_tokens + 16))
             size = sum(weight_bytes(m) for m in layers)
             cases = [(batch, length) for length in prompts for batch in batches]
             found, linear, peak = {case: [] for case in cases}, [], {}
             times = {name: [] for name in beside}
             for _ in range(rounds):
-                linear += [alone() for _ in range(5)]
+                linear += linear_times(layers, where, dtype)
                 for case in cases:
                     forget_peak(where)
                     found[case].append(decode(engine, *case))
@@ -656,6 +651,12 @@ def bench_infer():
     for other in others:
         print(", ".join(f"{k}: {v:.1f}" if isinstance(v, float) else f"{k}: {v}" for k, v in other.items()))
     return {"machine": machine(), "device": str(where), "read_gb_per_s": memory / 1e9, "rows": rows, "others": others}
+
+
+def linear_times(layers, where, dtype):
+    """Seconds that all linear layers take for one row, one after another, five times."""
+    row = {n: torch.randn(1, n, device=where, dtype=dtype) for n in {layer.in_features for layer in layers}}
+    return [timed(lambda: [layer(row[layer.in_features]) for layer in layers], where) for _ in range(5)]
 
 
 def weight_bytes(layer):

@@ -55,7 +55,7 @@ def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: in
     with torch.autocast(x.device.type, enabled=False):
         weight = table.to(dtype)
         pieces = -(-len(x) // rows_at_once(len(table), x.device.type, softcap, piece))
-        rows = -(-len(x) // pieces)  # of equal size, but for the last
+        rows = -(-len(x) // pieces)  # in each piece; the last one may have fewer
         buffer = torch.empty(rows, len(table), dtype=dtype, device=x.device)
         loss = torch.zeros((), dtype=at_least_fp32(dtype), device=x.device)
         grad_x = torch.empty_like(x) if gradients else x.new_empty(0)
@@ -142,7 +142,7 @@ def fused_logits_to_gradient_(logits, targets, counts, vocab_size, softcap):
 
 
 def add_product(total, a, b, begin):
-    """total (at least fp32) += a b, or where it has to `begin`, total = a b."""
+    """total += a b; for the first piece (`begin`) total = a b. The total is in fp32 or wider."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0.0 if begin else 1.0, out=total)
     elif begin:

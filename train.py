@@ -589,7 +589,7 @@ def main(config, given, stop, lock, rewound=None):
         return result["val_loss"]
 
     # ---- compile, and fall back once if that fails ---------------------------------------
-    compiled, evaluator = layout.module, None  # what a forward pass calls, and an evaluation's
+    compiled, evaluator = layout.module, None  # what training's forward pass calls; the compiled model that evaluates
     clock = time.perf_counter()
     if compile or (compile is None and where.type == "cuda"):
         def first_passes():
@@ -607,12 +607,12 @@ def main(config, given, stop, lock, rewound=None):
                 length *= 2
 
         trouble = layout.any_trouble(can_compile(where) or layout.cannot_compile())
-        if not trouble and not layout.copies_whole:  # where ranks wait for each other within a pass: try it before
+        if not trouble and not layout.copies_whole:  # ranks wait for each other within a pass: first a trial without
             trouble = layout.any_trouble(trouble_of(lambda: compile_one(where)))
         if not trouble:
             trouble = trouble_of(first_passes)
             if trouble and not layout.copies_whole:
-                raise RuntimeError(f"torch.compile failed ({trouble}); --compile=false trains uncompiled")
+                fail(f"torch.compile failed ({trouble}); --compile=false trains uncompiled")
             trouble = layout.any_trouble(trouble)
         opt.zero_grad()
         if trouble:
@@ -639,7 +639,8 @@ def main(config, given, stop, lock, rewound=None):
     while state["step"] < max_iters:
         step = state["step"]
         probing = probe_interval and (step + 1) % probe_interval == 0
-        profiled(step)
+        with pace.aside():
+            profiled(step)
         timer.start()
         lr = learning_rate_at(step)
         opt.set_lr(lr / learning_rate)

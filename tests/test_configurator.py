@@ -481,16 +481,16 @@ def test_an_empty_path_is_refused(refused_by, script, key):
 
 
 def test_the_home_folder(monkeypatch, refused_by, refused):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert of_project("train.py", "--out_dir=~/run")["out_dir"] == "/home/me/run"
-    assert of_project("train.py", "--out_dir", "~")["out_dir"] == "/home/me"
-    assert of_project("train.py", "--dataset=~/a:0.7,b:0.1,~/c:0.2")["dataset"] == "/home/me/a:0.7,b:0.1,/home/me/c:0.2"
-    assert of_project("train.py", config_file("out_dir = '~/x'"))["out_dir"] == "/home/me/x"
-    assert of_project("report.py", "--runs=~/a,b~", "--html=~/p.html")["runs"] == ("/home/me/a", "b~")
+    monkeypatch.setenv("HOME", "/mine")
+    assert of_project("train.py", "--out_dir=~/run")["out_dir"] == "/mine/run"
+    assert of_project("train.py", "--out_dir", "~")["out_dir"] == "/mine"
+    assert of_project("train.py", "--dataset=~/a:0.7,b:0.1,~/c:0.2")["dataset"] == "/mine/a:0.7,b:0.1,/mine/c:0.2"
+    assert of_project("train.py", config_file("out_dir = '~/x'"))["out_dir"] == "/mine/x"
+    assert of_project("report.py", "--runs=~/a,b~", "--html=~/p.html")["runs"] == ("/mine/a", "b~")
     assert of_project("sample.py", "--start=~ hello")["start"] == "~ hello"  # no path
     assert of_project("train.py", "--out_dir=./~x")["out_dir"] == "./~x"
-    assert resolve("~/a", "c", source=BENCH, paths="runs")["runs"] == ("/home/me/a", "c")
-    assert "no config file /home/me/no.py" in refused("~/no.py")
+    assert resolve("~/a", "c", source=BENCH, paths="runs")["runs"] == ("/mine/a", "c")
+    assert "no config file /mine/no.py" in refused("~/no.py")
     assert "no home folder ~nobody-9" in refused_by("train.py", "--out_dir=~nobody-9/run")
 
 

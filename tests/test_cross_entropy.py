@@ -114,6 +114,15 @@ def test_a_table_in_bfloat16_adds_its_pieces_in_float32():
     assert distance(found[2], expected[2]) < 3.5e-3  # rounded once; added up in bfloat16 it is 5.0e-3
 
 
+def test_a_second_backward_pass_is_refused():
+    """The first one scales the gradients in place: a second one would scale them again."""
+    x, table, targets = tensors()
+    loss = linear_cross_entropy(x, table, targets, VOCAB) / 37
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_loss_of_the_largest_logits_is_finite():
     x, table, targets = tensors()
     with torch.no_grad():

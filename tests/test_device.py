@@ -359,7 +359,7 @@ def test_tf32_is_a_setting_of_cuda_alone(monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# Attention kernels. The switches of torch.backends.cuda are there without CUDA, too; on a CPU SDPA obeys flash's.
+# Attention kernels. The switches of torch.backends.cuda exist without CUDA. On a CPU SDPA obeys the one of flash.
 
 SHAPE = {"batch": 2, "queries": 8, "keys": 8, "heads": 4, "kv_heads": 4, "head_dim": 16, "causal": True}
 

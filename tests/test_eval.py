@@ -1,5 +1,6 @@
 """Loss over fixed windows: every target counts once and the same."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoint
+import device
 from checkpoint import file_sha256, load_model_tensors, own_sha256
 from data.common import shard_header, write_dataset
 from eval import code, evaluate, text_size
@@ -78,6 +80,21 @@ def test_limit_takes_the_first_batches(model, tokens):
         result = evaluate(model, tokens, 16, 2, eval_iters)
         assert result["tokens"] == len(losses)
         assert result["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_eval_runs_within_the_kernels_of_inference(call_script, tiny_run, monkeypatch):
+    inside = []
+
+    @contextlib.contextmanager
+    def kernels(where):
+        inside.append(where)
+        yield
+
+    forward = GPT.forward
+    monkeypatch.setattr(device, "inference_kernels", kernels)
+    monkeypatch.setattr(GPT, "forward", lambda *args, **options: (inside[0], forward(*args, **options))[1])
+    code, _, err = call_script("eval.py", f"--out_dir={tiny_run}", "--device=cpu")
+    assert code == 0 and inside == [torch.device("cpu")], err
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -585,7 +585,7 @@ def test_compiled_rewinds(tiny, tmp_path):
         "    return real_judge(self, math.nan if len(seen) == 6 else loss, norm)\nguard.Guard.judge = judge\n"
     done = tiny(tmp_path / "a", before="import guard, math" + told + once, **settings)
     assert done.code == 0 and done.err.count("\n") == 1, done.err
-    assert done.out.count("compiled\n") == 4, done.out  # the evaluation, too
+    assert done.out.count("compiled\n") == 4, done.out  # twice the training, twice the evaluation
     done = tiny(tmp_path / "b", skip_batches=5, **settings)
     assert done.code == 0 and done.err == ""
     same(tmp_path / "a", tmp_path / "b")

@@ -81,6 +81,26 @@ def test_a_pass_is_made_once_for_all_steps_of_its_shape():
     assert [r.tokens for r in batched] == [r.tokens for r in plain]
 
 
+@pytest.mark.parametrize("way", ["engine", "batched", "stream"])
+def test_tokens_are_made_within_the_kernels_of_inference(monkeypatch, way):
+    """Without cuDNN's: device.inference_kernels is entered and left around each pass of the model."""
+    model, inside, seen = make(), [], []
+
+    @contextlib.contextmanager
+    def kernels(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(infer, "inference_kernels", kernels)
+    model.register_forward_pre_hook(lambda *args: seen.append(list(inside)))
+    if way == "stream":
+        list(stream(model, [1, 2, 3], 4))
+    else:
+        Engine(model, batched=way == "batched").generate([1, 2, 3], max_new_tokens=4)
+    assert len(seen) == 4 and all(devices == [torch.device("cpu")] for devices in seen) and not inside
+
+
 def test_no_kernel_on_a_cpu():
     assert paged_kernel(torch.device("cpu"), torch.bfloat16, 64) is None
 

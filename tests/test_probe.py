@@ -292,7 +292,7 @@ def test_layouts_see_what_one_process_sees(settings, on_ranks, one_process):
 
 @pytest.mark.slow
 def test_probes_beside_a_compiled_model(tiny, tmp_path):
-    """The same figures to rounding, and no recompilation but for the evaluation, which has no gradient."""
+    """The same figures to rounding. Only the evaluation compiles again, as it has no gradient; probes do not."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler here")
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -421,8 +421,9 @@ def test_the_readmes_advice_for_one_gpu(tiny, tmp_path):
 
 
 def test_the_time_between_steps_counts(tiny, tmp_path):
-    """On a clock that an update moves by 1 s, a line on the screen by 10, an evaluation by 100, a checkpoint by 1,000
-    and a probe by 10,000: a step lasts until the next one begins, but evaluating, saving and probing are none of it."""
+    """On a clock that an update moves by 1 s, a line on the screen by 10, an evaluation by 100, a checkpoint by 1,000,
+    a probe by 10,000 and the profiler by 100,000: a step lasts until the next one begins, but evaluating, saving,
+    probing and profiling are none of it."""
     done = tiny(tmp_path, max_iters=6, eval_interval=3, probe_interval=5, peak_flops=1e9, before="""
         import time
         import checkpoint, eval, monitor, optim, probe
@@ -439,6 +440,7 @@ def test_the_time_between_steps_counts(tiny, tmp_path):
         moving(eval, "evaluate", 100)
         moving(checkpoint, "save", 1000)
         moving(probe.Update, "end", 10000)
+        moving(monitor.Profiler, "after", 100000)
     """)
     assert done.code == 0, done.err
     found = records(tmp_path)
@@ -447,6 +449,17 @@ def test_the_time_between_steps_counts(tiny, tmp_path):
     assert [r["wall_s"] for r in found] == [1, 12, 23, 24, 10035, 10046]
     assert [r["tok_per_s"] for r in found] == [round(64 / seconds) for seconds in (1, 11, 11, 1, 11, 11)]
     assert [r["optim_ms"] for r in found] == [1000] * 6
+
+
+def test_what_is_asked_of_the_gpu_is_told_to_torch(tiny, tmp_path):
+    """Here, where there is none, the names are patched; of attention's kernels none can be asked for."""
+    done = tiny(tmp_path / "run", max_iters=1, tf32=True, sdpa="flash", before="""
+        import device
+        device.use_tf32 = lambda enabled, where: print("tf32", enabled, where)
+        device.use_sdpa = lambda name, where: print("sdpa", name, where)
+    """)
+    assert done.code == 0 and done.out.startswith("tf32 True cpu\nsdpa flash cpu\n"), done.err
+    assert "sdpa='flash' needs a CUDA device" in one_error(tiny(tmp_path / "other", sdpa="flash"), tmp_path / "other")
 
 
 def test_tokens_per_step_sets_the_accumulation(tiny, tmp_path):
