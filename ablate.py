@@ -51,7 +51,7 @@ from eval import evaluate
 from infer import load
 from loader import open_datasets, open_tokens
 from plan import meta_model, model_fields
-from tables import divergence, figures
+from reporting.tables import divergence, figures
 from train import vocabulary
 
 try:
@@ -225,13 +225,15 @@ def code_sha256(root=ROOT, script="train"):
     sources, names = {}, [script]
     while names:
         name = names.pop()
-        path = Path(root) / f"{name}.py"
+        path = Path(root, *name.split(".")).with_suffix(".py")
         if name in sources or not path.is_file():
             continue
         sources[name] = path.read_text(encoding="utf-8")
-        nodes = list(ast.walk(ast.parse(sources[name])))
-        names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        for node in ast.walk(ast.parse(sources[name])):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     return sha256(json.dumps(sources, sort_keys=True))
 
 

@@ -59,12 +59,12 @@ from configurator import configure, fail, read_file, read_keys
 from device import DTYPES, memory_gb, pick_device
 from export import write_gguf
 from infer import Engine, load, stream
+from inference.quantize import convert
 from loader import Loader, Tokens, find_dataset
 from model import GPT, GPTConfig
-from monitor import cpu_name, git
 from optim import Optimizers
 from parallel import Layout, checkpoint_activations, local, one_fate, own_device
-from weights import convert
+from training.monitor import cpu_name, git
 
 # -----------------------------------------------------------------------------
 what = "train"              # train | scaling | data | loader | infer | activations | zero | monitor | gpu

@@ -5,7 +5,8 @@ Settings of a script: defaults <- config files <- --key=value, in the order of t
     compile: bool | None = None  # torch.compile; none: where it pays
 
     if __name__ == "__main__":
-        config = configure(globals())
+        c = Settings(configure(globals()))
+        main(c)  # which reads c.out_dir, c.compile
 
     python train.py config/small.py --out_dir=runs/1 --compile
 
@@ -127,6 +128,34 @@ def is_descriptor(stream, fd):
         return stream.fileno() == fd
     except (OSError, ValueError):  # a test's capture has none
         return False
+
+
+class Settings:
+    """The settings of one call of a script, each an attribute: c.batch_size.
+
+    They never change: `c.changed(batch_size=4)` gives a changed copy. dict(c) gives them as a plain dict.
+    """
+
+    def __init__(self, values):
+        self.__dict__.update(values)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"settings do not change: c.changed({name}=...) gives a changed copy")
+
+    def __getattr__(self, name):
+        raise AttributeError(f"there is no setting {name}{nearest(name, self.__dict__)}")
+
+    def __getitem__(self, name):
+        return self.__dict__[name]
+
+    def keys(self):
+        return self.__dict__.keys()
+
+    def changed(self, **values):
+        """A copy with these values. Raises AttributeError for a name that is no setting."""
+        for name in values:
+            getattr(self, name)
+        return Settings({**self, **values})
 
 
 @dataclass

@@ -40,8 +40,8 @@ from device import (
     sdpa_kernel_of,
 )
 from model import flash_attn_func, pick_attention
-from monitor import environment
 from parallel import from_environment, leave
+from training.monitor import environment
 
 # -----------------------------------------------------------------------------
 out_dir = "out"               # where runs would go: its disk is looked at

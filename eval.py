@@ -27,11 +27,11 @@ from configurator import configure, fail
 from device import autocast, inference_kernels, memory_is_full, pick_device, pick_dtype
 from files import read_lines
 from infer import Engine, load, stretch
+from inference.quantize import convert
+from inference.sampling import sampling_from
+from inference.tasks import last_word, multiple_choice, open_items, passkey, score_tokens
 from loader import fixed_batches, open_datasets, open_tokens, sha256
-from monitor import plain
-from sampling import sampling_from
-from tasks import last_word, multiple_choice, open_items, passkey, score_tokens
-from weights import convert
+from training.monitor import plain
 
 # -----------------------------------------------------------------------------
 what = "loss"       # the first word: loss | prompts | choice | lastword | context | passkey

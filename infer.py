@@ -26,11 +26,11 @@ import torch
 
 from checkpoint import CheckpointError, config_of, find, load_model, run_of
 from device import inference_kernels, pick_device, pick_dtype
-from kvcache import BatchPass, Blocks, StepCache, new_cache, paged_kernel
+from inference.kvcache import BatchPass, Blocks, StepCache, new_cache, paged_kernel
+from inference.quantize import computes_bfloat16, convert
+from inference.sampling import Sampling, StopText, penalise, probabilities
 from model import GPT, rope_tables
-from sampling import Sampling, StopText, penalise, probabilities
 from tokenizer import load_tokenizer
-from weights import computes_bfloat16, convert
 
 
 def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0):

@@ -434,7 +434,7 @@ class GPT(nn.Module):
         if isinstance(self.lm_head, Head):
             total = self.lm_head(self.transformer.ln_f(x), targets, vocab_size=c.vocab_size, softcap=c.logit_softcap,
                                  fuse=fuse)
-        else:  # packed or quantized for inference (weights.py), where there is no gradient
+        else:  # packed or quantized for inference (inference/quantize.py), where there is no gradient
             rows = rows_at_once(c.padded_vocab_size, x.device.type)
             pieces = zip(x.split(rows), targets.split(rows), strict=True)
             total = sum(F.cross_entropy(self.head(xs).float(), ts, ignore_index=-1, reduction="sum")

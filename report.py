@@ -17,12 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-import alarm
-import isoflop
-import page
-import tables
 from configurator import configure, fail
-from history import (
+from reporting import alarm, isoflop, page, tables
+from reporting.history import (
     AXES,
     COLUMNS,
     PARTS,

@@ -17,9 +17,9 @@ from configurator import configure, fail
 from device import can_compile, memory_is_full, pick_device, pick_dtype, what_failed
 from files import decode_text, read_lines
 from infer import Engine, check_prompt, load, stream
-from sampling import StopText, sampling_from
+from inference.quantize import convert
+from inference.sampling import StopText, sampling_from
 from tokenizer import load_tokenizer
-from weights import convert
 
 # -----------------------------------------------------------------------------
 init_from = "resume"        # nanoGPT's key; resume: the checkpoint in out_dir

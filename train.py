@@ -6,9 +6,9 @@ Train a GPT, or go on with one: the whole procedure, top to bottom.
     torchrun --standalone --nproc_per_node=4 train.py config/owt_124m.py --zero_stage=1
 
 What happens at step s follows from (config, seed, s), so a run that was killed and continued with
---init_from=resume ends with the same bits as one that was not, and one that went back from a bad step (guard.py) with
-those of a run that was told to leave its batch out. Many processes share the same steps (parallel.py):
-each sees some of a step's micro-batches, one writes.
+--init_from=resume ends with the same bits as one that was not, and one that went back from a bad step
+(training/guard.py) with those of a run that was told to leave its batch out. Many processes share the same steps
+(parallel.py): each sees some of a step's micro-batches, one writes.
 """
 
 import gc
@@ -48,7 +48,6 @@ from device import peak_flops as peak_of
 from eval import evaluate
 from export import read_model
 from files import FolderLock
-from guard import ACTIONS, Guard, Watch, keep_skipped, parse_steps, read_skipped
 from infer import stream
 from loader import (
     DataError,
@@ -62,7 +61,10 @@ from loader import (
     verify_shards,
 )
 from model import GPT, GPTConfig, pick_attention
-from monitor import (
+from optim import Optimizers, lr_at
+from tokenizer import load_tokenizer, meta_vocab_size
+from training.guard import ACTIONS, Guard, Watch, keep_skipped, parse_steps, read_skipped
+from training.monitor import (
     Hardware,
     Pace,
     Profiler,
@@ -75,10 +77,8 @@ from monitor import (
     plain,
     show,
 )
-from optim import Optimizers, lr_at
-from probe import Update, attention
-from tokenizer import load_tokenizer, meta_vocab_size
-from track import TRACKERS, Tracker
+from training.probe import Update, attention
+from training.track import TRACKERS, Tracker
 
 # -----------------------------------------------------------------------------
 # the run
@@ -455,7 +455,7 @@ def main(config, given, stop, lock, rewound=None):
         return {"val_loss": result["loss"], "val_tokens": result["tokens"], "val_sha256": result["tokens_sha256"]}
 
     def look_inside(update):
-        """What probe.py sees of this step, and in evaluation on the first validation window."""
+        """What training/probe.py sees of this step, and in evaluation on the first validation window."""
         x, y = next(fixed_batches(val_tokens.parts[0][0], block_size, 1))
         figures = layout.of_all_layers(model, attention(model, x[:, : int((y != -1).sum())].to(where), context))
         layout.rest(model)

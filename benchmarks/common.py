@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import device
-from monitor import cpu_name, git
+from training.monitor import cpu_name, git
 
 
 def machine():

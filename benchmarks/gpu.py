@@ -25,8 +25,8 @@ from benchmarks.common import forget_peak, machine, only_sdpa, table, wait_for
 from configurator import fail
 from device import autocast, memory_gb, memory_is_full, peak_flops, pick_device
 from model import GPT, GPTConfig
-from monitor import StepTimer
 from optim import Optimizers
+from training.monitor import StepTimer
 
 SHAPES = {  # name: (layers, heads, width, vocabulary, its batch as a share of the 124M's)
     "124m": (12, 12, 768, 50257, 1),

@@ -36,7 +36,8 @@ import json, os, runpy, sys, traceback
 import torch
 import torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.pipelining
 import torch.distributed.tensor.parallel
-import checkpoint, eval, infer, loader, model, monitor, optim, parallel, plan, tokenizer
+import checkpoint, eval, infer, loader, model, optim, parallel, plan, tokenizer
+from training import monitor
 torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), fused=True)  # imports what it needs only now
 
 def run(job, env):

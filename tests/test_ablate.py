@@ -26,7 +26,8 @@ pytest_plugins = ["runs"]
 
 # kills train.py when it has written the record of step 6, of the run whose folder is named
 KILL = """
-import os, signal, monitor
+import os, signal
+from training import monitor
 write = monitor.Run.metrics
 def metrics(self, record):
     write(self, record)

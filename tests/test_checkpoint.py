@@ -34,7 +34,8 @@ pytest_plugins = ["runs"]
 KILL = """
 import os, shutil, signal, torch
 from pathlib import Path
-import checkpoint, monitor
+import checkpoint
+from training import monitor
 
 def die_at(owner, name, n, where="", half=lambda *args, **kwargs: None):
     real, calls = getattr(owner, name), []

@@ -24,10 +24,10 @@ from benchmarks.common import forget_peak, only_sdpa
 from cross_entropy import linear_cross_entropy
 from device import autocast, memory_gb
 from infer import Engine
+from inference.quantize import Int8Linear
 from model import GPT, GPTConfig, attend
-from monitor import StepTimer
 from optim import Optimizers
-from weights import Int8Linear
+from training.monitor import StepTimer
 
 pytest_plugins = ["runs"]  # the dataset `words`
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]

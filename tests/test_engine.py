@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kvcache
 from infer import Engine, stream
+from inference import kvcache
+from inference.sampling import Sampling
 from model import GPT, GPTConfig
-from sampling import Sampling
 from tokenizer import CharTokenizer
 
 CHARS = "abcdefghijklmnopqr"

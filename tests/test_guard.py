@@ -12,11 +12,11 @@ import torch
 from runs import Trainer, checkpoints, differences, leftovers, one_error, outcome, records
 
 import checkpoint
-import guard
-from guard import Guard, Watch
 from loader import data_step
 from model import GPT, GPTConfig
 from optim import Optimizers
+from training import guard
+from training.guard import Guard, Watch
 
 pytest_plugins = ["runs"]
 
@@ -234,7 +234,7 @@ def test_a_run_says_each_of_them(tiny, tmp_path):
     fault = """
         import shutil
         from types import SimpleNamespace
-        import monitor
+        from training import monitor
         steps = []
         def read(self):
             steps.append(1)
@@ -395,7 +395,8 @@ def test_a_fault_that_passes_is_rewound_too(tiny, skipping, tmp_path):
 
 
 KILLED = """
-import os, guard
+import os
+from training import guard
 real = guard.keep_skipped
 def killed(out_dir, skipped):
     {before}
@@ -583,7 +584,7 @@ def test_compiled_rewinds(tiny, tmp_path):
         "torch.compile = lambda *args, **more: print('compiled') or real(*args, **more)\n"
     once = "\nreal_judge, seen = guard.Guard.judge, []\ndef judge(self, loss, norm):\n    seen.append(1)\n" \
         "    return real_judge(self, math.nan if len(seen) == 6 else loss, norm)\nguard.Guard.judge = judge\n"
-    done = tiny(tmp_path / "a", before="import guard, math" + told + once, **settings)
+    done = tiny(tmp_path / "a", before="import math\nfrom training import guard" + told + once, **settings)
     assert done.code == 0 and done.err.count("\n") == 1, done.err
     assert done.out.count("compiled\n") == 4, done.out  # twice the training, twice the evaluation
     done = tiny(tmp_path / "b", skip_batches=5, **settings)

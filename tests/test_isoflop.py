@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from isoflop import DRAWS, budgets, draw, drawn, law, lowest, markdown, means_of
+from reporting.isoflop import DRAWS, budgets, draw, drawn, law, lowest, markdown, means_of
 
 
 def row(size, flops, loss, **more):

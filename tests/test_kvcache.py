@@ -8,10 +8,10 @@ import torch
 from test_engine import make, some_prompts
 
 import infer
-import kvcache
 import model as model_file
 from infer import Engine, stream
-from kvcache import BatchPass, Blocks, attend_blocks, attend_one, paged_kernel
+from inference import kvcache
+from inference.kvcache import BatchPass, Blocks, attend_blocks, attend_one, paged_kernel
 
 
 def test_blocks_are_neighbours_where_they_can_be():

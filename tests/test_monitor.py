@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import monitor
 from device import rss_gb
 from loader import read_manifest
-from monitor import Hardware, Profiler, Run, StepTimer, communication, covered, environment, largest
+from training import monitor
+from training.monitor import Hardware, Profiler, Run, StepTimer, communication, covered, environment, largest
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

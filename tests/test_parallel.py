@@ -99,7 +99,7 @@ def on_two(train):
 EXPOSED = """
 import time
 import torch, torch.distributed as dist
-import monitor
+from training import monitor
 from parallel import Layout, one_fate
 with one_fate():
     layout, x = Layout(), torch.ones(300, 300)

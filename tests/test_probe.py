@@ -9,11 +9,11 @@ import pytest
 import torch
 from runs import differences, outcome, records
 
-import probe
 from device import autocast
 from model import GPT, GPTConfig, apply_rope
 from optim import Optimizers
 from parallel import Layout
+from training import probe
 
 pytest_plugins = ["runs"]
 

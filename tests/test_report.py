@@ -15,13 +15,11 @@ import pytest
 import torch
 from runs import ROOT, records
 
-import alarm
-import history
-import page
 import report
 from configurator import read_file, read_keys
 from loader import context_length
 from model import GPT, GPTConfig
+from reporting import alarm, history, page
 
 pytest_plugins = ["runs"]
 

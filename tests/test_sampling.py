@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampling import Sampling, StopText, most_likely, penalise, probabilities
+from inference.sampling import Sampling, StopText, most_likely, penalise, probabilities
 
 
 def kept(probs):

@@ -120,7 +120,7 @@ def test_a_folder_that_is_moved_or_removed_is_made_again(how, tiny, tmp_path):
 
 def test_logs_that_cannot_be_written_do_not_keep_a_checkpoint_from_the_disk(tiny, finished, tmp_path):
     full = AT + """
-import monitor
+from training import monitor
 def full(run, path, to_disk=False):
     raise OSError(28, "No space left on device")
 monitor.Run._flush = full

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import tables
+from reporting import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-import tasks
+from inference import tasks
+from inference.tasks import encode_pair, hide_key, last_word, multiple_choice, open_items, passkey, score_items
 from model import GPT, GPTConfig
-from tasks import encode_pair, hide_key, last_word, multiple_choice, open_items, passkey, score_items
 from tokenizer import BPETokenizer, CharTokenizer
 
 CHARS = CharTokenizer("abcé ")

@@ -19,8 +19,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from runs import ROOT, checkpoints, differences, one_error, outcome, records
 
-import track
-from track import Tracker, flat
+from training import track
+from training.track import Tracker, flat
 
 pytest_plugins = ["runs"]
 

@@ -38,7 +38,8 @@ def test_stopped_by_a_signal(signum, moment, tiny, unbroken, tmp_path):
     where = {"in the step": "optim.Optimizers.step", "while logging": "monitor.Run.metrics",
              "while saving": "checkpoint.model_tensors"}[moment]
     fault = f"""
-        import os, checkpoint, monitor, optim
+        import os, checkpoint, optim
+        from training import monitor
         real, calls = {where}, []
         def call(*args):
             calls.append(1)
@@ -426,7 +427,9 @@ def test_the_time_between_steps_counts(tiny, tmp_path):
     probing and profiling are none of it."""
     done = tiny(tmp_path, max_iters=6, eval_interval=3, probe_interval=5, peak_flops=1e9, before="""
         import time
-        import checkpoint, eval, monitor, optim, probe
+        import checkpoint, eval, optim
+        from training import probe
+        from training import monitor
         now = [0.0]
         time.perf_counter = lambda: now[0]
         def moving(module, name, seconds):

@@ -1,5 +1,6 @@
 """
-What run folders say, as plain data, for reports, alarms and notebooks. Only the four files of monitor.py are read.
+What run folders say, as plain data, for reports, alarms and notebooks. Only the four files of training/monitor.py
+are read.
 
     runs = read_runs(["out/a", "out/b"])
     steps, losses = series(runs[0], "val_loss", x="tokens")

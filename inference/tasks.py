@@ -114,7 +114,7 @@ def read_items(read, rows, name, limit=0):
             if not right or not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            raise ValueError(f"{where} is not of the form of {name} (tasks.py shows it)") from None
+            raise ValueError(f"{where} is not of the form of {name} (inference/tasks.py shows it)") from None
         items.append(Item(where, pairs, answer, texts))
     if not items:
         raise ValueError(f"there is nothing in {name}")

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import isoflop
+from reporting import isoflop
 
 LEVEL = 0.05  # chance that anything in a column is bold by luck
 MARKS = ("start", "resume", "stop", "end")  # events of a run as a whole

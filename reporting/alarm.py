@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import read_keys
-from history import median, read_object, read_run, series, smooth, smoothing
 from model import GPTConfig
-from tables import t_critical
+from reporting.history import median, read_object, read_run, series, smooth, smoothing
+from reporting.tables import t_critical
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 FORMAT = "minichat reference 1"
 LEAST = 5            # seeds of a reference
 INSIDE = 0.99        # of the runs are expected within the band, at one look

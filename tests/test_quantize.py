@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+from inference.quantize import Int8Linear, PackedLinear, can_pack, convert
 from model import GPT, GPTConfig
-from weights import Int8Linear, PackedLinear, can_pack, convert
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from configurator import read_keys
-from history import (
+from reporting.history import (
     AXES,
     COLUMNS,
     PARTS,
@@ -27,7 +27,7 @@ from history import (
     summary,
 )
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 MOST_POINTS = 1200  # of a curve; a longer one keeps the least and the greatest of each stretch
 PART_NAMES = {"data_ms": "data", "forward_ms": "forward", "backward_ms": "backward", "pipeline_ms": "pipeline",
               "optim_ms": "optimizer"}
@@ -318,7 +318,8 @@ def against(name, findings):
         body += items if len(findings) == 1 else \
             f'<details{" open" * bool(worse)}><summary>{escape(run)}: {f"worse in {worse}" if worse else "in band"}' \
             f'</summary>{items}</details>'
-    return section(f"Against {escape(name)}", body, "Grey in the chart of the loss: its bands. alarm.py has the rule.")
+    note = "Grey in the chart of the loss: its bands. reporting/alarm.py has the rule."
+    return section(f"Against {escape(name)}", body, note)
 
 
 def controls(runs, charts):
@@ -367,7 +368,7 @@ def render(runs, baseline="", findings=None, bands=(), watch=0.0, made="", more=
             "axes": {axis: True for by in axes for axis in by}, "watch": watch}
     parts = {"title": escape(title), "body": body, "plotly": get_plotlyjs(),
              "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")}
-    form = (ROOT / "page.html").read_text(encoding="utf-8")
+    form = (ROOT / "reporting" / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], form)
 
 

@@ -1,0 +1,1 @@
+"""Under infer.py and eval.py."""

@@ -1,0 +1,1 @@
+"""Under report.py and ablate.py."""

@@ -1,0 +1,1 @@
+"""Around train.py's loop."""
