@@ -1,5 +1,5 @@
 """
-What several scripts do with files: read a text of lines, and hold a run's folder against a second writer.
+What several scripts do with files: write them whole, digest them, read text and lines, hold a folder for one writer.
 
 It imports the standard library alone.
 """
@@ -7,7 +7,9 @@ It imports the standard library alone.
 import codecs
 import contextlib
 import errno
+import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -18,6 +20,87 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+# -----------------------------------------------------------------------------
+# Whole files
+
+
+@contextlib.contextmanager
+def whole_file(path, durable=False):
+    """Open a file for writing bytes, under another name beside `path`, and rename it to `path` at the end.
+
+    A kill at any moment leaves the old file or all of the new one; an error leaves the old one and nothing beside it.
+    `durable` waits until the disk holds the new file. The name beside has the process id, so that several processes
+    may write the same file. Raises OSError.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(beside, path)
+        if durable:
+            sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_whole(path, content, durable=False):
+    """Write a file of these bytes or this text (as UTF-8), whole at any moment, as whole_file does. Raises OSError."""
+    with whole_file(path, durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sync(path):
+    """Wait until the disk holds a file, or a folder's entries. Windows opens no folders, and does not need to."""
+    if os.name == "nt" and Path(path).is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -----------------------------------------------------------------------------
+# Digests, JSON, the clock
+
+
+def sha256(data):
+    """The SHA-256 of bytes or of a text as UTF-8, in hex."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def file_sha256(file):
+    """The SHA-256, in hex, of the file at a path, or of an open binary file from its position to its end."""
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            return file_sha256(opened)
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def finite(value):
+    """`value` as strict JSON can hold it: inf and nan become None, tuples become lists, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def clock_face(seconds):
+    """Seconds as 4:05, or as 1:02:03 from an hour on."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
+
 
 # -----------------------------------------------------------------------------
 # Text

@@ -1,12 +1,19 @@
-"""Lines of a text: the same ones for every script that reads them, and one line for what is not UTF-8."""
+"""files.py: a file is whole at any moment; lines are the same for every script; one line for text that is not UTF-8."""
 
+import hashlib
+import io
+import json
+import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from files import decode_text, read_lines, split_lines
+from files import clock_face, decode_text, file_sha256, finite, read_lines, sha256, split_lines, whole_file, write_whole
 
 MARK = "\ufeff"
 
@@ -72,3 +79,58 @@ def test_prompts_in_another_encoding_are_one_line(raw, named, tiny_run, tmp_path
         assert code == 2 and err.count("\n") == 1 and named in err and "p.txt" in err, err
     code, _, err = call_script("sample.py", run, "--start=-", stdin=raw)
     assert code == 2 and err.count("\n") == 1 and named in err and "standard input" in err
+
+
+# -----------------------------------------------------------------------------
+# Whole files
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path, durable):
+    path = tmp_path / "a.json"
+    write_whole(path, "first", durable)
+    with whole_file(path, durable) as file:
+        file.write(b"sec")
+        file.flush()
+        assert path.read_text() == "first"
+        file.write("ond é".encode())
+    assert path.read_text(encoding="utf-8") == "second é"
+    with pytest.raises(RuntimeError), whole_file(path, durable) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_text(encoding="utf-8") == "second é" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    code = ("import os, signal, sys; from files import whole_file\n"
+            "with whole_file(sys.argv[1]) as file:\n"
+            "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    assert subprocess.run([sys.executable, "-c", code, path], cwd=root).returncode == -9
+    assert path.read_text() == "old"
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_digest_is_sha256s_of_bytes_of_text_and_of_files(tmp_path):
+    text = "äb" * 700_000  # more than one block
+    expected = hashlib.sha256(text.encode()).hexdigest()
+    path = tmp_path / "a"
+    path.write_text(text, encoding="utf-8")
+    assert sha256(text) == sha256(text.encode()) == file_sha256(path) == file_sha256(str(path)) == expected
+    file = io.BytesIO(b"skipped" + text.encode())
+    file.seek(7)
+    assert file_sha256(file) == expected
+
+
+def test_what_is_not_finite_becomes_null():
+    value = {"a": math.nan, "b": [1, (2.5, -math.inf)], "c": {"d": math.inf}, "e": True, "f": "inf"}
+    assert finite(value) == {"a": None, "b": [1, [2.5, None]], "c": {"d": None}, "e": True, "f": "inf"}
+    assert json.loads(json.dumps(finite(value), allow_nan=False)) == finite(value)
+
+
+@pytest.mark.parametrize("seconds, face", [(0, "0:00"), (59.6, "1:00"), (245, "4:05"), (3723, "1:02:03")])
+def test_the_clock(seconds, face):
+    assert clock_face(seconds) == face
