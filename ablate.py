@@ -52,7 +52,7 @@ from infer import load
 from loader import open_datasets, open_tokens
 from plan import meta_model, model_fields
 from reporting.tables import divergence, figures
-from train import vocabulary
+from training.start import vocabulary
 
 try:
     import fcntl

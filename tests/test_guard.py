@@ -479,7 +479,7 @@ def test_a_nan_that_is_logged_is_not_applied(fault, log_interval, settings, tiny
     done = tiny(tmp_path, before=faulty({5: fault}), on_nan="log", log_interval=log_interval, **settings)
     assert done.code == 0, done.err
     what = "loss" if fault == NAN else "gradient"
-    assert done.err == f"warning: the {what} is not finite at step 6, of data step 5; its update is left out\n"
+    assert done.err == f"warning: the {what} is not finite at step 6, of data step 5; its update is skipped\n"
     found, = events(tmp_path, "nan")
     assert (found["step"], found["data_step"], found["value"], found["z"]) == (6, 5, None, None)
     assert [r["step"] for r in records(tmp_path)][-1] == 12 and math.isfinite(records(tmp_path)[-1]["loss"])

@@ -22,11 +22,12 @@ ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat 
 FLOORS = [
     "configurator files device cross_entropy",
     "model tokenizer training.ranks reporting.isoflop",
-    "loader optim checkpoint plan training.guard training.probe training.track training.monitor inference.sampling "
-    "inference.kvcache inference.quantize",
-    "training.tensor_parallel training.pipeline_parallel infer export inference.tasks reporting.history",
+    "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
+    "inference.sampling inference.kvcache inference.quantize",
+    "training.guard training.tensor_parallel training.pipeline_parallel infer export inference.tasks reporting.history",
     "parallel eval reporting.tables reporting.page",
-    "training.start training.saver training.measure reporting.alarm benchmarks.common",
+    "training.origin training.start training.saver training.measure reporting.alarm benchmarks.common",
+    "training.warmup",
     "train benchmarks.*",
     "sample bench ablate report doctor",
 ]

@@ -35,7 +35,7 @@ from loader import (
     verify_shards,
 )
 from tokenizer import CharTokenizer
-from train import vocabulary
+from training.start import vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 

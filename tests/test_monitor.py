@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from device import rss_gb
 from loader import read_manifest
 from training import monitor
-from training.monitor import Hardware, Profiler, Run, StepTimer, communication, covered, environment, largest
+from training.monitor import Hardware, Run, StepTimer, environment
+from training.profiler import Profiler, communication, covered, largest
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -1,24 +1,21 @@
 """
-The run folder and what is written there while a run goes on: config, environment, metrics, events, step timing. And the
-lines on the screen.
+The run folder and its logs: config, environment, metrics, events. How a step is timed, and the lines on the screen.
 
     out_dir/config.json     the resolved settings
     out_dir/env.json        commit, packages, hardware, dataset
     out_dir/metrics.jsonl   one record per logged step
     out_dir/events.jsonl    start, resume, warning, sample, nan, spike, rewind, stop, end
-    out_dir/profile/        a trace of some steps, if asked for
-    out_dir/ckpt/           checkpoint.py's
-    out_dir/.lock           which process trains into it, while one does (files.py)
+    out_dir/profile/        a trace of some steps, if asked for (profiler.py)
+    out_dir/ckpt/           checkpoints (checkpoint.py)
+    out_dir/.lock           the process that trains into it now (files.py)
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -27,45 +24,58 @@ from pathlib import Path
 
 import torch
 
-from device import memory_gb, rss_gb
+from device import memory_gb, rss_gb, sdpa_kernel_of
+from files import clock_face, finite, sha256, write_whole
+from model import pick_attention
+
+# -----------------------------------------------------------------------------
+# What a result depends on
 
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "flash-attn", "datasets", "wandb", "transformers")
+LONGEST_DIFF = 10_000_000  # characters
 
-# what a user may have set and a program that reads git's answers does not want
-GIT_SETTINGS = [word for setting in ("color.ui=never", "core.quotepath=off", "diff.relative=false",
-                                     "status.showUntrackedFiles=normal") for word in ("-c", setting)]
+# a user's configuration of git must not change the answers that are read here
+GIT_SETTINGS = ("color.ui=never", "core.quotepath=off", "diff.relative=false", "status.showUntrackedFiles=normal")
+DIFF_OPTIONS = ("--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short", "--no-renames")
+PATCH_OPTIONS = (*DIFF_OPTIONS, "--unified=3", "--src-prefix=a/", "--dst-prefix=b/", "--binary", "HEAD")
 
 
 def git(*args):
-    """What git says in this folder, or None where there is no git or no repository."""
+    """The answer of a git command in this folder, or None where there is no git or no repository."""
+    command = ["git"]
+    for setting in GIT_SETTINGS:
+        command += ["-c", setting]
+    environment = {name: value for name, value in os.environ.items() if name != "GIT_DIFF_OPTS"}
     try:
-        done = subprocess.run(["git", *GIT_SETTINGS, *args], cwd=Path(__file__).parent, capture_output=True, timeout=10,
-                              env={k: v for k, v in os.environ.items() if k != "GIT_DIFF_OPTS"})
+        done = subprocess.run([*command, *args], cwd=Path(__file__).parent, env=environment, capture_output=True,
+                              timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.decode("utf-8", "replace").removesuffix("\n") if done.returncode == 0 else None
+    if done.returncode != 0:
+        return None
+    return done.stdout.decode("utf-8", "replace").removesuffix("\n")
 
 
-LONGEST_DIFF = 10_000_000  # characters
-
-
-def plain_diff():
-    """The changes since the last commit as `git apply` takes them, whatever the user's configuration of git says of
-    colours, prefixes and programs; binary files included. None where there is no repository, "" without changes."""
-    options = ("--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short", "--no-renames")
-    whole = (*options, "--unified=3", "--src-prefix=a/", "--dst-prefix=b/", "--binary", "HEAD")
-    diff = git("diff", *whole)
+def uncommitted_diff():
+    """The changes since the last commit, binary files included, as `git apply` takes them. None where there is no
+    repository, "" without changes. Of a diff that is too large, the names of the files."""
+    diff = git("diff", *PATCH_OPTIONS)
     if diff is not None and len(diff) <= LONGEST_DIFF:
         return diff
-    files = git("diff", *options, "--stat", "HEAD")
+    files = git("diff", *DIFF_OPTIONS, "--stat", "HEAD")
     if not files:  # no repository
         return diff
-    changed = (git("diff", *options, "--numstat", "-z", "HEAD") or "").split("\0")
-    if binary := [line[4:] for line in changed if line.startswith("-\t-\t")]:
-        text = git("diff", *whole, "--", ":(top)", *(f":(top,exclude,literal){path}" for path in binary))
+    # binary files are the usual reason: try again without them
+    changed = (git("diff", *DIFF_OPTIONS, "--numstat", "-z", "HEAD") or "").split("\0")
+    binary = [line[4:] for line in changed if line.startswith("-\t-\t")]
+    if binary:
+        excluded = [f":(top,exclude,literal){path}" for path in binary]
+        text = git("diff", *PATCH_OPTIONS, "--", ":(top)", *excluded)
         if text and len(text) <= LONGEST_DIFF:
             return f"too large to keep, and missing here: {', '.join(binary)}\n{text}"
-    why = "git took too long to list the changes" if diff is None else f"{len(diff):,} characters are too many to keep"
+    why = "git took too long to list the changes"
+    if diff is not None:
+        why = f"{len(diff):,} characters are too many to keep"
     return f"{why}; the changes are in:\n{files}"
 
 
@@ -78,14 +88,14 @@ def cpu_name():
 
 
 def environment(device, dataset_sha256):
-    """What a result depends on besides the config. `environment_sha256` names packages and hardware together."""
+    """What a result depends on besides the config: env.json. `environment_sha256` names packages and hardware."""
     packages = {}
     for name in PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    diff = plain_diff()
+    diff = uncommitted_diff()
     machine = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -97,42 +107,39 @@ def environment(device, dataset_sha256):
     }
     return {
         **machine,
-        "environment_sha256": hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest(),
+        "environment_sha256": sha256(json.dumps(machine, sort_keys=True)),
         "commit": git("rev-parse", "HEAD"),
-        "dirty_diff": diff and diff + "\n",  # whole, as git apply wants it
+        "dirty_diff": diff and diff + "\n",  # git apply wants the last line end
         "untracked": (git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
         "dataset_sha256": dataset_sha256,
     }
 
 
-def plain(value):
-    """`value` as JSON can hold it: a number that is not finite becomes None."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+# -----------------------------------------------------------------------------
+# The run folder
 
 
 class Run:
-    """The run folder, open for writing. Lines are kept until they are in their file, so a full disk loses none.
-    Of several processes one `writes`, and what the others say is dropped."""
+    """The run folder, open for writing. A line that cannot be written waits for the next one: a full disk loses none.
 
-    def __init__(self, out_dir, writes=True):
-        self.dir, self.writes = Path(out_dir), writes
-        self.metrics_path, self.events_path = self.dir / "metrics.jsonl", self.dir / "events.jsonl"
+    Of several processes one `writes`; the others drop their lines. `state["step"]` is the step of the warnings.
+    """
+
+    def __init__(self, out_dir, writes=True, state=None):
+        self.dir, self.writes, self.state = Path(out_dir), writes, state
+        self.metrics_path = self.dir / "metrics.jsonl"
+        self.events_path = self.dir / "events.jsonl"
         self.pending = {self.metrics_path: b"", self.events_path: b""}
-        self.length = {}  # bytes of each file that are known to be whole lines
-        self.kept = {}    # name -> content of the files that stand beside them
-        self.warn = lambda message: None  # takes a line, once, where files are gone and are made again
+        self.length = {}  # bytes of each log that are known to be whole lines
+        self.kept = {}    # name -> content of the files beside the logs
         self.renewed = False
-        self.tracker = None  # track.Tracker, which gets each record too
+        self.tracker = None  # track.Tracker, which gets each record as well
 
     def open(self, config, env, metrics_bytes=0):
         """Write config.json and env.json; cut metrics.jsonl to the length that the checkpoint knows."""
         self.dir.mkdir(parents=True, exist_ok=True)
-        for name, content in (("config.json", config), ("env.json", env)):
-            self.keep(name, json.dumps(content, indent=1).encode())
+        self.keep("config.json", json.dumps(config, indent=1))
+        self.keep("env.json", json.dumps(env, indent=1))
         for path in self.pending:
             path.touch()
             self.length[path] = path.read_bytes().rfind(b"\n") + 1
@@ -142,28 +149,49 @@ class Run:
         os.truncate(self.metrics_path, self.length[self.metrics_path])
 
     def keep(self, name, content):
-        """Write the file `name` with these bytes, and again if the folder is gone later."""
+        """Write the file `name`, and write it again if the folder is gone later."""
         self.kept[name] = content
-        beside = self.dir / f".{name}"
-        beside.write_bytes(content)
-        os.replace(beside, self.dir / name)
+        write_whole(self.dir / name, content)
 
     def metrics(self, record):
         """One line of metrics.jsonl; a number that is not finite becomes null."""
         self._write(self.metrics_path, record)
         if self.tracker:
-            self.tracker.log(plain(record))
+            self.tracker.log(finite(record))
 
     def event(self, kind, **fields):
         self._write(self.events_path, {"event": kind, "time": round(time.time(), 3), **fields})
         if self.tracker and kind in ("stop", "end"):
             self.tracker.finish(failed=kind == "stop")
 
+    def warn(self, message):
+        """Warn on stderr, and in the events."""
+        self.tell("warning", message)
+        step = {"step": self.state["step"]} if self.state else {}
+        self.event("warning", **step, message=message)
+
+    def tell(self, kind, message):
+        """A line on stderr, where this process writes."""
+        if self.writes:
+            clear_bar()
+            print(f"{kind}: {message}", file=sys.stderr)
+
+    def say(self, line):
+        """A line on stdout, where this process writes."""
+        if self.writes:
+            print(line, flush=True)
+
+    def say_lines(self, lines):
+        """Lines on stdout while the progress bar may be there."""
+        if self.writes and lines:
+            clear_bar()
+            print(*lines, sep="\n", flush=True)
+
     def _write(self, path, record):
         if not self.writes:
             return
-        self.pending[path] += (json.dumps(plain(record), allow_nan=False) + "\n").encode()
-        with contextlib.suppress(OSError):  # a full disk: the lines wait, and flush() says so at the next checkpoint
+        self.pending[path] += (json.dumps(finite(record), allow_nan=False) + "\n").encode()
+        with contextlib.suppress(OSError):  # a full disk: the lines wait, and flush() raises at the next checkpoint
             self._flush(path)
 
     def _flush(self, path, to_disk=False):
@@ -174,7 +202,7 @@ class Run:
             file = open(path, "r+b")
         with file as f:
             f.seek(self.length[path])
-            f.truncate()  # what an earlier try left half-written
+            f.truncate()  # drop a line that an earlier try left half-written
             f.write(self.pending[path])
             f.flush()
             if to_disk:
@@ -183,7 +211,7 @@ class Run:
         self.pending[path] = b""
 
     def _renew(self, path):
-        """Somebody removed a log, or moved the folder: begin the log again, for a run that is to be saved."""
+        """Somebody removed a log, or moved the folder: begin the log again, so that the run can still be saved."""
         self.dir.mkdir(parents=True, exist_ok=True)
         for name, content in self.kept.items():
             if not (self.dir / name).exists():
@@ -196,10 +224,14 @@ class Run:
                       f"are saved in {self.dir}")
 
     def flush(self):
-        """Have the disk hold every line; -> bytes of metrics.jsonl. Raises OSError (disk full)."""
+        """Write every line to the disk. -> bytes of metrics.jsonl. Raises OSError (disk full)."""
         for path in self.pending:
             self._flush(path, to_disk=True)
         return self.length[self.metrics_path]
+
+
+# -----------------------------------------------------------------------------
+# Time and hardware
 
 
 class StepTimer:
@@ -227,14 +259,14 @@ class StepTimer:
         self.mark("start")
 
     def aside(self, part, call):
-        """What `call` gives. The time until now goes to `part`, that of the call to "probe_ms"."""
+        """The result of `call`. The time until now counts as `part`, the time of the call as "probe_ms"."""
         self.mark(part)
         result = call()
         self.mark("probe_ms")
         return result
 
     def read(self):
-        """Milliseconds by part, of the step that was marked last."""
+        """Milliseconds of the last step, by part."""
         if self.cuda:
             torch.cuda.synchronize()
         parts = {}
@@ -246,33 +278,33 @@ class StepTimer:
 
 class Pace:
     """Time from the start of a step to the start of the next: all that StepTimer marks, and the host's work between
-    steps, such as logging. `steps` counts those since the last reading."""
+    steps, such as logging. `steps` counts the steps since the last reading."""
 
     def __init__(self):
         self.since, self.steps = time.perf_counter(), 0
 
     @contextlib.contextmanager
     def aside(self):
-        """Within it nothing is training: evaluating, saving, looking inside."""
+        """Around work that is not training: evaluating, saving, probing. Its time does not count."""
         began = time.perf_counter()
         yield
         self.since += time.perf_counter() - began
 
     def read(self):
-        """-> (seconds, steps) since the last reading. Its caller has waited for the device."""
+        """-> (seconds, steps) since the last reading. The caller has waited for the device."""
         now = time.perf_counter()
-        found = now - self.since, self.steps
+        seconds, steps = now - self.since, self.steps
         self.since, self.steps = now, 0
-        return found
+        return seconds, steps
 
 
 class Hardware:
-    """What the machine is doing. Reading it waits for no kernel."""
+    """Memory and load of the machine. Reading them waits for no kernel."""
 
     def __init__(self, device):
         self.device, self.gpu = device, None
         if device.type == "cuda":
-            with contextlib.suppress(Exception):  # nvidia-ml-py or the driver is not there, or it is a part of a GPU
+            with contextlib.suppress(Exception):  # no nvidia-ml-py, no driver, or only a part of a GPU (MIG)
                 import pynvml
 
                 pynvml.nvmlInit()
@@ -280,8 +312,8 @@ class Hardware:
                 self.nvml, self.gpu = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
 
     def read(self):
-        """-> {"mem_gb": of the GPU or this process at its peak, "rss_gb": of this process now}, and of a GPU that the
-        driver tells of {"gpu_util": share of the time that it was busy, "gpu_power_w", "gpu_mem_gb": in use by all}."""
+        """-> {"mem_gb": peak of the GPU or this process, "rss_gb": this process now}, and where the driver reports on
+        the GPU also {"gpu_util": share of the time it was busy, "gpu_power_w", "gpu_mem_gb": in use by all}."""
         found = {"mem_gb": memory_gb(self.device), "rss_gb": rss_gb()}
         if self.gpu is not None:
             try:
@@ -293,117 +325,6 @@ class Hardware:
         return found
 
 
-class Profiler:
-    """torch.profiler over some steps of a run: a trace for chrome://tracing or ui.perfetto.dev, and the operations that
-    take the most time and memory. What is evaluated, sampled and saved meanwhile is in it, too."""
-
-    def __init__(self, steps, device, run_dir, max_iters, writes=True):
-        """`steps` "10:13" are the updates 10 to 13, both included; "" none. Raises ValueError."""
-        first, last = 0, 0
-        if steps:
-            found = re.fullmatch(r"(\d+):(\d+)", steps)
-            first, last = map(int, found.groups()) if found else (0, 0)
-            if not 1 <= first <= last:
-                raise ValueError(f"profile={steps!r} is not first:last, two steps from 1 on such as 10:13")
-            if last > max_iters:
-                raise ValueError(f"profile={steps!r} ends after the last step, max_iters={max_iters}")
-        self.first, self.last = (first, last) if writes else (0, 0)
-        self.device, self.folder, self.profiler = device, Path(run_dir) / "profile", None
-
-    def after(self, step):
-        """Called when `step` updates are done, begins or ends. -> the report's lines at the end, else none"""
-        if step == self.last and self.profiler:
-            return self.stop()
-        if step == self.first - 1 and not self.profiler:
-            self.profiler = self.begun(profile_memory=True)
-        return []
-
-    def begun(self, **options):
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        activities += [torch.profiler.ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on stderr that it begins and ends
-        profiler = torch.profiler.profile(activities=activities, **options)
-        profiler.start()
-        return profiler
-
-    def end(self, profiler):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        profiler.stop()
-
-    def exposed(self, call):
-        """Milliseconds of `call` in which something is communicated and nothing computed, None where these are steps to
-        trace. It includes the wait for a rank that is late, and thus a pipeline's bubble."""
-        if self.profiler:
-            call()
-            return None
-        profiler = self.begun()
-        call()
-        self.end(profiler)
-        talk, work = communication(profiler.events())
-        return (covered(talk + work) - covered(work)) / 1000
-
-    def stop(self):
-        self.end(self.profiler)
-        path = self.folder / f"trace_{self.first}_{self.last}.json.gz"
-        try:
-            self.folder.mkdir(exist_ok=True)
-            self.profiler.export_chrome_trace(os.fspath(path))
-        except (OSError, RuntimeError) as e:  # a full disk ends no run
-            path = f"no file ({e})"
-        operations = self.profiler.key_averages()
-        self.profiler = None
-        if self.device.type == "cuda":  # time by kernel, as the operation that starts one has its time, too
-            kernels = [op for op in operations if op.device_type != torch.autograd.DeviceType.CPU]
-            times = [(op.self_device_time_total, op.count, op.key) for op in kernels]
-            memory = [(op.self_device_memory_usage, op.count, op.key) for op in operations]
-        else:
-            times = [(op.self_cpu_time_total, op.count, op.key) for op in operations]
-            memory = [(op.self_cpu_memory_usage, op.count, op.key) for op in operations]
-        return [f"profile     steps {self.first} to {self.last} are in {path}; by time:", *largest(times, 1e-3, "ms"),
-                "by memory that they take and leave to others:", *largest(memory, 1e-6, "MB")]
-
-    def drop(self):
-        """Ends without a trace, where the run goes back to before what is traced."""
-        if self.profiler:
-            self.profiler.stop()
-            self.profiler = None
-
-
-def communication(events):
-    """torch.profiler's events -> two lists of (start, end) in us: what is communicated (NCCL's kernels, gloo's work),
-    and what is computed (all other kernels, or on a CPU operators)."""
-    kernels = [e for e in events if e.device_type != torch.autograd.DeviceType.CPU and not e.is_user_annotation]
-    gloo = [e for e in events if e.name.startswith("gloo:")]
-    talk = gloo + [e for e in kernels if "nccl" in e.name.lower()]
-    if kernels:
-        work = [e for e in kernels if "nccl" not in e.name.lower()]
-    else:
-        callers = [e for e in events if e.name.startswith("c10d::")]  # which have to wait where gloo is slow to begin
-        talk += callers
-        theirs = {e.thread for e in gloo} - {e.thread for e in callers}  # gloo's own threads add and copy, too
-        computes = ("aten::", "Torch-Compiled", "CompiledFunction")
-        work = [e for e in events if e.name.startswith(computes) and e.thread not in theirs]
-    return [[(e.time_range.start, e.time_range.end) for e in found] for found in (talk, work)]
-
-
-def covered(spans):
-    """The length of the union of (start, end)."""
-    length, until = 0, -math.inf
-    for start, end in sorted(spans):
-        length += max(0, end - max(start, until))
-        until = max(until, end)
-    return length
-
-
-def largest(operations, unit, name, count=10):
-    """Lines of the `count` largest of (amount, calls, operation), and their share of all that is above 0."""
-    whole = sum(max(0, amount) for amount, *_ in operations) or 1
-    return [f"{name:>12} {'share':>6} {'calls':>7}  operation"] + [
-        f"{amount * unit:12.2f} {amount / whole:6.1%} {calls:7}  {operation[:80]}"
-        for amount, calls, operation in sorted(operations, reverse=True)[:count]]
-
-
 # -----------------------------------------------------------------------------
 # The screen
 
@@ -413,19 +334,13 @@ def evaluation_line(result, unit):
 
 
 def clear_bar():
-    """Begin a line of its own where the progress bar may stand."""
+    """Clear the line of the progress bar, on a terminal."""
     if sys.stdout.isatty():
         print("\r" + " " * (shutil.get_terminal_size().columns - 1), end="\r", flush=True)
 
 
-def clock_face(seconds):
-    """Seconds as 4:05, or 1:02:03."""
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
-
-
 def show(record, unit, max_iters):
-    """One line of progress; on a terminal with a bar, and over the line before it unless that has an evaluation."""
+    """One line of progress. On a terminal it has a bar, and replaces the line before, unless that is an evaluation."""
     done = record["step"] / max_iters
     parts = [
         f"step {record['step']:>{len(str(max_iters))}}/{max_iters}",
@@ -445,6 +360,51 @@ def show(record, unit, max_iters):
         print(line, flush=True)
         return
     width = shutil.get_terminal_size().columns - 1
-    bar = max(0, min(30, width - len(line) - 4))
-    line = f"[{('#' * round(bar * done)).ljust(bar, '.')}]  {line}" if bar > 5 else line
+    bar = min(30, width - len(line) - 4)
+    if bar > 5:
+        filled = "#" * round(bar * done)
+        line = f"[{filled.ljust(bar, '.')}]  {line}"
     print("\r" + line[:width].ljust(width), end="\n" if "val_loss" in record else "", flush=True)
+
+
+def announce(c, run, budget, measure, model_config):
+    """The first lines of a run: device, layout, data, model, step, peak, memory. -> the kind of attention
+
+    `budget` (start.Budget) has the memory of a step, `measure` (measure.Measure) the costs of the model and the peak.
+    """
+    layout, machine, data, costs = measure.layout, measure.machine, measure.data, measure.costs
+    attention, attention_why = describe_attention(c, machine, model_config)
+    run.say(f"device      {machine.device} ({machine.device_why}), {machine.dtype_name} ({machine.dtype_why}), "
+            f"{attention} attention ({attention_why}), {torch.get_num_threads()} CPU threads")
+    if layout.world > 1:
+        run.say(f"layout      {layout}")
+    run.say(f"data        {data.source}: {len(data.train):,} training and {len(data.val):,} validation tokens")
+    run.say(f"model       {costs.weights:,} parameters, {c.n_layer} layers of {c.n_embd}, context {c.block_size}")
+    tokens = measure.tokens_per_step
+    epochs = c.max_iters * tokens / len(data.train)
+    run.say(f"step        {tokens:,} tokens = {c.batch_size} x {c.block_size} x {budget.micro_batches}, "
+            f"{tokens * costs.flops[c.block_size] / 1e12:.3g} TFLOP; {c.max_iters:,} steps see the data {epochs:.2g} "
+            "times")
+    if measure.peak:
+        run.say(f"peak        {measure.peak / 1e12:.3g} TFLOP/s ({measure.peak_why})")
+    else:
+        run.say("peak        not known, so MFU is n/a")
+    memory = f"memory      about {budget.step_bytes / 1e9:.2g} GB"
+    if layout.world > 1:
+        memory += " a process"
+    if budget.free_bytes:
+        memory += f", of {budget.free_bytes / 1e9:.2g} GB that are free"
+    run.say(memory)
+    return attention
+
+
+def describe_attention(c, machine, model_config):
+    """-> (the kind of attention, why it was chosen, and on CUDA which kernel runs it)"""
+    kind, why = pick_attention(c.attn, machine.device, machine.dtype, c.block_size, model_config.head_dim)
+    if kind == "sdpa" and machine.device.type == "cuda":
+        kernel = sdpa_kernel_of(machine.device, machine.dtype, batch=c.batch_size, queries=c.block_size,
+                                keys=c.block_size, heads=c.n_head // c.tp_size,
+                                kv_heads=max(1, model_config.kv_heads // c.tp_size),
+                                head_dim=model_config.head_dim, causal=True)
+        why = f"{why}; {kernel} kernel"
+    return kind, why

@@ -1,0 +1,186 @@
+"""
+Measures a run while it trains: validation, a look inside the model, communication, and the record of a step.
+
+Nothing here changes the run: weights, optimizer and random numbers are the same to the bit without any measurement.
+"""
+
+import math
+
+import torch
+
+from device import peak_flops, what_failed
+from eval import evaluate
+from infer import stream
+from loader import context_length, fixed_batches, keyed
+from training.guard import Diverged
+from training.monitor import Hardware, show
+from training.probe import attention
+
+EVAL_TOKENS = 16384  # of an evaluation's batch
+
+
+def context_at(c, step):
+    """Tokens of context at `step`. Rows of a batch are cut to it, so the order of the data stays the same."""
+    return context_length(step, c.block_size, c.context_start, c.context_iters or c.max_iters // 2)
+
+
+def seed_dropout(c, layout, step, micro):
+    """Seed what dropout draws in a pass, by (seed, step, micro-step of all ranks): a resumed run drops the same."""
+    if c.dropout:
+        drawn = keyed(c.seed, step, micro * layout.dp + layout.dp_rank, "dropout") >> 1
+        torch.manual_seed(drawn + layout.pp_rank)
+
+
+def validation_loss(c, layout, tokens, context, compiled=None):
+    """eval.evaluate over the fixed validation windows, shared by the ranks. `compiled` runs the full batches."""
+    rows = max(1, EVAL_TOKENS // c.block_size)
+    result = evaluate(layout.model, tokens, c.block_size, rows, c.eval_iters, context,
+                      layout.dp_rank, layout.dp, layout.gather_objects, compiled=compiled)
+    layout.free_gathered()
+    return result
+
+
+class Costs:
+    """What a whole model costs: its `weights`, and the `flops` of a training token by length of context."""
+
+    def __init__(self, model, block_size):
+        self.weights = model.num_params()
+        lengths = [block_size >> n for n in range(block_size.bit_length())]
+        self.flops = {length: model.train_flops(length) for length in lengths}
+
+
+class Measure:
+    """The measurements of one run. All ranks call all methods."""
+
+    def __init__(self, c, layout, machine, data, run, costs):
+        self.c, self.layout, self.machine, self.data, self.run, self.costs = c, layout, machine, data, run, costs
+        self.evaluator = None  # the compiled model for evaluations; None: they run uncompiled
+        self.hardware = Hardware(machine.device)
+        self.tokens_per_step = c.batch_size * layout.accumulation * layout.dp * c.block_size
+        if c.peak_flops:
+            self.peak, self.peak_why = c.peak_flops, "asked for"
+        else:
+            self.peak = peak_flops(machine.device, machine.dtype, c.tf32)  # None where it is not known
+            self.peak_why = "its data sheet" if machine.device.type == "cuda" else "measured"
+
+    # -------------------------------------------------------------------------
+    # Validation
+
+    def validate(self, step):
+        """-> the loss over the validation windows, and which tokens they hold. Prints a sample, if one is asked for."""
+        result = self.validation_loss()
+        c, data = self.c, self.data
+        if c.sample_tokens and data.tokenizer and math.isfinite(result["loss"]):
+            model = self.layout.gather_model()
+            if model is not None:  # on rank 0
+                text = self.sample(model)
+                self.run.event("sample", step=step, text=text)
+                print(f"---- sample at step {step}\n{text}\n----")
+        return {"val_loss": result["loss"], "val_tokens": result["tokens"], "val_sha256": result["tokens_sha256"]}
+
+    def validation_loss(self):
+        evaluator = self.evaluator
+        try:
+            return validation_loss(self.c, self.layout, self.data.val, self.machine.context, evaluator)
+        except RuntimeError as e:
+            if evaluator is None or not isinstance(e, torch._dynamo.exc.TorchDynamoException):
+                raise
+            self.evaluator = None
+            self.run.warn(f"torch.compile does not work for the evaluation ({what_failed(e)}); it runs uncompiled")
+            return validation_loss(self.c, self.layout, self.data.val, self.machine.context)
+
+    def sample(self, model):
+        """sample_tokens tokens that follow sample_start, as text. The same weights write the same text each time."""
+        c, tokenizer = self.c, self.data.tokenizer
+        prompt = tokenizer.encode(c.sample_start)
+        model.eval()
+        with self.machine.context():
+            drawn = stream(model, prompt, c.sample_tokens, temperature=0.8, top_k=200, seed=c.seed)
+            tokens = prompt + list(drawn)
+        model.train()
+        return tokenizer.decode(tokens)
+
+    def evaluate_step(self, record, saver, saved, **more):
+        """Validate the step of `record`, log the record with the result and `more`, and note it in the step's
+        checkpoint, if that was `saved`. -> the validation loss. Raises Diverged where it is not finite, after removing
+        that checkpoint."""
+        result = self.validate(record["step"])
+        if not math.isfinite(result["val_loss"]):
+            if saved:
+                saver.discard(record)
+            raise Diverged(record["step"], "the validation loss is not finite")
+        record = {**record, **result, **more}
+        self.log(record)
+        if saved:
+            saver.note(record)
+        return result["val_loss"]
+
+    # -------------------------------------------------------------------------
+    # The record of a step
+
+    def outcome(self, step, wall_s, loss, grad_norm):
+        """What a step came to; `wall_s` is the run's training time at the last step that was read."""
+        return {"step": step, "tokens": step * self.tokens_per_step, "wall_s": round(wall_s, 3), "loss": loss,
+                "grad_norm": grad_norm}
+
+    def record(self, step, wall_s, loss, lr, grad_norm, step_ms, parts):
+        """What metrics.jsonl holds of a step. `parts` are its parts in ms, `step_ms` is the mean since the last one."""
+        tok_per_s = self.tokens_per_step / (step_ms / 1000)
+        mfu = None
+        if self.peak:
+            flops = tok_per_s * self.costs.flops[context_at(self.c, step - 1)]
+            mfu = flops / (self.peak * self.layout.world)
+        record = {
+            "step": step, "tokens": step * self.tokens_per_step, "wall_s": round(wall_s, 3), "loss": loss, "lr": lr,
+            "grad_norm": grad_norm, "tok_per_s": round(tok_per_s), "mfu": mfu, **self.hardware.read(),
+            "step_ms": round(step_ms, 3),
+        }
+        return record | {part: round(ms, 3) for part, ms in parts.items()}
+
+    def log(self, record):
+        """A line in metrics.jsonl, and one on the screen."""
+        self.run.metrics(record)
+        if self.run.writes:
+            show(record, self.data.unit, self.c.max_iters)
+
+    # -------------------------------------------------------------------------
+    # Inside the model, and between the ranks
+
+    def look_inside(self, update):
+        """Probe one step: its `update` (probe.Update), and the attention on the first validation window."""
+        x, y = next(fixed_batches(self.data.val.parts[0][0], self.c.block_size, 1))
+        length = int((y != -1).sum())  # of the window that has targets
+        figures = attention(self.layout.model, x[:, :length].to(self.machine.device), self.machine.context)
+        figures = self.layout.gather_probe(figures)
+        self.layout.free_gathered()
+        return update.read() | {name: by_layer.tolist() for name, by_layer in figures.items()}
+
+    def communication(self, loader, opt, profiler, step):
+        """Communication of a step that no computation hides -> {"comm_ms": ms}, or {} while steps are being traced.
+
+        Three micro-batches are measured, each twice, and the faster time counts: the first one, the second one, which
+        stands for all between, and the last one, which reduces the gradients.
+        """
+        layout, last = self.layout, self.layout.passes - 1
+        x, y = layout.repeat_batch(loader.batch(step))
+        x, y = self.to_device(x, step), self.to_device(y, step)
+
+        def run_pass(micro):
+            seed_dropout(self.c, layout, step, micro)
+            layout.forward_backward(x, y, micro)
+            if micro == last:
+                layout.reduce_gradients()
+
+        stands_for = {0: 1, 1: last - 1, last: 1}  # micro-batch -> number of micro-batches like it
+        times = {micro: [] for micro, count in stands_for.items() if count > 0}
+        for _ in range(2):
+            for micro, ms in times.items():
+                ms.append(profiler.exposed(lambda micro=micro: run_pass(micro)))
+            opt.zero_grad()
+        if None in times[0]:
+            return {}
+        return {"comm_ms": round(sum(stands_for[micro] * min(ms) for micro, ms in times.items()), 3)}
+
+    def to_device(self, tokens, step, pinned=False):
+        """A batch of token ids (B, T), its rows cut to the context of `step`."""
+        return tokens.to(self.machine.device, non_blocking=pinned).view(-1, context_at(self.c, step))
