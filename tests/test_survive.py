@@ -255,7 +255,7 @@ def test_in_a_thread_there_are_no_signals():
     thread = threading.Thread(target=stop.listen)
     thread.start()
     thread.join()
-    assert stop.before == {} and signal.getsignal(signal.SIGINT) != stop.caught
+    assert stop.handlers == {} and signal.getsignal(signal.SIGINT) != stop.caught
 
 
 # -----------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def full_memory_explained(c):
 
 def check_settings(c):
     """Ends the run for a setting that has no meaning."""
-    plan.model_fields(c)  # says which key is missing
+    plan.model_fields(dict(c))  # says which key is missing
     if c.decay_lr and not 0 <= c.min_lr <= c.learning_rate:
         fail(f"min_lr={c.min_lr} must lie between 0 and learning_rate={c.learning_rate}; or set decay_lr=false")
     for key, choices in CHOICES.items():
