@@ -130,8 +130,8 @@ def test_learning_rates_follow_one_schedule_from_their_own_peaks():
     opt = optimizers(model, learning_rate=0.01, muon_learning_rate=0.04)
     for factor in (0.5, 0.25, 1.0):  # each time of the peak, not of the last value
         opt.set_lr(factor)
-        assert {group["lr"] for group in opt.each["adamw"].param_groups} == {0.01 * factor}
-        assert {group["lr"] for group in opt.each["muon"].param_groups} == {0.04 * factor}
+        assert {group["lr"] for group in opt.by_kind["adamw"].param_groups} == {0.01 * factor}
+        assert {group["lr"] for group in opt.by_kind["muon"].param_groups} == {0.04 * factor}
     opt.set_lr(0.0)
     before = weights(model)
     train(model, opt, range(1))
@@ -282,7 +282,8 @@ def test_ranks_share_the_work_of_muon(ranks, dtype, monkeypatch):
 def test_muons_work_is_shared_out_evenly(ranks):
     """In runs, so that a shape is cut as seldom as can be; no rank has much more than its part."""
     shapes = [shape for shape in ((192, 64), (64, 64), (256, 64), (64, 256)) for _ in range(12)]
-    owners, flops = optim.shares(shapes, ranks), [rows * cols + 32 * 64 for rows, cols in shapes]  # as 64 is the less
+    owners = optim.share_out(shapes, ranks)
+    flops = [rows * cols + 32 * 64 for rows, cols in shapes]  # as 64 is the smaller side
     assert owners == sorted(owners) and set(owners) == set(range(ranks))
     load = [sum(f for f, owner in zip(flops, owners, strict=True) if owner == rank) for rank in range(ranks)]
     assert max(load) <= sum(load) / ranks + max(flops)

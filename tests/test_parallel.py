@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,8 @@ from safetensors.torch import load_file
 import checkpoint
 from loader import Loader
 from model import GPT, GPTConfig
-from parallel import Layout, checkpoint_activations, own_device
+from parallel import Layout, checkpoint_activations
+from training.ranks import own_device
 
 pytest_plugins = ["runs"]
 
@@ -100,8 +100,9 @@ EXPOSED = """
 import time
 import torch, torch.distributed as dist
 from training import monitor
-from parallel import Layout, one_fate
-with one_fate():
+from training.ranks import all_fail_together
+from parallel import Layout
+with all_fail_together():
     layout, x = Layout(), torch.ones(300, 300)
     profiler, found, look = monitor.Profiler("", torch.device("cpu"), "none", 1), [], monitor.communication
 
@@ -144,8 +145,9 @@ def test_communication_is_exposed_where_nothing_is_computed_meanwhile(on_two):
 GATHERED = """
 import torch
 from model import GPT, GPTConfig
-from parallel import Layout, one_fate
-with one_fate():
+from parallel import Layout
+from training.ranks import all_fail_together
+with all_fail_together():
     layout, x = Layout(zero_stage=3), torch.zeros(1, 16, dtype=torch.long)
     model = layout.place(GPT(GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -257,8 +259,8 @@ def test_activations_computed_again_change_no_gradient(model, kind):
 
 def test_one_process_is_left_alone():
     layout, model = Layout(zero_stage=3), GPT(GPTConfig(**SIZES, n_layer=1))
-    assert layout.place(model) is model is layout.module and layout.whole_model(model) is model
-    assert layout.gather(model, "its optimizers") == (model, "its optimizers") and layout.warm_ups == 0
+    assert layout.place(model) is model is layout.module and layout.gather_model() is model
+    assert layout.gather("its optimizers") == (model, "its optimizers") and layout.warm_ups == 0
     assert not torch.distributed.is_initialized()
 
 
@@ -272,16 +274,16 @@ def test_micro_batches_that_do_not_divide(settings, grid, steps, would_do):
     layout = Layout(**settings)
     vars(layout).update(grid)
     with pytest.raises(ValueError, match=would_do):
-        layout.accumulation(steps)
+        layout.accumulation_of(steps)
     for number in would_do.split()[::2][:2]:
-        assert layout.accumulation(int(number)) == int(number) // grid["dp"]
+        assert layout.accumulation_of(int(number)) == int(number) // grid["dp"] == layout.accumulation
 
 
 @pytest.mark.parametrize("grid, changes, named", [
     (dict(tp=3), {}, "n_head=4"),
     (dict(tp=2), dict(n_head=6, n_embd=48, n_kv_head=3), "n_kv_head=3"),
     (dict(pp=4), {}, "n_layer=2"),
-    (dict(pp=2, kind="interleaved"), {}, "n_layer=2"),
+    (dict(pp=2, pp_schedule="interleaved"), {}, "n_layer=2"),
 ])
 def test_a_model_that_cannot_be_laid_out(grid, changes, named):
     layout = Layout()
@@ -408,13 +410,14 @@ LAST = """
 import atexit, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
-from parallel import Layout, one_fate
+from parallel import Layout
+from training.ranks import all_fail_together
 class Held:
     def __del__(self):
         print("the interpreter takes itself down")
 held = Held()
 atexit.register(sys.stdout.write, "what was asked for at the end\\n")
-with one_fate():
+with all_fail_together():
     layout = Layout()
     dist.all_reduce(torch.ones(1000))
     sys.stdout.write(f"done {{layout.rank}}\\n")  # in one piece, as two ranks print
@@ -530,8 +533,11 @@ def test_over_gloo_processes_share_a_gpu(monkeypatch):
 def test_where_blocks_are_compiled_one_by_one_so_is_the_loss_on_a_gpu(monkeypatch, kind, fuse):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     model = GPT(GPTConfig(**SIZES, n_layer=1))
-    zero = SimpleNamespace(copies_whole=False, pp=1, device=torch.device(kind), module="what a pass calls")
-    assert Layout.compile(zero, model) == "what a pass calls"
+    layout = Layout(torch.device(kind))
+    layout.place(model)
+    layout.world = 2  # without DDP: as with ZeRO
+    layout.compile()
+    assert layout.module is model
     assert model.loss.keywords == {"fuse": fuse}
 
 
@@ -558,7 +564,7 @@ def test_a_rank_that_fails(words, tmp_path):
 def test_a_batch_that_the_ranks_do_not_divide(words, tmp_path):
     done = finish(start(2, ROOT / "train.py", *flags(words, tmp_path / "run", gradient_accumulation_steps=3)))
     assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert done.err.count("error: gradient_accumulation_steps=3 does not do for 2 processes: DDP 2; 2 and 4 do") == 1
+    assert done.err.count("error: gradient_accumulation_steps=3 does not work with 2 processes: DDP 2; 2 and 4 do") == 1
 
 
 @pytest.mark.slow
