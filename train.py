@@ -26,7 +26,6 @@ from functools import partial
 import torch
 
 import checkpoint
-import parallel
 import plan
 from configurator import configure, fail, nearest, read_keys
 from device import (
@@ -62,6 +61,7 @@ from loader import (
 )
 from model import GPT, GPTConfig, pick_attention
 from optim import Optimizers, lr_at
+from parallel import Layout
 from tokenizer import load_tokenizer, meta_vocab_size
 from training.guard import ACTIONS, Guard, Watch, keep_skipped, parse_steps, read_skipped
 from training.monitor import (
@@ -77,7 +77,9 @@ from training.monitor import (
     plain,
     show,
 )
+from training.pipeline_parallel import SCHEDULES
 from training.probe import Update, attention
+from training.ranks import all_fail_together, from_environment, own_device, rank
 from training.track import TRACKERS, Tracker
 
 # -----------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def main(config, given, stop, lock, rewound=None):
         where, device_why = pick_device(device)
         if where.type == "cuda":
             allocate_in_segments()
-        where = parallel.own_device(device, where, backend)
+        where = own_device(device, where, backend)
         precision, dtype_why = pick_dtype(dtype, where)
         precision_name = str(precision).removeprefix("torch.")
         context = autocast(where, precision)
@@ -233,7 +235,7 @@ def main(config, given, stop, lock, rewound=None):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
 
-        layout = parallel.Layout(
+        layout = Layout(
             where, backend=backend, zero_stage=zero_stage, tp_size=tp_size, pp_size=pp_size, pp_schedule=pp_schedule,
             cpu_offload=cpu_offload, activation_checkpointing=activation_checkpointing,
         )
@@ -243,11 +245,11 @@ def main(config, given, stop, lock, rewound=None):
 
         # ---- the data, the model, and where they stand ---------------------------------------
         if not eval_only:
-            layout.first(lambda: lock.take(create=False))  # before a checkpoint of the holder's is judged
-        resumed = layout.first(lambda: what_to_resume(rewound))
+            layout.on_rank0(lambda: lock.take(create=False))  # before a checkpoint of the holder's is judged
+        resumed = layout.on_rank0(lambda: what_to_resume(rewound))
         if resumed:
             checkpoint.config_of(resumed[1], resumed[0])  # refuses a model that this code does not know
-        skipped = layout.first(lambda: what_to_skip(resumed, rewound))
+        skipped = layout.on_rank0(lambda: what_to_skip(resumed, rewound))
         found, manifest, dataset_sha256 = open_datasets(dataset)
         source = ", ".join(str(folder) for folder, _ in found)
         tokenizer, vocab = vocabulary(found[0][0], manifest)
@@ -259,7 +261,7 @@ def main(config, given, stop, lock, rewound=None):
         layout.check(model_config, precision)
         with torch.device("meta"):
             costs = plan.costs_of(GPT(model_config))
-        free = free_memory(where, parallel.from_environment("LOCAL_WORLD_SIZE", 1))
+        free = free_memory(where, from_environment("LOCAL_WORLD_SIZE", 1))
         grid = plan.Layout(layout.dp, layout.zero, tp_size, pp_size, activation_checkpointing)
 
         def takes(batch_size, accumulation):
@@ -271,7 +273,7 @@ def main(config, given, stop, lock, rewound=None):
             config.update(cut)
             globals().update(cut)
         micro_batches = micro_steps()
-        accumulation = layout.accumulation(micro_batches)
+        accumulation = layout.accumulation_of(micro_batches)
         memory = takes(batch_size, accumulation)
         if tokenizer and model_config.vocab_size < vocab:
             fail(f"vocab_size={vocab_size} is too small for {source}, which has {vocab} token ids; 0 takes that")
@@ -282,7 +284,7 @@ def main(config, given, stop, lock, rewound=None):
         train_tokens, val_tokens = (open_tokens(found, split, model_config.vocab_size) for split in ("train", "val"))
         if len(val_tokens) < 2:
             fail(f"{source}: {len(val_tokens)} validation tokens are too few: at least 2")
-        layout.first(lambda: check_validation(val_tokens))
+        layout.on_rank0(lambda: check_validation(val_tokens))
         state = {
             "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None, "skipped": skipped,
             "model": asdict(model_config), "config": config, "seed": seed, "dataset_sha256": dataset_sha256,
@@ -317,12 +319,12 @@ def main(config, given, stop, lock, rewound=None):
             model, optimizer=optimizer, learning_rate=learning_rate, muon_learning_rate=muon_learning_rate,
             weight_decay=weight_decay, betas=(beta1, beta2), muon_momentum=muon_momentum,
             muon_dtype=torch.bfloat16 if muon_dtype == "bfloat16" or auto_bfloat16 else torch.float32,
-            whole=layout.whole, part=layout.part, peers=layout.peers,
+            **layout.optimizer_options(),
         )
         scaler = torch.amp.GradScaler(where.type, enabled=precision == torch.float16)
         guard = Guard(spike_z, spike_window, scaler.is_enabled(), resumed and folder_state.get("guard"))
         if resumed:
-            opt.load_state_dict(layout.optimizer_state(model, folder))
+            opt.load_state_dict(layout.load_optimizer_state(folder))
             if folder_state["scaler"]:
                 scaler.load_state_dict(folder_state["scaler"])
 
@@ -336,13 +338,13 @@ def main(config, given, stop, lock, rewound=None):
         loader = Loader(train_tokens, block_size, batch_size, accumulation=accumulation, seed=seed,
                         rank=layout.dp_rank, world=layout.dp, first_step=state["step"], prefetch=prefetch,
                         threads=loader_threads, pin=where.type == "cuda", skipped=skipped)
-        layout.first(lambda: hold_folder(lock, resumed))
+        layout.on_rank0(lambda: hold_folder(lock, resumed))
         run = Run(out_dir, writes=layout.rank == 0)
         shards = checkpoint.Background(layout.heads) if checkpoint_format == "sharded" else None
-        layout.first(lambda: run.open(config, environment(where, dataset_sha256), state["metrics_bytes"]))
-        layout.first(lambda: keep_skipped(out_dir, skipped))
+        layout.on_rank0(lambda: run.open(config, environment(where, dataset_sha256), state["metrics_bytes"]))
+        layout.on_rank0(lambda: keep_skipped(out_dir, skipped))
         if tokenizer:
-            layout.first(lambda: run.keep("tokenizer.json", tokenizer.to_json()))
+            layout.on_rank0(lambda: run.keep("tokenizer.json", tokenizer.to_json()))
 
     def tell(kind, message):
         if layout.rank == 0:
@@ -357,7 +359,6 @@ def main(config, given, stop, lock, rewound=None):
     run.warn = warn
 
     per_step = batch_size * micro_batches * block_size
-    passes = accumulation if pp_size == 1 else 1  # of this rank through the model a step; a pipeline has all in one
     keep = keep_checkpoints if always_save_checkpoint else 1
     peak = peak_flops or peak_of(where, precision, tf32)
     peak_why = "asked for" if peak_flops else "its data sheet" if where.type == "cuda" else "measured"
@@ -400,34 +401,21 @@ def main(config, given, stop, lock, rewound=None):
         if dropout:  # what is dropped follows from (seed, step, micro-step of all ranks)
             seeded = keyed(seed, step, micro * layout.dp + layout.dp_rank, "dropout") >> 1
             torch.manual_seed(seeded + layout.pp_rank)
-        if layout.pp > 1:
-            loss = layout.pipeline(model, x, y, accumulation)
-            if timer:
-                timer.mark("pipeline_ms")
-            return loss
-        layout.before_forward(model, last=micro == accumulation - 1)
-        with context():
-            _, loss = compiled(x, y, loss_only=True)
-        if timer:
-            timer.mark("forward_ms")
-        scaler.scale(loss / accumulation).backward()
-        if timer:
-            timer.mark("backward_ms")
-        return loss.detach()
+        return layout.forward_backward(x, y, micro, scaler, timer)
 
     def communication():
         """Communication in a step that no computation hides, in ms. Of the micro-batches the first is looked at, the
         second, which stands for those that follow it, and the last, which reduces the gradients; the least of two each.
         """
-        x, y = layout.repeated(loader.batch(state["step"]), accumulation)
+        x, y = layout.repeat_batch(loader.batch(state["step"]))
         x, y = (t.to(where).view(-1, context_at(state["step"])) for t in (x, y))
 
         def look(micro):
             micro_step(x, y, state["step"], micro)
-            if micro == passes - 1:
-                layout.reduce(model)
+            if micro == layout.passes - 1:
+                layout.reduce_gradients()
 
-        alike = {0: 1, 1: passes - 2, passes - 1: 1}  # how many of them each stands for
+        alike = {0: 1, 1: layout.passes - 2, layout.passes - 1: 1}  # how many of them each stands for
         found = {micro: [] for micro, n in alike.items() if n > 0}
         for _ in range(2):
             for micro, ms in found.items():
@@ -448,7 +436,7 @@ def main(config, given, stop, lock, rewound=None):
             warn(f"torch.compile does not work for the evaluation ({what_failed(e)}); it runs uncompiled")
             result = evaluate_now(model, val_tokens, context, layout)
         if sample_tokens and tokenizer and math.isfinite(result["loss"]):
-            if whole := layout.whole_model(model):  # on one rank
+            if whole := layout.gather_model():  # on one rank
                 text = sample(whole, tokenizer, context)
                 run.event("sample", step=state["step"], text=text)
                 print(f"---- sample at step {state['step']}\n{text}\n----")
@@ -457,8 +445,8 @@ def main(config, given, stop, lock, rewound=None):
     def look_inside(update):
         """What training/probe.py sees of this step, and in evaluation on the first validation window."""
         x, y = next(fixed_batches(val_tokens.parts[0][0], block_size, 1))
-        figures = layout.of_all_layers(model, attention(model, x[:, : int((y != -1).sum())].to(where), context))
-        layout.rest(model)
+        figures = layout.gather_probe(attention(model, x[:, : int((y != -1).sum())].to(where), context))
+        layout.free_gathered()
         return update.read() | {key: by_layer.tolist() for key, by_layer in figures.items()}
 
     def profiled(step):
@@ -481,7 +469,7 @@ def main(config, given, stop, lock, rewound=None):
         """Notes that the run goes on from the last checkpoint, or the beginning, without the `batch` of `step`. -> what
         main gives"""
         written()
-        to = layout.first(lambda: max(checkpoint.steps(out_dir), default=0))
+        to = layout.on_rank0(lambda: max(checkpoint.steps(out_dir), default=0))
         since = [k for k in skipped if k > data_step(to - 1, skipped) and k not in parse_steps(skip_batches)]
         if len(since) >= max_rewinds:
             return diverged(step, f"after {len(since)} rewinds to step {to}, without data steps {since}, {bad}")
@@ -495,7 +483,7 @@ def main(config, given, stop, lock, rewound=None):
             except OSError as e:
                 return str(e)
 
-        if trouble := layout.first(note):
+        if trouble := layout.on_rank0(note):
             return diverged(step, f"a rewind could not be noted ({trouble}), but {bad}")
         loader.close()
         profiler.drop()
@@ -549,7 +537,7 @@ def main(config, given, stop, lock, rewound=None):
         """A checkpoint of now. `unevaluated` is the record of a step whose evaluation is still to come: a resume makes
         up for it. -> whether the checkpoint is written, or begun if each rank writes its shards"""
         written()  # else those before would be told of as these
-        held = (model, opt) if shards else layout.gather(model, opt)
+        held = (model, opt) if shards else layout.gather(opt)
         state.update(scaler=scaler.state_dict() if scaler.is_enabled() else None, guard=guard.state())
 
         def flush():
@@ -567,7 +555,7 @@ def main(config, given, stop, lock, rewound=None):
                 watch.disk(out_dir, checkpoint.steps(out_dir).values(), keep, size)
 
         attempt = partial(went_well, write, state["step"])
-        return attempt() if shards else layout.first(attempt)
+        return attempt() if shards else layout.on_rank0(attempt)
 
     def evaluated(record, saved, **more):
         """Evaluates, logs the `record` of the step with what that found, and has the checkpoint hold it, where it was
@@ -575,13 +563,13 @@ def main(config, given, stop, lock, rewound=None):
         result = validate()
         if not math.isfinite(result["val_loss"]):
             if written() and saved:
-                layout.first(lambda: checkpoint.discard(checkpoint.place(out_dir, record)))
+                layout.on_rank0(lambda: checkpoint.discard(checkpoint.place(out_dir, record)))
             return result["val_loss"]
         record = {**record, **result, **more}
         run.metrics(record)
         show(record, unit, max_iters)
         if saved:
-            length = layout.first(flush_logs)
+            length = layout.on_rank0(flush_logs)
             state["metrics_bytes"] = length
             unnoted[checkpoint.place(out_dir, record)] = {"val_loss": result["val_loss"], "metrics_bytes": length}
             if not shards:
@@ -589,16 +577,16 @@ def main(config, given, stop, lock, rewound=None):
         return result["val_loss"]
 
     # ---- compile, and fall back once if that fails ---------------------------------------
-    compiled, evaluator = layout.module, None  # what training's forward pass calls; the compiled model that evaluates
+    evaluator = None  # the compiled model that evaluates
     clock = time.perf_counter()
     if compile or (compile is None and where.type == "cuda"):
         def first_passes():
             """A pass for each length of the context."""
-            nonlocal compiled, evaluator
-            compiled = layout.compile(model)
+            nonlocal evaluator
+            layout.compile()
             evaluator = torch.compile(model, dynamic=False) if layout.copies_whole else None
             torch._dynamo.config.recompile_limit = 64  # graphs of one function: one a length, and the evaluation's
-            x, y = (t.to(where) for t in layout.repeated(loader.batch(state["step"]), accumulation))
+            x, y = (t.to(where) for t in layout.repeat_batch(loader.batch(state["step"])))
             length = context_at(state["step"])
             while length <= block_size:
                 # DDP's ranks do not talk in a micro-step before the last, so one that fails leaves none waiting
@@ -616,8 +604,8 @@ def main(config, given, stop, lock, rewound=None):
             trouble = layout.any_trouble(trouble)
         opt.zero_grad()
         if trouble:
-            compiled, evaluator = layout.module, None
-            torch.compiler.set_stance("force_eager")  # of what is compiled within it, too
+            layout.run_uncompiled()
+            evaluator = None
             warn(f"torch.compile does not work here ({trouble}); running uncompiled")
     for _ in range(layout.warm_ups):  # DDP's buckets follow its first pass: have them as a resume does
         x, y = (t.to(where).view(-1, context_at(state["step"])) for t in loader.batch(state["step"]))
@@ -645,17 +633,17 @@ def main(config, given, stop, lock, rewound=None):
         lr = learning_rate_at(step)
         opt.set_lr(lr / learning_rate)
         losses = []
-        for micro in range(passes):
-            x, y = layout.take(loader, accumulation)
+        for micro in range(layout.passes):
+            x, y = layout.next_batch(loader)
             x, y = (t.to(where, non_blocking=loader.pin).view(-1, context_at(step)) for t in (x, y))
             timer.mark("data_ms")
             losses.append(micro_step(x, y, step, micro, timer))
-        layout.reduce(model)
+        layout.reduce_gradients()
         scaler.unscale_(opt)  # nothing but in float16
-        norm = layout.grad_norm(model)
+        norm = layout.grad_norm()
         if on_nan == "log":
             opt.found_inf = (~norm.isfinite()).float()  # on the device, which nobody waits for
-        update = timer.aside("optim_ms", lambda: Update(model, layout.norms)) if probing else None
+        update = timer.aside("optim_ms", lambda: Update(model, layout.group_norms)) if probing else None
         if grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
         scaler.step(opt)
@@ -723,7 +711,7 @@ def main(config, given, stop, lock, rewound=None):
         saved = False
         if eval_due or save_due or stopped_by:
             with pace.aside():
-                if not layout.finite(model):
+                if not layout.weights_are_finite():
                     return diverged(step, "a weight is not finite")
                 saved = save(record if eval_due else None)  # before anything that may fail or be interrupted
                 last_save = time.monotonic()
@@ -766,7 +754,7 @@ def check_settings():
         fail(f"min_lr={min_lr} must lie between 0 and learning_rate={learning_rate}; or set decay_lr=false")
     choices = {"optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
                "lr_schedule": ("cosine", "linear", "wsd"), "zero_stage": (0, 1, 2, 3), "backend": ("nccl", "gloo"),
-               "sdpa": SDPA, "checkpoint_format": ("plain", "sharded"), "pp_schedule": parallel.SCHEDULES,
+               "sdpa": SDPA, "checkpoint_format": ("plain", "sharded"), "pp_schedule": SCHEDULES,
                "on_nan": ACTIONS, "on_spike": ACTIONS, "tracker": TRACKERS,
                "activation_checkpointing": ("none", "selective", "full")}
     for key, known in choices.items():
@@ -812,7 +800,7 @@ def what_fits(takes, free, layout):
     fits, least = [], math.inf
     for n in plan.divisors(sequences):
         with suppress(ValueError):  # the ranks cannot share so few micro-batches
-            need = takes(n, layout.accumulation(sequences // n))
+            need = takes(n, layout.accumulation_of(sequences // n))
             least = min(least, need)
             fits += [n] * (need <= free * (1 - plan.reserve))
     found = -layout.agree(-max(fits, default=0))[0]  # what every rank has room for
@@ -941,7 +929,7 @@ def vocabulary(source, manifest):
         size = meta_vocab_size(source)
         if size is None:
             raise
-        if parallel.rank() == 0:
+        if rank() == 0:
             print(f"warning: {e}; the run trains on its {size:,} token ids and has no tokenizer", file=sys.stderr)
         return None, size
     return tokenizer, max(tokenizer.vocab_size, meta_vocab_size(source) or 0)
@@ -958,8 +946,8 @@ def learning_rate_at(step):
 def evaluate_now(model, val_tokens, context, layout, compiled=None):
     """eval.evaluate over the fixed validation windows, in batches of about 16,384 tokens, shared by the ranks."""
     result = evaluate(model, val_tokens, block_size, max(1, 16384 // block_size), eval_iters, context,
-                      layout.dp_rank, layout.dp, layout.collect, compiled=compiled)
-    layout.rest(model)
+                      layout.dp_rank, layout.dp, layout.gather_objects, compiled=compiled)
+    layout.free_gathered()
     return result
 
 
@@ -1039,7 +1027,7 @@ if __name__ == "__main__":
     given = set()
     settings = configure(globals(), given=given)
     try:
-        with parallel.one_fate():
+        with all_fail_together():
             sys.exit(until_done(settings, given))
     except KeyboardInterrupt:  # before the loop, which has StopSignal
         sys.exit(130)
