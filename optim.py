@@ -99,19 +99,31 @@ class Optimizers:
     def load_state_dict(self, saved):
         """Raises ValueError naming what is missing, unknown, or of another shape."""
         if saved.keys() != self.by_kind.keys():
-            raise ValueError(f"optimizer state of {', '.join(saved)} does not fit {', '.join(self.by_kind)}")
+            raise ValueError(f"optimizer state of {', '.join(saved)} does not fit "
+                             f"{', '.join(self.by_kind)}")
         for kind, opt in self.by_kind.items():
             params = {self.names[p]: p for group in opt.param_groups for p in group["params"]}
             odd = sorted(saved[kind].keys() ^ params.keys())
             if odd and saved[kind]:  # before the first step there is no state
-                raise ValueError(f"the {kind} state does not fit the model: only one of them has {', '.join(odd)}")
+                raise ValueError(f"the {kind} state does not fit the model: only one of them has "
+                                 f"{', '.join(odd)}")
             for name, state in saved[kind].items():
                 p = params[name]
                 for key, value in state.items():
                     if value.ndim and value.shape != p.shape:
-                        raise ValueError(f"{name}: {key} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+                        raise ValueError(f"{name}: {key} has shape {tuple(value.shape)}, "
+                                         f"not {tuple(p.shape)}")
                 # the step count as well: fused AdamW reads it on the device
                 opt.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
+
+
+def map_state(state, function):
+    """The state_dict of Optimizers with function(name, tensor) in place of each tensor of the parameter `name`."""
+    mapped = {kind: {} for kind in state}
+    for kind, by_name in state.items():
+        for name, values in by_name.items():
+            mapped[kind][name] = {key: function(name, tensor) for key, tensor in values.items()}
+    return mapped
 
 
 # -----------------------------------------------------------------------------
@@ -150,7 +162,8 @@ class Muon(torch.optim.Optimizer):
     found_inf = None  # as in Optimizers
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5,
-                 dtype=torch.float32, names=None, gather_tensor=None, shard_tensor=None, peers=(0, 1, None)):
+                 dtype=torch.float32, names=None, gather_tensor=None, shard_tensor=None,
+                 peers=(0, 1, None)):
         self.names = names
         self.gather_tensor = gather_tensor
         self.shard_tensor = shard_tensor
@@ -179,10 +192,8 @@ class Muon(torch.optim.Optimizer):
                     if owners[p] == self.rank:
                         own[p] = update
                 if own:
-                    batch = torch.stack(list(own.values()))  # (n, rows, cols)
-                    batch = orthogonalize(batch, group["ns_steps"], self.dtype)
-                    updates |= zip(own, batch.unbind(), strict=True)
-                if self.ranks == 1:  # now, so that memory holds the updates of one shape only
+                    updates |= self.orthogonal(own, group)
+                if self.ranks == 1:  # at once, so that memory holds the updates of one shape only
                     self.apply_updates(params, updates, group)
             if self.ranks > 1:
                 updates = self.exchange(updates, owners, shapes)
@@ -190,8 +201,8 @@ class Muon(torch.optim.Optimizer):
                     self.apply_updates(params, updates, group)
 
     def momentum_updates(self, params, group):
-        """Let the gradients of some parameters flow into their momentum. -> this rank's part of each update, which is
-        not orthogonal yet"""
+        """Update the momentum of some parameters by their gradients. -> this rank's part of each Nesterov update, which
+        is not orthogonal yet"""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -203,6 +214,12 @@ class Muon(torch.optim.Optimizer):
             grads = [torch.where(bad, b, g) for b, g in zip(buffers, grads, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         return torch._foreach_lerp(grads, buffers, group["momentum"])
+
+    def orthogonal(self, updates, group):
+        """Parameter -> update, all of one shape -> the same, orthogonalised in one batch."""
+        batch = torch.stack(list(updates.values()))  # (n, rows, cols)
+        batch = orthogonalize(batch, group["ns_steps"], self.dtype)
+        return dict(zip(updates, batch.unbind(), strict=True))
 
     def exchange(self, updates, owners, shapes):
         """The updates of this rank's share -> those of all ranks, in `dtype`, which loses nothing."""

@@ -19,12 +19,12 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint
 from model import GPT, MLP, Attention
-from optim import is_dtensor, laid_out_like, local
+from optim import is_dtensor, laid_out_like, local, map_state
 from training.pipeline_parallel import Pipeline, count_stages
 from training.ranks import Ranks, average_in_place, gather_objects, gather_vectors, own_group
 from training.tensor_parallel import SplitLayers, with_local
@@ -37,8 +37,8 @@ class Layout(Ranks):
     methods of a training step and of gathering work on the model that was placed; every rank calls them.
     """
 
-    def __init__(self, device=None, *, backend="nccl", zero_stage=0, tp_size=1, pp_size=1, pp_schedule="1f1b",
-                 cpu_offload=False, activation_checkpointing="none"):
+    def __init__(self, device=None, *, backend="nccl", zero_stage=0, tp_size=1, pp_size=1,
+                 pp_schedule="1f1b", cpu_offload=False, activation_checkpointing="none"):
         """Joins the process group. Raises ValueError for settings that cannot be combined."""
         super().__init__()
         self.device = device or torch.device("cpu")
@@ -50,9 +50,11 @@ class Layout(Ranks):
         self.recompute = activation_checkpointing
         self.dp, rest = divmod(self.world, self.tp * self.pp)
         if rest or not self.dp:
-            raise ValueError(f"tp_size={tp_size} x pp_size={pp_size} does not divide the {self.world} processes")
+            raise ValueError(f"tp_size={tp_size} x pp_size={pp_size} does not divide "
+                             f"the {self.world} processes")
         if cpu_offload and (not self.zero or self.device.type != "cuda"):
-            raise ValueError("cpu_offload=True moves from GPUs what zero_stage=1, 2 or 3 shards: it needs both")
+            raise ValueError("cpu_offload=True moves from GPUs what zero_stage=1, 2 or 3 shards: "
+                             "it needs both")
 
         self.accumulation = 1     # micro-batches of this rank in a step
         self.model = None         # what this rank trains
@@ -63,12 +65,13 @@ class Layout(Ranks):
         self.pipeline = None      # the Pipeline
         self.context = nullcontext
         self.pp_rank = self.dp_rank = self.tp_rank = 0
-        self.peer_group = None    # the ranks that train the same layers; without a pipeline all of them
+        self.peer_group = None    # the ranks that train the same layers, if not all do
         if self.world == 1:
             return
         self.join_group(self.device, backend)
         grid = (self.pp, self.dp, self.tp)
-        self.mesh = dist.init_device_mesh(self.device.type, grid, mesh_dim_names=("pp", "dp", "tp"))
+        names = ("pp", "dp", "tp")
+        self.mesh = dist.init_device_mesh(self.device.type, grid, mesh_dim_names=names)
         self.pp_rank, self.dp_rank, self.tp_rank = self.mesh.get_coordinate()
         if self.pp > 1:
             self.peer_group = own_group(self.mesh.mesh.flatten(1))
@@ -91,21 +94,23 @@ class Layout(Ranks):
     def check(self, config, dtype=torch.float32):
         """Raises ValueError where a model of this GPTConfig cannot be laid out so."""
         if config.n_head % self.tp or config.mlp_dim % self.tp:
-            raise ValueError(f"tp_size={self.tp} does not divide n_head={config.n_head} and the MLP's {config.mlp_dim}")
+            raise ValueError(f"tp_size={self.tp} does not divide n_head={config.n_head} "
+                             f"and the MLP's {config.mlp_dim}")
         if config.kv_heads % self.tp and self.tp % config.kv_heads:
-            raise ValueError(f"tp_size={self.tp} and n_kv_head={config.kv_heads}: one has to divide the other")
+            raise ValueError(f"tp_size={self.tp} and n_kv_head={config.kv_heads}: "
+                             "one has to divide the other")
         if config.n_layer < (stages := count_stages(self.pp, self.pp_schedule)):
             raise ValueError(f"n_layer={config.n_layer} is too few for the {stages} stages of {self}")
         if self.pp > 1 and dtype == torch.float16:
             raise ValueError("pp_size above 1 has no loss scaling for float16: use bfloat16 or float32")
 
     def accumulation_of(self, micro_batches):
-        """Of the micro-batches of an update over all ranks, how many are this rank's; remembered as `accumulation`.
-        Raises ValueError naming numbers that would do."""
+        """The micro-batches of an update over all ranks -> how many are this rank's, which `accumulation` keeps.
+        Raises ValueError naming numbers that would work."""
         least = self.pp * self.dp  # fewer would leave ranks of a pipeline without work
         unit = self.dp
         if self.pp_schedule == "interleaved":
-            unit *= self.pp  # this schedule takes micro-batches in rounds of as many as there are ranks
+            unit *= self.pp  # its micro-batches come in rounds of one for each rank
         if micro_batches % unit or micro_batches < least:
             below = max(-(-least // unit), micro_batches // unit)
             raise ValueError(f"gradient_accumulation_steps={micro_batches} does not work with {self}; "
@@ -126,9 +131,8 @@ class Layout(Ranks):
         if self.tp > 1:
             self.split = SplitLayers(model, self.mesh, self.device)
             self.heads = self.split.heads
-            if self.zero:
-                for name, rows in self.split.kv_rows.items():
-                    self.split.kv_rows[name] = self.dp_part(rows)
+            for name, rows in self.split.kv_rows.items():
+                self.split.kv_rows[name] = self.zero_part(rows)
         if self.recompute != "none":
             checkpoint_activations(model, self.recompute)
         if self.pp > 1:
@@ -136,14 +140,14 @@ class Layout(Ranks):
             model = self.pipeline.model
         self.model = model
         for root in self.roots:
-            if self.tp > 1 and "wpe" in root.transformer:  # its weight is read by GPT.embed, not called
+            if self.tp > 1 and "wpe" in root.transformer:  # GPT.embed reads it, and calls nothing
                 with_local(root, root.transformer.wpe, "weight")
             if self.zero:
                 self.shard_weights(root, dtype)
         if self.world > 1 and not self.zero and self.tp == self.pp == 1:
             with warnings.catch_warnings():  # torch 2.13 renames one of these arguments
                 warnings.simplefilter("ignore", FutureWarning)
-                self.ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+                self.ddp = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.module = self.ddp or model
         return model
 
@@ -153,24 +157,24 @@ class Layout(Ranks):
         return self.pipeline.stages if self.pipeline else [self.model]
 
     def shard_weights(self, root, dtype):
-        """ZeRO: attention and MLP of each block are gathered when they are needed, norms and both ends with `root`.
+        """ZeRO: gather attention and MLP of each block when they are needed, norms and both ends with `root`.
 
-        In half precision the weights are gathered in `dtype`, as autocast would keep a copy of each whole one.
-        Gradients are reduced in fp32. Inputs and outputs keep their dtype, so that the numbers are autocast's.
+        In half precision the weights are gathered in `dtype`, else autocast would keep a copy of each whole one.
+        Gradients are reduced in fp32. Inputs and outputs keep their dtype, so the numbers are autocast's.
         """
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        from torch.distributed import fsdp
 
         # nobody changes that view in place
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
-        options = {"mesh": self.mesh["dp"], "offload_policy": offload}
+        offload = fsdp.CPUOffloadPolicy() if self.offload else fsdp.OffloadPolicy()
+        shard = partial(fsdp.fully_shard, mesh=self.mesh["dp"], offload_policy=offload)
         half = {"param_dtype": dtype, "reduce_dtype": torch.float32}
         precision = half if dtype != torch.float32 else {}
-        policy = MixedPrecisionPolicy(**precision, cast_forward_inputs=False)
+        policy = fsdp.MixedPrecisionPolicy(**precision, cast_forward_inputs=False)
         units = parts_of_blocks(root)
         for module in units:
-            fully_shard(module, reshard_after_forward=self.zero == 3, mp_policy=policy, **options)
-        fully_shard(root, reshard_after_forward=False, **options)
+            shard(module, reshard_after_forward=self.zero == 3, mp_policy=policy)
+        shard(root, reshard_after_forward=False)
         for module, following in zip(units, units[1:], strict=False):
             # gather the next part while this one computes; the backward pass does so anyway
             module.set_modules_to_forward_prefetch([following])
@@ -219,8 +223,8 @@ class Layout(Ranks):
         return loss.detach()
 
     def before_forward(self, last):
-        """Says whether the pass that follows is the last of its step. Only then are gradients reduced, except in stages
-        2 and 3, and weights freed, except in stage 3."""
+        """Tell DDP or ZeRO whether the next pass is the last of its step. Only then are gradients reduced, except that
+        ZeRO-2 and 3 always reduce them, and weights freed, except that ZeRO-3 always frees them."""
         if self.ddp:
             self.ddp.require_backward_grad_sync = last
         elif self.zero and not self.pipeline:  # a pipeline's stages see to it themselves
@@ -278,7 +282,7 @@ class Layout(Ranks):
         """Have passes call compiled code: the whole module, or with ZeRO and in a pipeline attention and MLP of each
         block and the loss, so that hooks and collectives around them stay as they are."""
         if self.copies_whole:
-            self.module = torch.compile(self.module, dynamic=False)  # one kernel a shape, as a resume has
+            self.module = torch.compile(self.module, dynamic=False)  # a kernel for each shape
             return
         for module in parts_of_blocks(self.model):
             module.forward = torch.compile(module.forward, dynamic=False)
@@ -301,9 +305,9 @@ class Layout(Ranks):
         return self.group_norms(grads, lambda name: 0, 1)[0]
 
     def group_norms(self, tensors, group_of, n):
-        """Norms of the whole model's tensors, summed up in `n` groups, each element counted once. -> (n,)
+        """The norms of `n` groups of the whole model's tensors, each element counted once. -> (n,)
 
-        `tensors` has a tensor for each name of a parameter, laid out as the parameter is. group_of(name) is a number
+        `tensors` holds a tensor for each name of a parameter, laid out as the parameter is. group_of(name) is a number
         below n, the same on every rank.
         """
         squares = torch.zeros(n, device=self.device)
@@ -333,7 +337,7 @@ class Layout(Ranks):
         if self.split:
             self.split.join_heads(figures)
         if self.pipeline:
-            figures = {key: self.pipeline.join_layers(by_layer) for key, by_layer in figures.items()}
+            figures = {key: self.pipeline.join_layers(figure) for key, figure in figures.items()}
         return figures
 
     def gather_objects(self, value):
@@ -357,12 +361,12 @@ class Layout(Ranks):
             return tensor.to(p.device)
         if self.split:
             tensor = self.split.slice_of(name, tensor)
-        if self.zero:
-            tensor = self.dp_part(tensor)
-        return laid_out_like(tensor, p)
+        return laid_out_like(self.zero_part(tensor), p)
 
-    def dp_part(self, tensor):
-        """The rows of a tensor that ZeRO leaves on this rank; maybe none."""
+    def zero_part(self, tensor):
+        """The rows of a tensor that ZeRO leaves on this rank, maybe none; without ZeRO all."""
+        if not self.zero:
+            return tensor
         parts = tensor.chunk(self.dp)
         return parts[self.dp_rank] if self.dp_rank < len(parts) else tensor[:0]
 
@@ -371,20 +375,18 @@ class Layout(Ranks):
         ranks = self.dp * self.tp
         all_gather = partial(gather_vectors, ranks=ranks, group=self.peer_group)
         peers = (self.dp_rank * self.tp + self.tp_rank, ranks, all_gather)
-        return {"gather_tensor": self.gather_tensor, "shard_tensor": self.shard_tensor, "peers": peers}
+        return dict(gather_tensor=self.gather_tensor, shard_tensor=self.shard_tensor, peers=peers)
 
     def gather(self, opt):
         """The model and its optimizers as one process has them, for checkpoint.save. Of use on rank 0 alone."""
         if self.world == 1:
             return self.model, opt
         weights = self.gather_weights()
-        state = {}
-        for kind, by_name in opt.state_dict().items():
-            gathered = {}
-            for name, values in by_name.items():
-                gathered[name] = {key: self.gather_to_cpu(name, t) for key, t in values.items()}
-            state[kind] = self.join_stages(gathered)
-        return SimpleNamespace(named_parameters=weights.items), SimpleNamespace(state_dict=lambda: state)
+        state = map_state(opt.state_dict(), self.gather_to_cpu)
+        for kind, by_name in state.items():
+            state[kind] = self.join_stages(by_name)
+        model = SimpleNamespace(named_parameters=weights.items)
+        return model, SimpleNamespace(state_dict=lambda: state)
 
     def gather_weights(self):
         return self.gather_tensors({name: p.detach() for name, p in self.model.named_parameters()})
@@ -427,13 +429,10 @@ class Layout(Ranks):
         if self.world == 1:
             return state
         params = dict(self.model.named_parameters())
-        sharded = {kind: {} for kind in state}
+        own = {}
         for kind, by_name in state.items():
-            for name, values in by_name.items():
-                if name in params:
-                    p = params[name]
-                    sharded[kind][name] = {key: self.shard_tensor(name, t, p) for key, t in values.items()}
-        return sharded
+            own[kind] = {name: values for name, values in by_name.items() if name in params}
+        return map_state(own, lambda name, tensor: self.shard_tensor(name, tensor, params[name]))
 
 
 def parts_of_blocks(model):

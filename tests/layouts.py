@@ -24,7 +24,7 @@ from bench import held_bytes, machine  # noqa: E402
 from eval import evaluate  # noqa: E402
 from loader import Loader, Tokens  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from optim import Optimizers, local  # noqa: E402
+from optim import Optimizers, local, map_state  # noqa: E402
 from parallel import Layout  # noqa: E402
 from training.ranks import all_fail_together, world  # noqa: E402
 
@@ -147,21 +147,20 @@ def all_equal(a, b):
 
 
 def comes_back(layout, opt, state):
-    """Whether the optimizer's gathered `state`, once it is given back, is on every rank what it was."""
-    before = opt.state_dict()
+    """Whether loading the optimizer's gathered `state` gives back, on every rank, the state it has."""
+    before = map_state(opt.state_dict(), lambda name, tensor: local(tensor))
     opt.load_state_dict(layout.shard_state(layout.on_rank0(lambda: state)))
-    after = opt.state_dict()
-    equal = True
+    after = map_state(opt.state_dict(), lambda name, tensor: local(tensor))
+    equal = before.keys() == after.keys()
     for kind, by_name in before.items():
         for name, values in by_name.items():
-            for key, tensor in values.items():
-                equal &= torch.equal(local(tensor), local(after[kind][name][key]))
+            equal &= all_equal(values, after[kind][name])
     return not layout.agree(int(not equal))[0]
 
 
 def vectors(weights, state):
-    """Weights and each kind of moment, each as one vector: of a gradient that is 0 up to rounding (a key's bias) AdamW
-    makes as large a step as of any other."""
+    """The weights and each kind of moment, each as one vector. By tensor they would differ: where a gradient is 0 up to
+    rounding, as that of a key's bias, AdamW's step is as large as for any other."""
     tensors = {"weights": weights}  # kind -> name -> tensor
     for by_name in state.values():
         for name, values in by_name.items():
@@ -172,7 +171,7 @@ def vectors(weights, state):
 
 
 def apart(a, b):
-    """The largest relative difference of tensors, each by its norm; of numbers one by one."""
+    """The largest relative difference: of tensors by their norms, of numbers one by one."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), a.keys() ^ b.keys()
         return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)

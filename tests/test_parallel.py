@@ -1,4 +1,4 @@
-"""Many processes, one answer: each layout against one process, and what may happen to a run of several."""
+"""Many processes, one answer: every layout against one process, and what can happen to a run of several."""
 
 import fcntl
 import json
@@ -41,7 +41,7 @@ runpy.run_path({script!r}, run_name="__main__")
 
 
 def start(ranks, script, *argv, restarts=0):
-    """torchrun of a script on so many processes -> subprocess.Popen"""
+    """torchrun of a script on `ranks` processes -> subprocess.Popen"""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -61,7 +61,7 @@ def finish(process):
 
 @pytest.fixture(scope="session")
 def trained(train, words):
-    """trained(ranks, out, **settings) -> out, once so many ranks have trained there."""
+    """trained(ranks, out, **settings) -> out, after that many ranks have trained there."""
 
     def trained(ranks, out, **settings):
         settings = {"gradient_accumulation_steps": 4, "n_layer": 2, "dataset": words, "out_dir": out, **settings}
@@ -73,7 +73,7 @@ def trained(train, words):
 
 
 def faulty(tmp_path, fault):
-    """train.py, but that `fault` is run before each update."""
+    """A script that is train.py, except that it runs `fault` before each update."""
     script = tmp_path / "faulty.py"
     script.write_text(FAULT.format(root=str(ROOT), script=str(ROOT / "train.py"), fault=fault),
                       encoding="utf-8")
@@ -86,7 +86,7 @@ def close(a, b):
 
 @pytest.fixture(scope="session")
 def on_two(train):
-    """on_two(code) -> what two ranks said that have run this, and have not failed."""
+    """on_two(code) -> what two ranks printed that ran this code without failing."""
 
     def on_two(code):
         done = train(ranks=2, before=code)  # which ends the process, before there is any training
@@ -133,7 +133,7 @@ with all_fail_together():
 
 
 def test_communication_is_exposed_where_nothing_is_computed_meanwhile(on_two):
-    """Rank 0 waits for rank 1, idle or busy. How long is up to the machine: what is within what is not."""
+    """Rank 0 waits for rank 1, idle or busy. The machine decides for how long, but not which span lies within which."""
     done = on_two(EXPOSED)
     late, hidden = json.loads(done.out.splitlines()[-1])  # torch 2.9 has gloo speak before
     exposed, talk, computations = late
@@ -173,7 +173,7 @@ def test_weights_are_gathered_while_the_part_before_them_computes(on_two):
     pytest.param(dict(pp_size=2), marks=pytest.mark.slow),
 ], ids=str)
 def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, trained, tmp_path):
-    """If asked for, in any layout, at evaluations, but not while steps are traced; and the run keeps its bits."""
+    """On request, in any layout, at evaluations, except while steps are traced; and the run keeps its bits."""
     traced = {"profile": "1:3"} if not settings else {}
     often = trained(2, tmp_path / "often", measure_comm=True, max_iters=6, eval_interval=2, **settings, **traced)
     once = trained(2, tmp_path / "once", max_iters=6, eval_interval=6, **settings)
@@ -190,7 +190,7 @@ def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, trai
 
 @pytest.fixture(scope="session")
 def table(train, tmp_path_factory):
-    """Rows of layouts.py by (layout, model, optimizer), of so many ranks: made once, by one worker for all."""
+    """table(ranks) -> rows of layouts.py by (layout, model, optimizer), made once, by one worker for all."""
     known, shared = {}, tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
@@ -223,7 +223,7 @@ def rows(ranks):
 def test_a_layout_equals_one_process(ranks, layout, model, optimizer, table):
     row = table(ranks)[layout, model, optimizer]
     assert row["same start"], "weights are equal bit for bit once they are placed and gathered"
-    assert row["scattered"], "and what the optimizer keeps once it is gathered and given back"
+    assert row["scattered"], "and so is the optimizer's state once it is gathered and given back"
     far = {key: row[key] for key in ("grads", "losses", "norms", "state", "val") if row[key] > SAME}
     assert not far
 
@@ -231,7 +231,7 @@ def test_a_layout_equals_one_process(ranks, layout, model, optimizer, table):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_zero_leaves_each_rank_its_share(ranks, stage, table):
-    """Of weights, gradients and moments when the optimizer steps: one of so many parts (Rajbhandari et al. 2020)."""
+    """Of weights, gradients and moments each of n ranks holds an n-th at the step (Rajbhandari et al. 2020)."""
     assert table(ranks)[f"ZeRO-{stage}", "modern", "adamw"]["held"] == pytest.approx(1 / ranks, rel=0.05)
 
 
@@ -308,7 +308,7 @@ def test_each_window_once_an_epoch():
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_any_layout(trained, tmp_path, unbroken, tiny):
-    """Saved by two ranks, resumed by one, by four and by two that split each layer."""
+    """Two ranks save it. One, four, and two that split each layer resume it."""
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
     half = trained(2, tmp_path / "half", max_iters=6, lr_decay_iters=12, zero_stage=2)
     for ranks, settings in ((1, {}), (4, {}), (2, dict(tp_size=2))):
@@ -328,8 +328,8 @@ def test_a_run_goes_on_in_any_layout(trained, tmp_path, unbroken, tiny):
 
 @pytest.mark.slow
 def test_shards_go_on_in_any_layout(trained, tmp_path, unbroken):
-    """Each of two ranks writes its own. To the bit what a plain checkpoint is on the same layout, and once
-    consolidated; on others, one that splits layers among them, the losses of one process."""
+    """Each of two ranks writes its own. Resumed on the same layout, as shards or consolidated, they give the bits of a
+    plain checkpoint; resumed on other layouts, one of which splits layers, the losses of one process."""
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
     same, begin = dict(zero_stage=3), dict(max_iters=6, lr_decay_iters=12, zero_stage=3)
     shards = trained(2, tmp_path / "sharded", checkpoint_format="sharded", **begin)
@@ -354,7 +354,7 @@ def test_shards_go_on_in_any_layout(trained, tmp_path, unbroken):
 
 @pytest.mark.slow
 def test_shards_of_a_rank_that_is_killed_while_it_writes(trained, words, tmp_path):
-    """torchrun starts all again; they go on from the checkpoint before and end with the bits of an unbroken run."""
+    """torchrun restarts all ranks. They resume the checkpoint before and end with the bits of an unbroken run."""
     settings = dict(init_from="auto", save_interval=2, zero_stage=3, checkpoint_format="sharded", max_iters=8)
     trained(2, tmp_path / "whole", **settings)
     there = tmp_path / "killed" / "ckpt" / "step_00000002"
@@ -381,8 +381,8 @@ def test_shards_of_a_rank_that_is_killed_while_it_writes(trained, words, tmp_pat
     (4, dict(pp_size=2, tp_size=2), 2, dict(tp_size=2)),
 ], ids=str)
 def test_shards_of_layers_that_are_split(ranks, settings, others, other, trained, tmp_path):
-    """They hold what a plain checkpoint of the same layout does; that layout goes on from them to the bit, another to
-    rounding."""
+    """They hold what a plain checkpoint of the same layout holds. The same layout resumes them to the bit, another one
+    to rounding."""
     model = dict(n_head=4, n_kv_head=1 if ranks == 2 else 2, optimizer="muon", bias=True, max_iters=8)
     plain = trained(ranks, tmp_path / "plain", **model, **settings)
     shards = trained(ranks, tmp_path / "shards", checkpoint_format="sharded", **model, **settings)
@@ -427,8 +427,8 @@ with all_fail_together():
 
 @pytest.mark.parametrize("end", ["pass", "sys.exit(0)", "sys.exit(130)"])
 def test_a_process_whose_work_is_done_ends_at_once(end, tmp_path):
-    """A thread of gloo's with a tensor of the last collective aborts an interpreter that takes itself down: 1 in 80
-    runs of two ranks ended so beside other work."""
+    """A thread of gloo's that holds a tensor of the last collective aborts an interpreter that shuts down: on a busy
+    machine this ended 1 in 80 runs of two ranks."""
     script = tmp_path / "last.py"
     script.write_text(LAST.format(root=str(ROOT), end=end), encoding="utf-8")
     done = finish(start(2, script))
@@ -447,7 +447,7 @@ def test_dropout_is_that_of_one_process(trained, tmp_path, unbroken):
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed(trained, words, tmp_path):
-    """torchrun starts all again; they go on from the last checkpoint and end with the bits of a run without a fault."""
+    """torchrun restarts all ranks. They resume the last checkpoint and end with the bits of a run without a fault."""
     settings = dict(init_from="auto", save_interval=2, dropout=0.1)
     trained(4, tmp_path / "whole", **settings)
     when = 'rank == "2" and attempt == "0" and len(calls) == 8'
@@ -463,7 +463,7 @@ def test_a_rank_that_is_killed(trained, words, tmp_path):
     dict(zero_stage=3, activation_checkpointing="selective"), dict(zero_stage=2, activation_checkpointing="full"),
     dict(pp_size=2), dict(pp_size=2, pp_schedule="interleaved", n_layer=4)], ids=str)
 def test_a_layout_compiles(layout, tiny, tmp_path, unbroken):
-    """Attention and MLP of each block, and the losses are those of one process that does not. Probes do not compile."""
+    """Attention and MLP of each block do. The losses are those of one uncompiled process. Probes do not compile."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler here")
     one = unbroken(gradient_accumulation_steps=4, n_layer=layout.get("n_layer", 2))
@@ -509,7 +509,7 @@ torch.compile = compile
 
 @pytest.mark.parametrize("zero_stage, when", [(0, "options"), (3, "not options")], ids=["DDP", "ZeRO-3"])
 def test_where_one_rank_does_not_compile_all_run_uncompiled(zero_stage, when, tiny, tmp_path, unbroken):
-    """With DDP in its first passes, in which the ranks do not talk; with ZeRO in a trial before them."""
+    """DDP finds out in its first passes, in which the ranks do not communicate; ZeRO in a trial before them."""
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
     done = tiny(tmp_path / "run", ranks=2, gradient_accumulation_steps=4, n_layer=2, compile=True,
                 zero_stage=zero_stage, before=ONE_DOES_NOT_COMPILE.format(when=when))
@@ -542,7 +542,7 @@ def test_where_blocks_are_compiled_one_by_one_so_is_the_loss_on_a_gpu(monkeypatc
 
 
 def test_a_rank_that_does_not_compile_amid_collectives_stops_all(tiny, tmp_path):
-    """With ZeRO the others wait within a pass: there is no way on."""
+    """With ZeRO the others wait within a pass, so the run cannot continue."""
     done = tiny(tmp_path / "run", ranks=2, gradient_accumulation_steps=4, n_layer=2, compile=True, zero_stage=3,
                 before=ONE_DOES_NOT_COMPILE.format(when="options"))
     assert done.code and "Traceback" not in done.err
@@ -551,7 +551,7 @@ def test_a_rank_that_does_not_compile_amid_collectives_stops_all(tiny, tmp_path)
 
 @pytest.mark.slow
 def test_a_rank_that_fails(words, tmp_path):
-    """All stop, and what is said is what happened there."""
+    """All ranks stop, and the error that is shown is that rank's."""
     script = faulty(tmp_path, 'assert rank != "1" or len(calls) < 3, "on purpose"')
     done = finish(start(2, script, *flags(words, tmp_path / "run")))
     assert done.returncode != 0

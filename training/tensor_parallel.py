@@ -30,9 +30,10 @@ class SplitLayers:
         self.rank = mesh.get_local_rank()
         self.size = mesh.size()
         self.heads = order_of_heads(config, self.size)
-        self.dims = {}       # name of a split parameter -> the dimension that is split
-        self.row_order = {}  # name of a c_attn parameter -> where its rows, as the ranks have them, lie in the whole
-        self.kv_rows = {}    # name of a c_attn parameter -> which rows of this rank's slice are keys and values
+        # by the names of parameters
+        self.dims = {}       # the dimension that is split
+        self.row_order = {}  # of c_attn: the place in the whole of each row, as the ranks have them
+        self.kv_rows = {}    # of c_attn: which rows of this rank's slice are keys and values
 
         rows = torch.arange((config.n_head + 2 * config.kv_heads) * config.head_dim)
         rows = rows.view(-1, config.head_dim)[self.heads].flatten()
@@ -104,8 +105,8 @@ class SplitLayers:
                 grads[name][rows] = shared
 
     def square_to_count(self, name, tensor, square):
-        """Of the squared norm of this rank's `tensor`, what it adds to the whole one's: a head held twice counts half.
-        """
+        """What `square`, the squared norm of this rank's `tensor`, adds to that of the whole: a head that two ranks
+        hold counts half."""
         if self.kv_copies == 1 or name not in self.kv_rows:
             return square
         shared = torch.linalg.vector_norm(tensor[self.kv_rows[name]]).square()
@@ -158,7 +159,7 @@ def replicate_rest(model, mesh):
 def with_local(module, owner, *names, summed=False):
     """Have `module` run with these parameters of `owner` as plain tensors.
 
-    Each tensor-parallel rank has all of such a parameter and computes its whole gradient; with `summed` it computes a
+    Every tensor-parallel rank has the whole parameter and computes its whole gradient. With `summed` each computes a
     part, and the gradient is the sum over the ranks.
     """
     from torch.distributed.tensor import Partial, Replicate
