@@ -62,9 +62,10 @@ from infer import Engine, load, stream
 from inference.quantize import convert
 from loader import Loader, Tokens, find_dataset
 from model import GPT, GPTConfig
-from optim import Optimizers
-from parallel import Layout, checkpoint_activations, local, one_fate, own_device
+from optim import Optimizers, local
+from parallel import Layout, checkpoint_activations
 from training.monitor import cpu_name, git
+from training.ranks import all_fail_together, own_device
 
 # -----------------------------------------------------------------------------
 what = "train"              # train | scaling | data | loader | infer | activations | zero | monitor | gpu
@@ -696,7 +697,7 @@ def tell(end, place, function, args):
     """A child of `apart`: what `function` gives goes to the parent."""
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(max(1, torch.get_num_threads() // place["WORLD_SIZE"]))
-    with one_fate():
+    with all_fail_together():
         end.send(function(*args))
 
 
@@ -754,15 +755,15 @@ def updates_once(stage, shape, tokens, device):
                                cuda=where.type == "cuda")["total"]
     model = layout.place(whole)
     del whole
-    opt = Optimizers(model, learning_rate=1e-3, whole=layout.whole, part=layout.part)
+    opt = Optimizers(model, learning_rate=1e-3, **layout.optimizer_options())
     for _ in range(2):  # the first makes the optimizer's state
         forget_peak(where)
         before = memory_gb(where)
         for last in (False, True):
-            layout.before_forward(model, last)
+            layout.before_forward(last)
             _, loss = layout.module(x, x, loss_only=True)
             (loss / 2).backward()
-        layout.reduce(model)
+        layout.reduce_gradients()
         opt.step()
         held = held_bytes(model, opt)
         opt.zero_grad()

@@ -40,8 +40,8 @@ from device import (
     sdpa_kernel_of,
 )
 from model import flash_attn_func, pick_attention
-from parallel import from_environment, leave
 from training.monitor import environment
+from training.ranks import from_environment, leave
 
 # -----------------------------------------------------------------------------
 out_dir = "out"               # where runs would go: its disk is looked at

@@ -15,7 +15,7 @@ import torch
 def split_params(model, muon=False):
     """Names of the parameters by the group that trains them: {"muon": [...], "decay": [...], "no_decay": [...]}.
 
-    Weight decay is for matrices and embedding tables; gains and biases have none (GPT-2 and minGPT do the same).
+    Weight decay is for matrices and embedding tables; gains and biases have none, as in GPT-2 and minGPT.
     Muon takes the matrices of the blocks, never an embedding or the head.
     """
     groups = {"muon": [], "decay": [], "no_decay": []}
@@ -30,45 +30,49 @@ def split_params(model, muon=False):
 
 
 class Optimizers:
-    """AdamW, or AdamW and Muon, behind the face of one optimizer, so that a GradScaler steps both or neither.
+    """AdamW, or AdamW and Muon, behind the interface of one optimizer, so that a GradScaler steps both or neither.
 
-    The state is saved and loaded by parameter name: {"adamw": {name: {...tensors}}, "muon": {...}}. Learning rates are
-    not in it, they follow from the step. Of a model that lies on many devices, `whole` and `part` (parallel.Layout's)
-    gather a matrix for Muon and give back this rank's part of it, and `peers` are the ranks that share its work.
+    The state is saved and loaded by parameter name: {"adamw": {name: {...tensors}}, "muon": {...}}. It holds no
+    learning rates, which follow from the step.
 
-    Where `found_inf`, a float on the device, is 1.0, a step changes nothing, and nothing waits to know: the name and
-    the meaning are those of PyTorch's fused optimizers, to which a GradScaler says it so.
+    A model on many devices comes with parallel.Layout.optimizer_options(): gather_tensor(name, tensor) gathers a
+    matrix for Muon, shard_tensor(name, tensor, p) cuts this rank's part out of it, and `peers` are the ranks that share
+    Muon's work (see there).
+
+    Where `found_inf`, a float on the device, is 1.0, a step changes nothing, and the CPU does not wait to know. Name
+    and meaning are those of PyTorch's fused optimizers, which learn of an overflow from a GradScaler in this way.
     """
 
     found_inf = None
 
-    def __init__(self, model, *, optimizer="adamw", learning_rate, muon_learning_rate=0.02, weight_decay=0.0,
-                 betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32, whole=None, part=None,
-                 peers=(0, 1, None)):
+    def __init__(self, model, *, optimizer="adamw", learning_rate, muon_learning_rate=0.02,
+                 weight_decay=0.0, betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32,
+                 gather_tensor=None, shard_tensor=None, peers=(0, 1, None)):
         params = dict(model.named_parameters())
         self.names = {p: name for name, p in params.items()}
         groups = split_params(model, muon=optimizer == "muon")
-        decays = {"decay": weight_decay, "no_decay": 0.0}
-        adamw = [
-            {"params": [params[n] for n in groups[g]], "weight_decay": wd} for g, wd in decays.items() if groups[g]
-        ]
+        adamw = []
+        for group, decay in (("decay", weight_decay), ("no_decay", 0.0)):
+            if groups[group]:
+                adamw.append({"params": [params[n] for n in groups[group]], "weight_decay": decay})
         fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-        self.each = {"adamw": torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)}
+        self.by_kind = {
+            "adamw": torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+        }
         if optimizer == "muon":
-            self.each["muon"] = Muon(
+            self.by_kind["muon"] = Muon(
                 [params[n] for n in groups["muon"]], lr=muon_learning_rate, momentum=muon_momentum,
-                weight_decay=weight_decay, dtype=muon_dtype,
-                whole=whole and (lambda t, p: whole(self.names[p], t)),
-                part=part and (lambda t, p: part(self.names[p], t, p)), peers=peers,
+                weight_decay=weight_decay, dtype=muon_dtype, names=self.names,
+                gather_tensor=gather_tensor, shard_tensor=shard_tensor, peers=peers,
             )
-        held = [id(p) for group in self.param_groups for p in group["params"]]
-        assert sorted(held) == sorted(map(id, params.values())), "each parameter is trained by exactly one group"
+        trained = [id(p) for group in self.param_groups for p in group["params"]]
+        assert sorted(trained) == sorted(map(id, params.values())), "exactly one group trains each parameter"
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
 
     @property
     def param_groups(self):
-        return [group for opt in self.each.values() for group in opt.param_groups]
+        return [group for opt in self.by_kind.values() for group in opt.param_groups]
 
     def set_lr(self, factor):
         """Scale every group's own learning rate by `factor`, so that all follow one schedule."""
@@ -77,36 +81,49 @@ class Optimizers:
 
     def step(self):
         if self.found_inf is not None and self.found_inf.device.type == "mps" and self.found_inf.item():
-            return  # whether its fused AdamW looks has not been tried
-        for opt in self.each.values():
+            return  # it has not been tried whether MPS's fused AdamW reads found_inf, so ask here
+        for opt in self.by_kind.values():
             opt.found_inf = self.found_inf
             opt.step()
 
     def zero_grad(self):
-        for opt in self.each.values():
+        for opt in self.by_kind.values():
             opt.zero_grad(set_to_none=True)
 
     def state_dict(self):
-        return {
-            kind: {self.names[p]: dict(state) for p, state in opt.state.items()} for kind, opt in self.each.items()
-        }
+        saved = {}
+        for kind, opt in self.by_kind.items():
+            saved[kind] = {self.names[p]: dict(state) for p, state in opt.state.items()}
+        return saved
 
     def load_state_dict(self, saved):
-        """Raises ValueError naming what is missing, not there, or of another shape."""
-        if saved.keys() != self.each.keys():
-            raise ValueError(f"optimizer state of {', '.join(saved)} does not fit {', '.join(self.each)}")
-        for kind, opt in self.each.items():
+        """Raises ValueError naming what is missing, unknown, or of another shape."""
+        if saved.keys() != self.by_kind.keys():
+            raise ValueError(f"optimizer state of {', '.join(saved)} does not fit "
+                             f"{', '.join(self.by_kind)}")
+        for kind, opt in self.by_kind.items():
             params = {self.names[p]: p for group in opt.param_groups for p in group["params"]}
             odd = sorted(saved[kind].keys() ^ params.keys())
-            if odd and saved[kind]:  # before the first step there is none
-                raise ValueError(f"the {kind} state does not fit the model: only one of them has {', '.join(odd)}")
+            if odd and saved[kind]:  # before the first step there is no state
+                raise ValueError(f"the {kind} state does not fit the model: only one of them has "
+                                 f"{', '.join(odd)}")
             for name, state in saved[kind].items():
                 p = params[name]
                 for key, value in state.items():
                     if value.ndim and value.shape != p.shape:
-                        raise ValueError(f"{name}: {key} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
-                # the step count, too: fused AdamW reads it on the device
+                        raise ValueError(f"{name}: {key} has shape {tuple(value.shape)}, "
+                                         f"not {tuple(p.shape)}")
+                # the step count as well: fused AdamW reads it on the device
                 opt.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
+
+
+def map_state(state, function):
+    """The state_dict of Optimizers with function(name, tensor) in place of each tensor of the parameter `name`."""
+    mapped = {kind: {} for kind in state}
+    for kind, by_name in state.items():
+        for name, values in by_name.items():
+            mapped[kind][name] = {key: function(name, tensor) for key, tensor in values.items()}
+    return mapped
 
 
 # -----------------------------------------------------------------------------
@@ -134,105 +151,138 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) UV^T.
 
     Nesterov momentum as in the original. Matrices of one shape are orthogonalised in one batch. `dtype` is that of
-    the Newton-Schulz iteration: fp32 is reproducible to 1e-7 between layouts, bf16 faster on GPUs. Ranks that hold the
-    same matrices (`peers`: this one's place, how many they are, their all-gather of equally long vectors) share them
-    out and tell each other the updates; momentum, which costs little, each keeps for all of what it holds.
+    the Newton-Schulz iteration: fp32 is reproducible to 1e-7 between layouts, bf16 faster on GPUs.
+
+    Ranks that hold the same matrices divide the work and exchange the updates. `peers` is this rank's place among them,
+    their number, and their all-gather: a vector (n,) of each, equally long -> (ranks, n). Momentum costs little, so
+    each rank keeps it for every matrix it holds. `names` maps a parameter to its name, for gather_tensor and
+    shard_tensor, which are Optimizers'.
     """
 
     found_inf = None  # as in Optimizers
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5, dtype=torch.float32,
-                 whole=None, part=None, peers=(0, 1, None)):
-        self.whole, self.part = (f or (lambda t, p: t) for f in (whole, part))
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5,
+                 dtype=torch.float32, names=None, gather_tensor=None, shard_tensor=None,
+                 peers=(0, 1, None)):
+        self.names = names
+        self.gather_tensor = gather_tensor
+        self.shard_tensor = shard_tensor
         self.rank, self.ranks, self.all_gather = peers
         self.dtype = dtype  # no default of the groups: those are saved, as plain values
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps))
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
+            by_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            order = [p for params in shapes.values() for p in params]
-            owners = dict(zip(order, shares([p.shape for p in order], self.ranks), strict=True))
-            sizes, updates = {}, {}
-            for params in shapes.values():
+                    by_shape.setdefault(p.shape, []).append(p)
+            order = [p for params in by_shape.values() for p in params]
+            owners = dict(zip(order, share_out([p.shape for p in order], self.ranks), strict=True))
+            updates = {}  # of this rank's share, orthogonal
+            shapes = {}   # of every whole update
+            for params in by_shape.values():
                 own = {}
-                for p, update in zip(params, self.momentum(params, group), strict=True):
-                    update = self.whole(like(update, p), p)
-                    sizes[p] = update.shape
+                for p, update in zip(params, self.momentum_updates(params, group), strict=True):
+                    if self.gather_tensor:
+                        update = self.gather_tensor(self.names[p], laid_out_like(update, p))
+                    shapes[p] = update.shape
                     if owners[p] == self.rank:
                         own[p] = update
                 if own:
-                    batch = torch.stack(list(own.values()))  # (n, rows, cols)
-                    updates |= zip(own, orthogonalize(batch, group["ns_steps"], self.dtype).unbind(), strict=True)
-                if self.ranks == 1:
-                    self.move(params, updates, group)
+                    updates |= self.orthogonal(own, group)
+                if self.ranks == 1:  # at once, so that memory holds the updates of one shape only
+                    self.apply_updates(params, updates, group)
             if self.ranks > 1:
-                updates = self.exchange(updates, owners, sizes)
-                for params in shapes.values():
-                    self.move(params, updates, group)
+                updates = self.exchange(updates, owners, shapes)
+                for params in by_shape.values():
+                    self.apply_updates(params, updates, group)
 
-    def momentum(self, params, group):
-        """The momentum of some parameters goes on by their gradients -> what lies here of the updates, yet to be made
-        orthogonal."""
+    def momentum_updates(self, params, group):
+        """Update the momentum of some parameters by their gradients. -> this rank's part of each Nesterov update, which
+        is not orthogonal yet"""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers, grads = [local(self.state[p]["momentum_buffer"]) for p in params], [local(p.grad) for p in params]
-        if self.found_inf is not None:  # a buffer is then its own gradient, which leaves it as it is
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+        grads = [local(p.grad) for p in params]
+        if self.found_inf is not None:
+            # a buffer that is its own gradient stays as it is
             bad = self.found_inf.to(grads[0].device).bool()
             grads = [torch.where(bad, b, g) for b, g in zip(buffers, grads, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         return torch._foreach_lerp(grads, buffers, group["momentum"])
 
-    def exchange(self, updates, owners, sizes):
-        """The updates of this rank's share -> those of all, in `dtype`, which loses nothing."""
-        lengths = [sum(sizes[p].numel() for p, owner in owners.items() if owner == rank) for rank in range(self.ranks)]
-        own = torch.zeros(max(lengths), dtype=self.dtype, device=next(iter(owners)).device)
+    def orthogonal(self, updates, group):
+        """Parameter -> update, all of one shape -> the same, orthogonalised in one batch."""
+        batch = torch.stack(list(updates.values()))  # (n, rows, cols)
+        batch = orthogonalize(batch, group["ns_steps"], self.dtype)
+        return dict(zip(updates, batch.unbind(), strict=True))
+
+    def exchange(self, updates, owners, shapes):
+        """The updates of this rank's share -> those of all ranks, in `dtype`, which loses nothing."""
+        lengths = [0] * self.ranks
+        for p, owner in owners.items():
+            lengths[owner] += shapes[p].numel()
+        device = next(iter(owners)).device
+        own = torch.zeros(max(lengths), dtype=self.dtype, device=device)
         if updates:
             own[: lengths[self.rank]] = torch.cat([update.flatten() for update in updates.values()])
-        each, at, found = self.all_gather(own), [0] * self.ranks, {}
+        gathered = self.all_gather(own)  # (ranks, longest)
+        begins = [0] * self.ranks
+        everyones = {}
         for p, owner in owners.items():
-            begin, at[owner] = at[owner], at[owner] + sizes[p].numel()
-            found[p] = each[owner, begin : at[owner]].view(sizes[p])
-        return found
+            begin = begins[owner]
+            begins[owner] = end = begin + shapes[p].numel()
+            everyones[p] = gathered[owner, begin:end].view(shapes[p])
+        return everyones
 
-    def move(self, params, updates, group):
-        """Take some parameters' whole updates and apply them."""
-        updates = [updates.pop(p).to(p.dtype) for p in params]
-        rows, cols = updates[0].shape
-        updates, decay = list(map(self.part, updates, params)), 1 - group["lr"] * group["weight_decay"]
-        updates, params = list(map(local, updates)), list(map(local, params))
+    def apply_updates(self, params, updates, group):
+        """Take the whole updates of some parameters of one shape out of `updates`, and apply them."""
+        steps = [updates.pop(p).to(p.dtype) for p in params]
+        rows, cols = steps[0].shape
+        if self.shard_tensor:
+            steps = [local(self.shard_tensor(self.names[p], step, p))
+                     for step, p in zip(steps, params, strict=True)]
+        weights = [local(p) for p in params]
+        decay = 1 - group["lr"] * group["weight_decay"]
         if self.found_inf is not None:
-            bad = self.found_inf.to(updates[0].device).bool()
-            updates, decay = [update * ~bad for update in updates], torch.where(bad, 1.0, decay)
+            bad = self.found_inf.to(steps[0].device).bool()
+            steps = [step * ~bad for step in steps]
+            decay = torch.where(bad, 1.0, decay)
         if group["weight_decay"]:
-            torch._foreach_mul_(params, decay)
-        torch._foreach_add_(params, updates, alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))
+            torch._foreach_mul_(weights, decay)
+        alpha = -group["lr"] * math.sqrt(max(1.0, rows / cols))
+        torch._foreach_add_(weights, steps, alpha=alpha)
+
+
+def is_dtensor(tensor):
+    """Whether it lies on several ranks. Asked so because DTensor is slow to import and rarely needed."""
+    return hasattr(tensor, "to_local")
 
 
 def local(tensor):
-    """What of a tensor lies on this rank. Lists of DTensors are not for every torch, and their layouts do not come
-    through every operation (2.9 loses the order of rows that tensor parallelism and ZeRO both split)."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """The part of a tensor that lies on this rank. Not every torch takes lists of DTensors, and their layouts do not
+    survive every operation: 2.9 loses the order of rows that tensor parallelism and ZeRO both split."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def like(own, p):
-    """This rank's part of a tensor -> that tensor, laid out as `p` is, and where `p` is."""
-    if not hasattr(p, "to_local"):
+def laid_out_like(own, p):
+    """This rank's part of a tensor -> that tensor, with the layout and the device of `p`."""
+    if not is_dtensor(p):
         return own
     tensor = torch.empty_like(p.detach())
     tensor.to_local().copy_(own)
     return tensor
 
 
-def shares(shapes, ranks):
-    """Which of the ranks orthogonalises each of some matrices: about as many FLOPs each, in runs, so that those of one
-    shape stay together as far as they can."""
-    flops = [2 * min(shape) ** 2 * max(shape) + min(shape) ** 3 for shape in shapes]  # of a step, but for a factor
+def share_out(shapes, ranks):
+    """The rank that orthogonalises each of some matrices: about as many FLOPs for each rank, in runs, so that matrices
+    of one shape stay together as far as they can."""
+    # FLOPs of a Newton-Schulz step, up to a factor
+    flops = [2 * min(shape) ** 2 * max(shape) + min(shape) ** 3 for shape in shapes]
     ends = list(accumulate(flops))
     return [int((end - own / 2) * ranks / ends[-1]) for own, end in zip(flops, ends, strict=True)]
 
@@ -242,18 +292,20 @@ def shares(shapes, ranks):
 
 
 def lr_at(step, *, learning_rate, min_lr, schedule, warmup_iters, lr_decay_iters, decay_frac=0.2):
-    """Learning rate of the update after `step` updates are done; above 0 at step 0.
+    """Learning rate of the update that follows `step` updates; above 0 at step 0.
 
-    Linear warm-up, then cosine or linear from learning_rate down to min_lr at lr_decay_iters; or wsd, which stays
-    flat and goes down linearly over the last decay_frac of lr_decay_iters (Hu et al. 2024, arXiv:2404.06395); or
-    constant.
+    Linear warm-up first. Then cosine or linear from learning_rate down to min_lr at lr_decay_iters, or wsd, which stays
+    flat and falls linearly over the last decay_frac of lr_decay_iters (Hu et al. 2024, arXiv:2404.06395), or constant.
     """
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     if schedule == "constant":
         return learning_rate
-    start = max(warmup_iters, lr_decay_iters * (1 - decay_frac)) if schedule == "wsd" else warmup_iters
+    start = warmup_iters  # of the decay
+    if schedule == "wsd":
+        start = max(warmup_iters, lr_decay_iters * (1 - decay_frac))
     progress = min(1.0, max(0.0, (step - start) / max(1, lr_decay_iters - start)))
-    weight = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    weight = 1 - progress
+    if schedule == "cosine":
+        weight = 0.5 * (1 + math.cos(math.pi * progress))
     return min_lr + weight * (learning_rate - min_lr)
-

@@ -1,5 +1,5 @@
 """
-Every layout against one process: the same weights, batches and steps, and how far apart they come out.
+Every layout against one process: the same weights, batches and steps, and how far apart they end.
 
     torchrun --standalone --nproc_per_node=4 tests/layouts.py
 
@@ -24,8 +24,9 @@ from bench import held_bytes, machine  # noqa: E402
 from eval import evaluate  # noqa: E402
 from loader import Loader, Tokens  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from optim import Optimizers  # noqa: E402
-from parallel import Layout, local, one_fate, world  # noqa: E402
+from optim import Optimizers, local, map_state  # noqa: E402
+from parallel import Layout  # noqa: E402
+from training.ranks import all_fail_together, world  # noqa: E402
 
 STEPS, MICRO_BATCHES, ROWS, T = 10, 4, 2, 16
 SIZES = dict(block_size=T, vocab_size=61, n_head=4, n_embd=32)
@@ -104,60 +105,73 @@ def train(layout, changes, optimizer, layers, scale=1.0):
     torch.manual_seed(1)
     model = GPT(GPTConfig(**SIZES, **changes, n_layer=layers))
     with torch.no_grad():
-        for p in model.parameters():  # biases are not 0, gains not 1, and logits do differ
+        for p in model.parameters():  # so that biases are not 0, gains not 1, and logits do differ
             p.add_(torch.randn_like(p) * 0.05)
     layout.check(model.config)
-    accumulation = layout.accumulation(MICRO_BATCHES)
-    began = {name: p.detach().clone() for name, p in model.named_parameters()}
+    accumulation = layout.accumulation_of(MICRO_BATCHES)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     model = layout.place(model)
-    opt = Optimizers(model, optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1, whole=layout.whole,
-                     part=layout.part, peers=layout.peers)
-    placed = layout.whole_tensors(model)
-    same = layout.rank > 0 or placed.keys() == began.keys() and all(torch.equal(placed[k], began[k]) for k in began)
+    opt = Optimizers(model, optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1, **layout.optimizer_options())
+    placed = layout.gather_weights()
+    same = layout.rank > 0 or all_equal(placed, start)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # and nobody unscales
     loader = Loader(Numbers(3000), T, ROWS, accumulation=accumulation, seed=1, rank=layout.dp_rank, world=layout.dp)
     losses, norms = [], []
     for step in range(STEPS):
         means = []
-        for micro in range(accumulation if layout.pp == 1 else 1):
-            x, y = layout.take(loader, accumulation)
-            if layout.pp > 1:
-                means.append(layout.pipeline(model, x, y, accumulation))
-                continue
-            layout.before_forward(model, last=micro == accumulation - 1)
-            _, loss = layout.module(x, y, loss_only=True)
-            (loss * scale / accumulation).backward()
-            means.append(loss.detach())
-        layout.reduce(model)
+        for micro in range(layout.passes):
+            x, y = layout.next_batch(loader)
+            means.append(layout.forward_backward(x, y, micro, scaler))
+        layout.reduce_gradients()
         if step == 0:
-            grads = {name: layout.keep(layout.whole(name, p.grad).clone()) for name, p in model.named_parameters()}
-            grads = layout.of_all_stages(grads)
-        norms.append(layout.grad_norm(model))
+            # copies: clipping changes gradients in place
+            grads = layout.gather_tensors({name: p.grad.clone() for name, p in model.named_parameters()})
+        norms.append(layout.grad_norm())
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.3, norms[-1])
         opt.step()
         held = held_bytes(model, opt)
         opt.zero_grad()
         losses.append(torch.stack(means).mean())
     loader.close()
-    val = evaluate(model, Numbers(500), T, 4, rank=layout.dp_rank, ranks=layout.dp, collect=layout.collect)
-    layout.rest(model)
-    state = layout.gather(model, opt)[1].state_dict()
-    before = opt.state_dict()
-    opt.load_state_dict(layout.scatter(model, layout.first(lambda: state)))
-    pairs = [(t, opt.state_dict()[kind][name][key]) for kind, each in before.items() for name, values in each.items()
-             for key, t in values.items()]
-    scattered = not layout.agree(int(not all(torch.equal(local(a), local(b)) for a, b in pairs)))[0]
-    kept = [("weights", name, p) for name, p in layout.whole_tensors(model).items()]
-    kept += [(key, name, t) for each in state.values() for name, values in each.items() for key, t in values.items()]
-    # as one vector: of a gradient that is 0 but for rounding (a key's bias) AdamW makes as large a step as of others
-    vectors = {kind: torch.cat([t.flatten() for key, _, t in sorted(kept, key=lambda one: one[1]) if key == kind])
-               for kind in {key for key, *_ in kept} - {"step"}} if layout.rank == 0 else {}
-    return {"same start": same, "scattered": scattered, "held": sum(held.values()),
+    val = evaluate(model, Numbers(500), T, 4, rank=layout.dp_rank, ranks=layout.dp, collect=layout.gather_objects)
+    layout.free_gathered()
+    state = layout.gather(opt)[1].state_dict()
+    weights = layout.gather_weights()
+    return {"same start": same, "scattered": comes_back(layout, opt, state), "held": sum(held.values()),
             "losses": layout.mean(torch.stack(losses)), "norms": torch.stack(norms), "grads": grads,
-            "state": vectors, "val": torch.tensor(val["loss"])}
+            "state": vectors(weights, state) if layout.rank == 0 else {}, "val": torch.tensor(val["loss"])}
+
+
+def all_equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+
+
+def comes_back(layout, opt, state):
+    """Whether loading the optimizer's gathered `state` gives back, on every rank, the state it has."""
+    before = map_state(opt.state_dict(), lambda name, tensor: local(tensor))
+    opt.load_state_dict(layout.shard_state(layout.on_rank0(lambda: state)))
+    after = map_state(opt.state_dict(), lambda name, tensor: local(tensor))
+    equal = before.keys() == after.keys()
+    for kind, by_name in before.items():
+        for name, values in by_name.items():
+            equal &= all_equal(values, after[kind][name])
+    return not layout.agree(int(not equal))[0]
+
+
+def vectors(weights, state):
+    """The weights and each kind of moment, each as one vector. By tensor they would differ: where a gradient is 0 up to
+    rounding, as that of a key's bias, AdamW's step is as large as for any other."""
+    tensors = {"weights": weights}  # kind -> name -> tensor
+    for by_name in state.values():
+        for name, values in by_name.items():
+            for key, tensor in values.items():
+                tensors.setdefault(key, {})[name] = tensor
+    del tensors["step"]
+    return {kind: torch.cat([named[name].flatten() for name in sorted(named)]) for kind, named in tensors.items()}
 
 
 def apart(a, b):
-    """The largest relative difference of tensors, each by its norm; of numbers one by one."""
+    """The largest relative difference: of tensors by their norms, of numbers one by one."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), a.keys() ^ b.keys()
         return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
@@ -166,31 +180,31 @@ def apart(a, b):
 
 def main():
     torch.set_num_threads(1)
-    known, rows = {}, []
+    references, rows = {}, []
     for name, model, optimizer, settings in cases(world()):
         clock = time.perf_counter()
         layout = Layout(**settings)
-        this = MODELS[model], optimizer, 4 if layout.pp > 1 else 2
-        if layout.rank == 0 and str(this) not in known:
+        case = MODELS[model], optimizer, 4 if layout.pp > 1 else 2
+        if layout.rank == 0 and str(case) not in references:
             with alone():
-                known[str(this)] = train(Layout(), *this)
-        found = train(layout, *this, 1.5 if name == "wrong scale" else 1.0)
+                references[str(case)] = train(Layout(), *case)
+        found = train(layout, *case, 1.5 if name == "wrong scale" else 1.0)
         if layout.rank:
             continue
-        one = known[str(this)]
-        assert min(one["norms"]) > 0.3, "clipping is active"
+        reference = references[str(case)]
+        assert min(reference["norms"]) > 0.3, "clipping is active"
         row = {"layout": name, "model": model, "optimizer": optimizer, "same start": found["same start"],
                "scattered": found["scattered"],
-               "held": found["held"] / one["held"]}  # of weights, gradients and moments after a step
-        figures = {key: apart(found[key], one[key]) for key in ("grads", "losses", "norms", "state", "val")}
+               "held": found["held"] / reference["held"]}  # of weights, gradients and moments after a step
+        figures = {key: apart(found[key], reference[key]) for key in ("grads", "losses", "norms", "state", "val")}
         rows.append(row | figures)
         text = "  ".join(f"{key} {figure:.1e}" for key, figure in figures.items()) + f"  held {row['held']:.2f}"
         print(f"{name:<24} {model:<12} {optimizer:<6} {text}  {time.perf_counter() - clock:.1f} s", flush=True)
     if rows:
-        found = {"ranks": world(), "torch": torch.__version__, "machine": machine(), "rows": rows}
-        print(json.dumps({"benchmark": "layouts", **found}))
+        result = {"ranks": world(), "torch": torch.__version__, "machine": machine(), "rows": rows}
+        print(json.dumps({"benchmark": "layouts", **result}))
 
 
 if __name__ == "__main__":
-    with one_fate():
+    with all_fail_together():
         main()

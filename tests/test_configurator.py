@@ -736,13 +736,13 @@ def test_a_rank_that_is_no_number_does_not_hide_the_error(name, text, monkeypatc
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
 @pytest.mark.parametrize("text", ["abc", "-1", "1.0"])
 def test_what_torchrun_should_set_is_named_where_it_is_no_number(name, text, monkeypatch):
-    import parallel
+    from training import ranks
 
     monkeypatch.setenv(name, text)
     with pytest.raises(ValueError, match=f"{name}='{text}' must be a whole number"):
-        parallel.from_environment(name, 0)
+        ranks.from_environment(name, 0)
     monkeypatch.setenv(name, "")
-    assert parallel.from_environment(name, 7) == 7
+    assert ranks.from_environment(name, 7) == 7
 
 
 def test_a_field_of_the_model_without_a_key_names_the_line_to_add():

@@ -52,7 +52,6 @@ LONGER = {  # file: why it is one file all the same
     "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
     "export.py": "two ways in and two ways out, each by itself",
     "plan.py": "memory, time and the layouts there are, each formula beside its source",
-    "parallel.py": "data, tensor and pipeline parallelism meet on one grid and in every step",
 }
 
 SCRIPTS = sorted(ROOT.glob("*.py"))

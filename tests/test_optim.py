@@ -128,10 +128,10 @@ def test_adamw_is_torchs_unfused_adamw():
 def test_learning_rates_follow_one_schedule_from_their_own_peaks():
     model = build()
     opt = optimizers(model, learning_rate=0.01, muon_learning_rate=0.04)
-    for factor in (0.5, 0.25, 1.0):  # each time of the peak, not of the last value
+    for factor in (0.5, 0.25, 1.0):  # always of the peak, not of the last value
         opt.set_lr(factor)
-        assert {group["lr"] for group in opt.each["adamw"].param_groups} == {0.01 * factor}
-        assert {group["lr"] for group in opt.each["muon"].param_groups} == {0.04 * factor}
+        assert {group["lr"] for group in opt.by_kind["adamw"].param_groups} == {0.01 * factor}
+        assert {group["lr"] for group in opt.by_kind["muon"].param_groups} == {0.04 * factor}
     opt.set_lr(0.0)
     before = weights(model)
     train(model, opt, range(1))
@@ -191,7 +191,7 @@ def run_muon(cls, shapes, steps, **settings):
 def test_muon_is_torchs_muon(momentum, weight_decay, steps):
     """torch.optim.Muon computes in bf16, so ours does here: eight bits of mantissa, a few per cent of the update.
 
-    Its convention is compared, too: momentum buffers are running means (lerp), the rate sqrt(max(1, rows / cols)).
+    The test also compares conventions: momentum buffers are running means (lerp), the rate sqrt(max(1, rows / cols)).
     """
     shapes = [(32, 32), (32, 32), (96, 24), (24, 96), (96, 24)]
     named = dict(momentum=momentum, weight_decay=weight_decay)
@@ -250,16 +250,16 @@ class Peers:
     def all_gather(self, rank, own):
         self.own[rank] = own
         self.barrier.wait()
-        found = torch.stack(self.own)
+        gathered = torch.stack(self.own)
         self.barrier.wait()
-        return found
+        return gathered
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_ranks_share_the_work_of_muon(ranks, dtype, monkeypatch):
-    """Each orthogonalises some of the matrices, all end with the same bits, those of one process but for rounding, and
-    keep the whole state. Eight ranks are more than there are matrices."""
+    """Each orthogonalises some of the matrices and keeps the whole state. All end with the same bits, which are those
+    of one process up to rounding. Eight ranks are more than there are matrices."""
     shapes = [(24, 16), (16, 24), (24, 16), (16, 16), (24, 16), (16, 24)]
     _, alone, alone_buffers = run_muon(Muon, shapes, 3, weight_decay=0.1, dtype=dtype)
     done = []  # matrices in each batch
@@ -280,9 +280,10 @@ def test_ranks_share_the_work_of_muon(ranks, dtype, monkeypatch):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 12])
 def test_muons_work_is_shared_out_evenly(ranks):
-    """In runs, so that a shape is cut as seldom as can be; no rank has much more than its part."""
+    """In runs, so that few shapes are divided; and no rank has much more than its share."""
     shapes = [shape for shape in ((192, 64), (64, 64), (256, 64), (64, 256)) for _ in range(12)]
-    owners, flops = optim.shares(shapes, ranks), [rows * cols + 32 * 64 for rows, cols in shapes]  # as 64 is the less
+    owners = optim.share_out(shapes, ranks)
+    flops = [rows * cols + 32 * 64 for rows, cols in shapes]  # as 64 is the smaller side
     assert owners == sorted(owners) and set(owners) == set(range(ranks))
     load = [sum(f for f, owner in zip(flops, owners, strict=True) if owner == rank) for rank in range(ranks)]
     assert max(load) <= sum(load) / ranks + max(flops)
@@ -440,7 +441,7 @@ def test_a_scaler_steps_both_optimizers_or_neither(where, bad, unscale):
 
     assert step(overflow=True) == [] and scaler.get_scale() == 2.0**9
     assert opt.state_dict() == {"adamw": {}, "muon": {}}
-    assert set(step(overflow=False)) == set(weights(model))  # and the next one goes on
+    assert set(step(overflow=False)) == set(weights(model))  # and the next step is taken
 
 
 def test_a_scaled_step_is_the_unscaled_step():

@@ -1,4 +1,4 @@
-"""Many processes, one answer: each layout against one process, and what may happen to a run of several."""
+"""Many processes, one answer: every layout against one process, and what can happen to a run of several."""
 
 import fcntl
 import json
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,8 @@ from safetensors.torch import load_file
 import checkpoint
 from loader import Loader
 from model import GPT, GPTConfig
-from parallel import Layout, checkpoint_activations, own_device
+from parallel import Layout, checkpoint_activations
+from training.ranks import own_device
 
 pytest_plugins = ["runs"]
 
@@ -41,7 +41,7 @@ runpy.run_path({script!r}, run_name="__main__")
 
 
 def start(ranks, script, *argv, restarts=0):
-    """torchrun of a script on so many processes -> subprocess.Popen"""
+    """torchrun of a script on `ranks` processes -> subprocess.Popen"""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), *map(str, argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -61,7 +61,7 @@ def finish(process):
 
 @pytest.fixture(scope="session")
 def trained(train, words):
-    """trained(ranks, out, **settings) -> out, once so many ranks have trained there."""
+    """trained(ranks, out, **settings) -> out, after that many ranks have trained there."""
 
     def trained(ranks, out, **settings):
         settings = {"gradient_accumulation_steps": 4, "n_layer": 2, "dataset": words, "out_dir": out, **settings}
@@ -73,7 +73,7 @@ def trained(train, words):
 
 
 def faulty(tmp_path, fault):
-    """train.py, but that `fault` is run before each update."""
+    """A script that is train.py, except that it runs `fault` before each update."""
     script = tmp_path / "faulty.py"
     script.write_text(FAULT.format(root=str(ROOT), script=str(ROOT / "train.py"), fault=fault),
                       encoding="utf-8")
@@ -86,7 +86,7 @@ def close(a, b):
 
 @pytest.fixture(scope="session")
 def on_two(train):
-    """on_two(code) -> what two ranks said that have run this, and have not failed."""
+    """on_two(code) -> what two ranks printed that ran this code without failing."""
 
     def on_two(code):
         done = train(ranks=2, before=code)  # which ends the process, before there is any training
@@ -100,8 +100,9 @@ EXPOSED = """
 import time
 import torch, torch.distributed as dist
 from training import monitor
-from parallel import Layout, one_fate
-with one_fate():
+from training.ranks import all_fail_together
+from parallel import Layout
+with all_fail_together():
     layout, x = Layout(), torch.ones(300, 300)
     profiler, found, look = monitor.Profiler("", torch.device("cpu"), "none", 1), [], monitor.communication
 
@@ -132,7 +133,7 @@ with one_fate():
 
 
 def test_communication_is_exposed_where_nothing_is_computed_meanwhile(on_two):
-    """Rank 0 waits for rank 1, idle or busy. How long is up to the machine: what is within what is not."""
+    """Rank 0 waits for rank 1, idle or busy. The machine decides for how long, but not which span lies within which."""
     done = on_two(EXPOSED)
     late, hidden = json.loads(done.out.splitlines()[-1])  # torch 2.9 has gloo speak before
     exposed, talk, computations = late
@@ -144,8 +145,9 @@ def test_communication_is_exposed_where_nothing_is_computed_meanwhile(on_two):
 GATHERED = """
 import torch
 from model import GPT, GPTConfig
-from parallel import Layout, one_fate
-with one_fate():
+from parallel import Layout
+from training.ranks import all_fail_together
+with all_fail_together():
     layout, x = Layout(zero_stage=3), torch.zeros(1, 16, dtype=torch.long)
     model = layout.place(GPT(GPTConfig(block_size=16, vocab_size=61, n_layer=2, n_head=2, n_embd=32)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -171,7 +173,7 @@ def test_weights_are_gathered_while_the_part_before_them_computes(on_two):
     pytest.param(dict(pp_size=2), marks=pytest.mark.slow),
 ], ids=str)
 def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, trained, tmp_path):
-    """If asked for, in any layout, at evaluations, but not while steps are traced; and the run keeps its bits."""
+    """On request, in any layout, at evaluations, except while steps are traced; and the run keeps its bits."""
     traced = {"profile": "1:3"} if not settings else {}
     often = trained(2, tmp_path / "often", measure_comm=True, max_iters=6, eval_interval=2, **settings, **traced)
     once = trained(2, tmp_path / "once", max_iters=6, eval_interval=6, **settings)
@@ -188,7 +190,7 @@ def test_what_a_step_communicates_is_measured_and_leaves_no_trace(settings, trai
 
 @pytest.fixture(scope="session")
 def table(train, tmp_path_factory):
-    """Rows of layouts.py by (layout, model, optimizer), of so many ranks: made once, by one worker for all."""
+    """table(ranks) -> rows of layouts.py by (layout, model, optimizer), made once, by one worker for all."""
     known, shared = {}, tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
@@ -221,7 +223,7 @@ def rows(ranks):
 def test_a_layout_equals_one_process(ranks, layout, model, optimizer, table):
     row = table(ranks)[layout, model, optimizer]
     assert row["same start"], "weights are equal bit for bit once they are placed and gathered"
-    assert row["scattered"], "and what the optimizer keeps once it is gathered and given back"
+    assert row["scattered"], "and so is the optimizer's state once it is gathered and given back"
     far = {key: row[key] for key in ("grads", "losses", "norms", "state", "val") if row[key] > SAME}
     assert not far
 
@@ -229,7 +231,7 @@ def test_a_layout_equals_one_process(ranks, layout, model, optimizer, table):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_zero_leaves_each_rank_its_share(ranks, stage, table):
-    """Of weights, gradients and moments when the optimizer steps: one of so many parts (Rajbhandari et al. 2020)."""
+    """Of weights, gradients and moments each of n ranks holds an n-th at the step (Rajbhandari et al. 2020)."""
     assert table(ranks)[f"ZeRO-{stage}", "modern", "adamw"]["held"] == pytest.approx(1 / ranks, rel=0.05)
 
 
@@ -257,8 +259,8 @@ def test_activations_computed_again_change_no_gradient(model, kind):
 
 def test_one_process_is_left_alone():
     layout, model = Layout(zero_stage=3), GPT(GPTConfig(**SIZES, n_layer=1))
-    assert layout.place(model) is model is layout.module and layout.whole_model(model) is model
-    assert layout.gather(model, "its optimizers") == (model, "its optimizers") and layout.warm_ups == 0
+    assert layout.place(model) is model is layout.module and layout.gather_model() is model
+    assert layout.gather("its optimizers") == (model, "its optimizers") and layout.warm_ups == 0
     assert not torch.distributed.is_initialized()
 
 
@@ -272,16 +274,16 @@ def test_micro_batches_that_do_not_divide(settings, grid, steps, would_do):
     layout = Layout(**settings)
     vars(layout).update(grid)
     with pytest.raises(ValueError, match=would_do):
-        layout.accumulation(steps)
+        layout.accumulation_of(steps)
     for number in would_do.split()[::2][:2]:
-        assert layout.accumulation(int(number)) == int(number) // grid["dp"]
+        assert layout.accumulation_of(int(number)) == int(number) // grid["dp"] == layout.accumulation
 
 
 @pytest.mark.parametrize("grid, changes, named", [
     (dict(tp=3), {}, "n_head=4"),
     (dict(tp=2), dict(n_head=6, n_embd=48, n_kv_head=3), "n_kv_head=3"),
     (dict(pp=4), {}, "n_layer=2"),
-    (dict(pp=2, kind="interleaved"), {}, "n_layer=2"),
+    (dict(pp=2, pp_schedule="interleaved"), {}, "n_layer=2"),
 ])
 def test_a_model_that_cannot_be_laid_out(grid, changes, named):
     layout = Layout()
@@ -306,7 +308,7 @@ def test_each_window_once_an_epoch():
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_any_layout(trained, tmp_path, unbroken, tiny):
-    """Saved by two ranks, resumed by one, by four and by two that split each layer."""
+    """Two ranks save it. One, four, and two that split each layer resume it."""
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
     half = trained(2, tmp_path / "half", max_iters=6, lr_decay_iters=12, zero_stage=2)
     for ranks, settings in ((1, {}), (4, {}), (2, dict(tp_size=2))):
@@ -326,8 +328,8 @@ def test_a_run_goes_on_in_any_layout(trained, tmp_path, unbroken, tiny):
 
 @pytest.mark.slow
 def test_shards_go_on_in_any_layout(trained, tmp_path, unbroken):
-    """Each of two ranks writes its own. To the bit what a plain checkpoint is on the same layout, and once
-    consolidated; on others, one that splits layers among them, the losses of one process."""
+    """Each of two ranks writes its own. Resumed on the same layout, as shards or consolidated, they give the bits of a
+    plain checkpoint; resumed on other layouts, one of which splits layers, the losses of one process."""
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
     same, begin = dict(zero_stage=3), dict(max_iters=6, lr_decay_iters=12, zero_stage=3)
     shards = trained(2, tmp_path / "sharded", checkpoint_format="sharded", **begin)
@@ -352,7 +354,7 @@ def test_shards_go_on_in_any_layout(trained, tmp_path, unbroken):
 
 @pytest.mark.slow
 def test_shards_of_a_rank_that_is_killed_while_it_writes(trained, words, tmp_path):
-    """torchrun starts all again; they go on from the checkpoint before and end with the bits of an unbroken run."""
+    """torchrun restarts all ranks. They resume the checkpoint before and end with the bits of an unbroken run."""
     settings = dict(init_from="auto", save_interval=2, zero_stage=3, checkpoint_format="sharded", max_iters=8)
     trained(2, tmp_path / "whole", **settings)
     there = tmp_path / "killed" / "ckpt" / "step_00000002"
@@ -379,8 +381,8 @@ def test_shards_of_a_rank_that_is_killed_while_it_writes(trained, words, tmp_pat
     (4, dict(pp_size=2, tp_size=2), 2, dict(tp_size=2)),
 ], ids=str)
 def test_shards_of_layers_that_are_split(ranks, settings, others, other, trained, tmp_path):
-    """They hold what a plain checkpoint of the same layout does; that layout goes on from them to the bit, another to
-    rounding."""
+    """They hold what a plain checkpoint of the same layout holds. The same layout resumes them to the bit, another one
+    to rounding."""
     model = dict(n_head=4, n_kv_head=1 if ranks == 2 else 2, optimizer="muon", bias=True, max_iters=8)
     plain = trained(ranks, tmp_path / "plain", **model, **settings)
     shards = trained(ranks, tmp_path / "shards", checkpoint_format="sharded", **model, **settings)
@@ -408,13 +410,14 @@ LAST = """
 import atexit, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
-from parallel import Layout, one_fate
+from parallel import Layout
+from training.ranks import all_fail_together
 class Held:
     def __del__(self):
         print("the interpreter takes itself down")
 held = Held()
 atexit.register(sys.stdout.write, "what was asked for at the end\\n")
-with one_fate():
+with all_fail_together():
     layout = Layout()
     dist.all_reduce(torch.ones(1000))
     sys.stdout.write(f"done {{layout.rank}}\\n")  # in one piece, as two ranks print
@@ -424,8 +427,8 @@ with one_fate():
 
 @pytest.mark.parametrize("end", ["pass", "sys.exit(0)", "sys.exit(130)"])
 def test_a_process_whose_work_is_done_ends_at_once(end, tmp_path):
-    """A thread of gloo's with a tensor of the last collective aborts an interpreter that takes itself down: 1 in 80
-    runs of two ranks ended so beside other work."""
+    """A thread of gloo's that holds a tensor of the last collective aborts an interpreter that shuts down: on a busy
+    machine this ended 1 in 80 runs of two ranks."""
     script = tmp_path / "last.py"
     script.write_text(LAST.format(root=str(ROOT), end=end), encoding="utf-8")
     done = finish(start(2, script))
@@ -444,7 +447,7 @@ def test_dropout_is_that_of_one_process(trained, tmp_path, unbroken):
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed(trained, words, tmp_path):
-    """torchrun starts all again; they go on from the last checkpoint and end with the bits of a run without a fault."""
+    """torchrun restarts all ranks. They resume the last checkpoint and end with the bits of a run without a fault."""
     settings = dict(init_from="auto", save_interval=2, dropout=0.1)
     trained(4, tmp_path / "whole", **settings)
     when = 'rank == "2" and attempt == "0" and len(calls) == 8'
@@ -460,7 +463,7 @@ def test_a_rank_that_is_killed(trained, words, tmp_path):
     dict(zero_stage=3, activation_checkpointing="selective"), dict(zero_stage=2, activation_checkpointing="full"),
     dict(pp_size=2), dict(pp_size=2, pp_schedule="interleaved", n_layer=4)], ids=str)
 def test_a_layout_compiles(layout, tiny, tmp_path, unbroken):
-    """Attention and MLP of each block, and the losses are those of one process that does not. Probes do not compile."""
+    """Attention and MLP of each block do. The losses are those of one uncompiled process. Probes do not compile."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler here")
     one = unbroken(gradient_accumulation_steps=4, n_layer=layout.get("n_layer", 2))
@@ -506,7 +509,7 @@ torch.compile = compile
 
 @pytest.mark.parametrize("zero_stage, when", [(0, "options"), (3, "not options")], ids=["DDP", "ZeRO-3"])
 def test_where_one_rank_does_not_compile_all_run_uncompiled(zero_stage, when, tiny, tmp_path, unbroken):
-    """With DDP in its first passes, in which the ranks do not talk; with ZeRO in a trial before them."""
+    """DDP finds out in its first passes, in which the ranks do not communicate; ZeRO in a trial before them."""
     one = unbroken(gradient_accumulation_steps=4, n_layer=2)
     done = tiny(tmp_path / "run", ranks=2, gradient_accumulation_steps=4, n_layer=2, compile=True,
                 zero_stage=zero_stage, before=ONE_DOES_NOT_COMPILE.format(when=when))
@@ -530,13 +533,16 @@ def test_over_gloo_processes_share_a_gpu(monkeypatch):
 def test_where_blocks_are_compiled_one_by_one_so_is_the_loss_on_a_gpu(monkeypatch, kind, fuse):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     model = GPT(GPTConfig(**SIZES, n_layer=1))
-    zero = SimpleNamespace(copies_whole=False, pp=1, device=torch.device(kind), module="what a pass calls")
-    assert Layout.compile(zero, model) == "what a pass calls"
+    layout = Layout(torch.device(kind))
+    layout.place(model)
+    layout.world = 2  # without DDP: as with ZeRO
+    layout.compile()
+    assert layout.module is model
     assert model.loss.keywords == {"fuse": fuse}
 
 
 def test_a_rank_that_does_not_compile_amid_collectives_stops_all(tiny, tmp_path):
-    """With ZeRO the others wait within a pass: there is no way on."""
+    """With ZeRO the others wait within a pass, so the run cannot continue."""
     done = tiny(tmp_path / "run", ranks=2, gradient_accumulation_steps=4, n_layer=2, compile=True, zero_stage=3,
                 before=ONE_DOES_NOT_COMPILE.format(when="options"))
     assert done.code and "Traceback" not in done.err
@@ -545,7 +551,7 @@ def test_a_rank_that_does_not_compile_amid_collectives_stops_all(tiny, tmp_path)
 
 @pytest.mark.slow
 def test_a_rank_that_fails(words, tmp_path):
-    """All stop, and what is said is what happened there."""
+    """All ranks stop, and the error that is shown is that rank's."""
     script = faulty(tmp_path, 'assert rank != "1" or len(calls) < 3, "on purpose"')
     done = finish(start(2, script, *flags(words, tmp_path / "run")))
     assert done.returncode != 0
@@ -558,7 +564,7 @@ def test_a_rank_that_fails(words, tmp_path):
 def test_a_batch_that_the_ranks_do_not_divide(words, tmp_path):
     done = finish(start(2, ROOT / "train.py", *flags(words, tmp_path / "run", gradient_accumulation_steps=3)))
     assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert done.err.count("error: gradient_accumulation_steps=3 does not do for 2 processes: DDP 2; 2 and 4 do") == 1
+    assert done.err.count("error: gradient_accumulation_steps=3 does not work with 2 processes: DDP 2; 2 and 4 do") == 1
 
 
 @pytest.mark.slow

@@ -172,11 +172,11 @@ def test_norms_and_ratios_are_what_they_say(kind, optimizer):
     idx = torch.randint(31, (2, 12))
     model(idx, idx)[1].backward()
     layout = Layout()
-    layout.module = model
-    norm = float(layout.grad_norm(model))
+    layout.place(model)
+    norm = float(layout.grad_norm())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-    update = probe.Update(model, layout.norms)
+    update = probe.Update(model, layout.group_norms)
     opt.step()
     update.end()
     opt.zero_grad()

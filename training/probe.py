@@ -96,7 +96,7 @@ class Update:
     @torch.no_grad()
     def __init__(self, model, norms):
         """Keeps a copy of the weights until the step is done. `norms(tensors, group_of, n)` gives the norms of `n`
-        groups of tensors by name that lie as the parameters do (parallel.Layout.norms)."""
+        groups of tensors by name that lie as the parameters do (parallel.Layout.group_norms)."""
         self.model, self.groups, layers = model, groups_of(model.config), model.config.n_layer
         self.norms = lambda tensors: norms(tensors, lambda name: group_of(name, layers), layers + 2)
         self.grads = self.norms({name: p.grad for name, p in model.named_parameters()})
