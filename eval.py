@@ -25,13 +25,13 @@ import torch
 from checkpoint import run_of
 from configurator import configure, fail
 from device import autocast, inference_kernels, memory_is_full, pick_device, pick_dtype
+from files import finite as plain
 from files import read_lines
 from infer import Engine, load, stretch
 from inference.quantize import convert
 from inference.sampling import sampling_from
 from inference.tasks import last_word, multiple_choice, open_items, passkey, score_tokens
 from loader import fixed_batches, open_datasets, open_tokens, sha256
-from training.monitor import plain
 
 # -----------------------------------------------------------------------------
 what = "loss"       # the first word: loss | prompts | choice | lastword | context | passkey

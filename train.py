@@ -22,18 +22,19 @@ from contextlib import closing
 import torch
 
 import checkpoint
-import parallel
 from configurator import Settings, configure, fail
 from files import FolderLock, clock_face
 from loader import DataError, Loader, data_step
 from model import GPT
 from optim import Optimizers, lr_at
+from parallel import Layout
 from training import guard, start, warmup
 from training.measure import Costs, Measure, seed_dropout, validation_loss
 from training.monitor import Pace, Run, StepTimer, evaluation_line
 from training.origin import adopt_sizes, check_origin, find_origin, read_other_model
 from training.probe import Update
 from training.profiler import Profiler
+from training.ranks import all_fail_together
 from training.saver import Saver
 
 # -----------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def main(c, given, stop, lock, rewound=None):
         # ---- the machine, and the grid of processes ------------------------------------------
         start.check_settings(c)
         machine = start.prepare_machine(c)
-        layout = parallel.Layout(
+        layout = Layout(
             machine.device, backend=c.backend, zero_stage=c.zero_stage, tp_size=c.tp_size, pp_size=c.pp_size,
             pp_schedule=c.pp_schedule, cpu_offload=c.cpu_offload, activation_checkpointing=c.activation_checkpointing,
         )
@@ -430,7 +431,7 @@ if __name__ == "__main__":
     given = set()
     c = Settings(configure(globals(), given=given))
     try:
-        with parallel.one_fate():
+        with all_fail_together():
             sys.exit(run_until_done(c, given))
     except KeyboardInterrupt:  # before the loop, which has StopSignal
         sys.exit(130)

@@ -29,11 +29,12 @@ from device import (
 )
 from loader import open_datasets, open_tokens, verify_shards
 from model import GPT, GPTConfig
-from parallel import SCHEDULES, from_environment, own_device, rank
 from tokenizer import load_tokenizer, meta_vocab_size
 from training import guard
 from training.guard import ACTIONS
 from training.monitor import announce, environment
+from training.pipeline_parallel import SCHEDULES
+from training.ranks import from_environment, own_device, rank
 from training.track import TRACKERS, Tracker
 
 CHOICES = {

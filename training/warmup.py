@@ -31,7 +31,6 @@ def compile_model(c, layout, measure, loader, opt, step):
     if trouble:
         layout.run_uncompiled()
         measure.evaluator = None
-        torch.compiler.set_stance("force_eager")  # also where a part of the model is compiled by itself
         measure.run.warn(f"torch.compile does not work here ({trouble}); running uncompiled")
 
 
