@@ -1,18 +1,21 @@
 """
-What several scripts do with files: write them whole, digest them, read text and lines, hold a folder for one writer.
+What several scripts do with files: write them whole, digest them, read text and lines, hold a folder for one writer,
+and print to stdout and stderr without ever failing.
 
-It imports the standard library alone.
+It imports only the standard library.
 """
 
 import codecs
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -205,3 +208,58 @@ class FolderLock:
             return f"process {who['pid']} on {who['host']}, since {who['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "it does not say which"
+
+
+# -----------------------------------------------------------------------------
+# Standard output and standard error
+
+
+class LastingFile(io.FileIO):
+    """A file descriptor to print to. It drops whatever it cannot write: the reader is gone, the disk is full, the
+    terminal was closed. A run must not die because nobody is listening any more."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def keep_printing(product=False):
+    """Makes stdout and stderr take every text, as UTF-8, and outlive their readers. With `product`, stdout is the
+    output that a user asked for, and still fails when its reader is gone.
+
+    This replaces sys.stdout and sys.stderr, which is a global change: a print in any library must not fail either.
+    """
+    occupy_closed_descriptors()
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when Python started
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif not hasattr(stream, "reconfigure"):  # a notebook's
+            continue
+        elif os.name == "nt" or (product and name == "stdout") or not has_descriptor(stream, descriptor):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows code page cannot print every text
+        elif not isinstance(getattr(stream.buffer, "raw", None), LastingFile):
+            lasting = io.BufferedWriter(LastingFile(descriptor, "w", closefd=False))
+            line_buffering = stream.line_buffering or name == "stderr"
+            setattr(sys, name, io.TextIOWrapper(
+                lasting, encoding="utf-8", errors="replace", line_buffering=line_buffering,
+                write_through=stream.write_through))
+
+
+def occupy_closed_descriptors():
+    """Opens /dev/null as each of the descriptors 0, 1, 2 that is closed: the next file must not become stdout."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        while descriptor <= 2:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+        os.close(descriptor)
+
+
+def has_descriptor(stream, descriptor):
+    """Whether a stream prints to this file descriptor."""
+    try:
+        return stream.fileno() == descriptor
+    except (OSError, ValueError):  # a test's capture has none
+        return False

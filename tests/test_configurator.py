@@ -1,8 +1,10 @@
 """Settings: what is a key, what wins, what each type takes, and that every mistake is one line that names its mend."""
 
+import copy
 import json
 import math
 import os
+import pickle
 import re
 import runpy
 import subprocess
@@ -18,7 +20,8 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import PATHS, RANGES, configure, fail, outside, read_file, read_keys, show, spelled  # noqa: E402
+from configurator import Settings, configure, fail, read_file, read_keys, show  # noqa: E402
+from keys import PATHS, RANGES, parse_text, range_error  # noqa: E402
 
 SCRIPT = '''"""
 Train a small model.
@@ -464,7 +467,7 @@ def test_a_range_holds_for_config_files_too_and_names_the_line(refused_by):
 def test_an_interval_is_what_mathematics_says(number, interval):
     least, most = map(float, interval[1:-1].split(","))
     within = least < number < most or number == least and interval[0] == "[" or number == most and interval[-1] == "]"
-    assert bool(outside(number, interval)) == (not within or isinstance(number, int) and number >= 2**63)
+    assert bool(range_error(number, interval)) == (not within or isinstance(number, int) and number >= 2**63)
 
 
 # paths
@@ -504,17 +507,17 @@ def test_the_home_folder(monkeypatch, refused_by, refused):
     ('"("', ("(",)), ('""', ("",)),
 ])
 def test_quotes_protect_commas_newlines_and_blanks(text, parts):
-    assert spelled("tuple[str, ...]", text) == parts
+    assert parse_text("tuple[str, ...]", text) == parts
 
 
 @given(st.lists(st.text() | st.text("\"', \n\\()[]a", max_size=4)).map(tuple))
 def test_a_shown_tuple_of_strings_is_read_back(value):
-    assert spelled("tuple[str, ...]", show(value)) == value
+    assert parse_text("tuple[str, ...]", show(value)) == value
 
 
 @given(st.lists(st.integers()).map(tuple))
 def test_a_shown_tuple_of_numbers_is_read_back(value):
-    assert spelled("tuple[int, ...]", show(value)) == value
+    assert parse_text("tuple[int, ...]", show(value)) == value
 
 
 # config files
@@ -706,6 +709,50 @@ def test_a_broken_config_file_is_named_with_its_line(refused, text, where):
 def test_a_config_file_that_is_no_text(refused):
     Path("config.py").write_bytes(b"\xff\xfe\x00")
     assert refused("config.py").startswith("error: config.py")
+
+
+# settings as an object
+
+
+def test_settings_are_attributes_in_the_order_of_the_script():
+    c = Settings(resolve("--max_iters=5"))
+    assert c.max_iters == c["max_iters"] == 5 and c.betas == (0.9, 0.95)
+    assert type(dict(c)) is dict and same(dict(c), DEFAULTS | {"max_iters": 5}) and list(c.keys()) == list(DEFAULTS)
+
+
+def test_settings_never_change():
+    c = Settings({"max_iters": 5})
+    with pytest.raises(AttributeError, match=r"do not change: c.changed\(max_iters=...\) gives a changed copy"):
+        c.max_iters = 6
+    with pytest.raises(AttributeError, match="settings do not change"):
+        c.new = 1
+    assert dict(c) == {"max_iters": 5}
+
+
+def test_a_changed_copy_leaves_the_settings_as_they_are():
+    c = Settings({"max_iters": 5, "bias": True})
+    changed = c.changed(max_iters=6)
+    assert isinstance(changed, Settings) and dict(changed) == {"max_iters": 6, "bias": True}
+    assert dict(c) == {"max_iters": 5, "bias": True} and dict(c.changed()) == dict(c)
+
+
+def test_an_unknown_setting_names_the_nearest_one():
+    c = Settings({"max_iters": 5, "bias": True})
+    for ask in (lambda: c.max_iter, lambda: c.changed(max_iter=6)):
+        with pytest.raises(AttributeError, match=r"no setting max_iter; did you mean max_iters\?"):
+            ask()
+    with pytest.raises(AttributeError, match="no setting qqqq$"):
+        _ = c.qqqq
+    assert not hasattr(c, "qqqq") and getattr(c, "qqqq", None) is None
+
+
+@pytest.mark.parametrize("duplicate", [lambda c: pickle.loads(pickle.dumps(c)), copy.copy, copy.deepcopy])
+def test_settings_can_be_pickled_and_copied(duplicate):
+    """A process that is spawned gets them so."""
+    c = duplicate(Settings(DEFAULTS))
+    assert isinstance(c, Settings) and same(dict(c), DEFAULTS)
+    with pytest.raises(AttributeError):
+        c.bias = False
 
 
 # what nobody knows

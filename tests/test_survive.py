@@ -14,8 +14,7 @@ from runs import ROOT, checkpoints, differences, leftovers, one_error, outcome, 
 
 import checkpoint
 import train as train_script
-from configurator import LastingFile
-from files import FolderLock
+from files import FolderLock, LastingFile
 
 pytest_plugins = ["runs"]
 
