@@ -46,6 +46,7 @@ LONGER = {  # file: why it is one file all the same
     "model.py": "the whole architecture, every choice of it in sight of the others",
     "train.py": "a hundred lines of settings above the story",
     "checkpoint.py": "plain and sharded, at once and behind the steps, and how one becomes the other",
+    "device.py": "what a machine offers a run: device, precision, kernels, a compiler, its speed, its memory",
     "loader.py": "which shards a dataset has, the order of their tokens, and batches in that order",
     "bench.py": "nine benchmarks, each by itself",
     "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
