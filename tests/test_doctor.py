@@ -1,4 +1,4 @@
-"""What doctor.py says of a machine, and of ranks that talk, are missing, or hang."""
+"""doctor.py's report on a machine, and on ranks that communicate, are missing, or hang."""
 
 import json
 import os
@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import doctor  # noqa: E402
+from configurator import Settings  # noqa: E402
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -106,12 +107,13 @@ def test_a_compiler_that_fails_says_why(monkeypatch):
     assert doctor.try_compile(cpu) == "fails; missing Python.h: apt install python3-dev; g++: not found"
 
 
-def test_nothing_is_compiled_while_other_ranks_wait(monkeypatch):
+def test_nothing_is_compiled_while_other_ranks_wait(monkeypatch, tmp_path):
     def compile(function):
         raise AssertionError("rank 0 keeps the others waiting")
 
     monkeypatch.setattr(torch, "compile", compile)
-    lines, _ = doctor.machine(torch.device("cpu"), "asked for", world=2)
+    c = Settings({"dtype": "auto", "out_dir": str(tmp_path)})
+    lines, _ = doctor.machine(c, torch.device("cpu"), "asked for", world=2)
     assert dict(lines)["compile"] == "not tried under torchrun"
 
 
@@ -165,10 +167,10 @@ def test_one_rank_one_gpu():
     class Them:
         cards = [{"host": "a", "device": "cuda", "uuid": uuid} for uuid in "xyx"]
 
-        def first_to_tell(self):
+        def only_first_reports(self):
             pass
 
-        def tell(self, trouble, details):
+        def report(self, trouble, details):
             raise RuntimeError(trouble)
 
     with pytest.raises(RuntimeError, match="one GPU is shared by ranks 0, 2 on a"):

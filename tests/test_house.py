@@ -47,6 +47,7 @@ LONGER = {  # file: why it is one file all the same
     "train.py": "a hundred lines of settings above the story",
     "checkpoint.py": "plain and sharded, at once and behind the steps, and how one becomes the other",
     "device.py": "what a machine offers a run: device, precision, kernels, a compiler, its speed, its memory",
+    "doctor.py": "one machine, and the ranks on many: one report",
     "loader.py": "which shards a dataset has, the order of their tokens, and batches in that order",
     "bench.py": "nine benchmarks, each by itself",
     "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
