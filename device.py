@@ -312,7 +312,8 @@ def has_compiler(variable, names):
 
 def has_python_h():
     """Whether the headers of this Python are installed, as inductor and triton look for them."""
-    folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]  # on Debian they differ
+    folders = [sysconfig.get_path("include")]
+    folders.append(sysconfig.get_path("include", "posix_prefix"))  # another one on Debian
     return any((Path(folder) / "Python.h").is_file() for folder in folders)
 
 
@@ -389,8 +390,9 @@ def peak_flops(device, dtype, tf32=False):
         return half
     # TF32 came with Ampere. In NVIDIA's data sheets it is half as fast as bf16: A100 156 of 312 TFLOP/s, H100 495 of
     # 989, L40S 183 of 362, RTX 4090 82.6 of 165, B200 1125 of 2250, all dense.
-    if tf32 and half and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0):
-        return half / 2
+    if tf32 and half and torch.version.hip is None:
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return half / 2
     return single
 
 

@@ -172,9 +172,12 @@ def machine(c, where, why, world=1):
         "sdpa_training": training, "sdpa_decoding": decoding, "infiniband": infiniband(),
         "variables": environment_settings(),
     }
-    compiles = can_compile(where) or ("not tried under torchrun" if world > 1 else try_compile(where))
-    packages = ", ".join(f"{package} {version}" for package, version in recorded["packages"].items())
+    compiles = can_compile(where)
+    if not compiles:
+        compiles = "not tried under torchrun" if world > 1 else try_compile(where)
+    packages = ", ".join(f"{name} {version}" for name, version in recorded["packages"].items())
     variables = " ".join(f"{key}={value}" for key, value in found["variables"].items())
+    reach = f"{peak / 1e12:.3g} TFLOP/s, what MFU is a share of" if peak else "not known, so MFU is n/a"
     changes = " with changes" if recorded["dirty_diff"] or recorded["untracked"] else ""
     lines = [
         ("system", f"{platform.platform()}, Python {recorded['python']}"),
@@ -184,7 +187,7 @@ def machine(c, where, why, world=1):
         *(("gpu", line) for line in gpus()),
         ("device", f"{where} ({why})"),
         ("dtype", f"{dtype_name} ({dtype_why})"),
-        ("peak", f"{peak / 1e12:.3g} TFLOP/s, what MFU is a share of" if peak else "not known, so MFU is n/a"),
+        ("peak", reach),
         ("attention", attention_backends(where, precision)),
         ("attention", f"SDPA picks {training} to train, {decoding} to decode ({dtype_name}, heads of 64)"),
         ("compile", compiles),
@@ -375,7 +378,10 @@ def join_ranks(c, where, rank, world):
         if name not in os.environ:
             fail(f"WORLD_SIZE={world}, but {name} is not set: torchrun sets both")
     group = Ranks(rank, world, "nccl" if where.type == "cuda" else "gloo", c.timeout)
-    card = {"host": socket.gethostname(), "pid": os.getpid(), "device": where.type, "variables": environment_settings()}
+    card = {
+        "host": socket.gethostname(), "pid": os.getpid(), "device": where.type,
+        "variables": environment_settings(),
+    }
     if where.type == "cuda":
         card["name"] = torch.cuda.get_device_name(where)
         card["uuid"] = str(torch.cuda.get_device_properties(where).uuid)

@@ -91,6 +91,9 @@ class Layout(NamedTuple):
     recompute: str = "none"  # none | selective | full
 
 
+ONE_GPU = Layout()
+
+
 # -----------------------------------------------------------------------------
 # Memory
 
@@ -107,11 +110,13 @@ def block_activations(c, T, small, cuda):
     mask = 0
     if c.dropout:
         mask = 1 if cuda else small  # bytes of one dropout decision
-    qk_copies = (c.qk_norm != "none" or c.pos == "rope") + (c.qk_norm == "rms_gain")  # besides those in qkv
-    attention = (width + 2 * kv + qk_copies * (width + kv) + width) * small  # q, k, v, copies, and the output
-    half_on_cpu = c.attn == "auto" and small == 2 and not cuda  # model.attend then stores the attention weights
+    # copies of q and k besides those in qkv
+    qk_copies = (c.qk_norm != "none" or c.pos == "rope") + (c.qk_norm == "rms_gain")
+    attention = (width + 2 * kv + qk_copies * (width + kv) + width) * small  # and the output
+    # there model.attend computes attention step by step
+    half_on_cpu = c.attn == "auto" and small == 2 and not cuda
     if c.attn == "math" or half_on_cpu or (c.dropout and not cuda):
-        after_dropout = mask + small if c.dropout else 0  # the mask, and the weights that survived it
+        after_dropout = mask + small if c.dropout else 0  # the mask and the surviving weights
         attention += c.n_head * T * ((4 if cuda else small) + after_dropout)
     mlp = c.mlp_dim * small * (4 if c.activation == "swiglu" else 2)
     return 2 * 4 * width, 2 * small * width, attention + mlp, 2 * mask * width
@@ -131,8 +136,10 @@ def costs_of(model):
     c = model.config
     block = sum(p.nbytes for p in model.transformer.h[0].parameters())
     table = model.transformer.wte.weight.nbytes
-    matrices = sum(m.weight.numel() for m in model.transformer.modules() if isinstance(m, torch.nn.Linear))
-    attention = model.forward_flops((c.block_size + 1) / 2, head=False) - model.forward_flops(0, head=False)
+    linear = [m for m in model.transformer.modules() if isinstance(m, torch.nn.Linear)]
+    matrices = sum(layer.weight.numel() for layer in linear)
+    attention = model.forward_flops((c.block_size + 1) / 2, head=False)  # a query sees half of the keys on average
+    attention -= model.forward_flops(0, head=False)
     return Costs(c, model.param_bytes(), block, table, matrices, attention)
 
 
@@ -149,16 +156,16 @@ def loss_memory(costs, tokens, small, cuda, copied):
     `copied`, and a piece of the logits with either the softmax or the gradient of the table from that piece."""
     vocab = costs.config.padded_vocab_size
     pieces = -(-tokens // rows_at_once(vocab, "cuda" if cuda else "cpu"))
-    piece = -(-tokens // pieces) * vocab            # elements; a soft-cap halves the rows and doubles their bytes
-    half = costs.table / 2 if small == 2 else 0     # bytes of the table in half precision
-    softmax = 4 if small == 2 and not cuda else 0   # bytes per logit, in fp32; compiled it takes none
+    piece = -(-tokens // pieces) * vocab  # elements; a soft-cap halves the rows and doubles the bytes
+    half = costs.table / 2 if small == 2 else 0  # bytes of the table in half precision
+    softmax = 4 if small == 2 and not cuda else 0  # bytes per logit, in fp32; compiled it takes none
     peak = piece * small + max(piece * softmax, half)
     if copied:
         peak += half
     return 4 * tokens * costs.config.n_embd + costs.table + peak
 
 
-def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=Layout(), micro_steps=1, cuda=True):  # noqa: B008
+def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=ONE_GPU, micro_steps=1, cuda=True):
     """Bytes per device of a training step on `batch_size` sequences of T tokens (0: block_size), by part.
 
     Weights, gradients and optimizer state are counted from the parameters. AdamW keeps two moments; Muon keeps one, so
@@ -185,23 +192,27 @@ def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=Layout(), mi
         parts["gradients"] = weights / shards + max(block, ends)
     if zero:
         parts["casts"] = small / 4 * (weights if zero < 3 else 2 * block + ends)
+    elif dtype == torch.float32:
+        parts["casts"] = 0
     else:
-        parts["casts"] = 0 if dtype == torch.float32 else small * costs.matrices / tensor * layers / c.n_layer
+        parts["casts"] = small * costs.matrices / tensor * layers / c.n_layer
     inputs, outputs, inside, dropped = block_activations(c, T, small, cuda)
     block_bytes = inputs + outputs + inside / tensor + dropped  # per token
     kept = {
         "none": block_bytes,
-        "selective": inputs + 2 * 4 * c.n_embd,  # and the outputs of the norms, before they are cast
+        "selective": inputs + 2 * 4 * c.n_embd,  # and the norms' outputs before the cast
         "full": inputs / 2,
     }[recompute]
-    around = dropped / 2 + (4 * c.norm_embed + 4 + 4) * c.n_embd  # embedding; ln_f's input and its output's gradient
+    # around the blocks: the embedding, the input of ln_f, the gradient of its output
+    around = dropped / 2 + (4 * c.norm_embed + 4 + 4) * c.n_embd
     parts["activations"] = tokens * (min(pipeline, micro_steps) * layers * kept + around)
-    parts["logits"] = loss_memory(costs, tokens, small, cuda, copied=not zero)  # ZeRO gathers the table in `dtype`
+    # ZeRO gathers the table in `dtype`, so nobody copies it
+    parts["logits"] = loss_memory(costs, tokens, small, cuda, copied=not zero)
     recomputed = block_bytes - min(kept, block_bytes)
     hidden = 2 * small * tokens * c.mlp_dim / tensor
     parts["backward"] = tokens * recomputed + hidden + 4 * c.mlp_dim * c.n_embd / tensor
     if c.tie_weights:
-        parts["backward"] += costs.table  # the gradient from the head, until the embedding's is added to it
+        parts["backward"] += costs.table  # the head's gradient, until the embedding's is added
     total = sum(parts.values()) - min(parts["logits"], parts["backward"])
     return {name: int(size) for name, size in {**parts, "total": total}.items()}
 
@@ -228,7 +239,9 @@ def block_traffic(c, tensor):
     kv = 4 * c.kv_heads * c.head_dim / tensor
     hidden = 2 * c.mlp_dim / tensor
     gated = c.activation == "swiglu"
-    rotate = 2 * (q + kv / 2) if c.pos == "rope" or c.qk_norm != "none" else 0  # queries and keys, in and out
+    rotate = 0
+    if c.pos == "rope" or c.qk_norm != "none":
+        rotate = 2 * (q + kv / 2)             # queries and keys, in and out
     forward = 2 * (2 * stream + 2 * branch)   # two norms: stream and branch in, stream and the norm's output out
     forward += 2 * q + kv + rotate            # attention: q, k and v in, y out
     forward += hidden * (3 if gated else 2)   # the activation
@@ -257,19 +270,22 @@ def compute_time(costs, tokens, layout, card):
     matrices = products(costs.matrices / c.n_layer * layers / tensor, c.n_embd / tensor)
     attention = tokens * costs.attention / c.n_layer * layers / tensor / card.flops
     attention /= SMALL_HEADS if c.head_dim < 128 else LARGE_HEADS
-    moved_forward, moved_backward = (tokens * layers * moved / bandwidth for moved in block_traffic(c, tensor))
-    blocks = matrices + attention + moved_forward
-    backward = 2 * matrices + 2.5 * attention + moved_backward
+    traffic_forward, traffic_backward = block_traffic(c, tensor)
+    blocks = matrices + attention + tokens * layers * traffic_forward / bandwidth
+    backward = 2 * matrices + 2.5 * attention + tokens * layers * traffic_backward / bandwidth
     if layout.recompute != "none":
         backward += blocks
-    backward += 16 * sum(first_stage(costs, layout)) / 4 / bandwidth  # weights cast (4, 2), gradients added (2, 4, 4)
+    # weights are cast (4, 2 bytes), gradients are added (2, 4, 4)
+    backward += 16 * sum(first_stage(costs, layout)) / 4 / bandwidth
 
     # The loss computes its gradients in the forward pass: three products, complete on every tensor-parallel rank. It
     # reads logits twice and writes their gradient. Each piece adds its gradient of the table (2) to the sum (4, 4).
     vocab = c.padded_vocab_size
     pieces = -(-tokens // rows_at_once(vocab, "cuda", c.logit_softcap))
-    moved = tokens * (3 * 2 * vocab + (28 + 16) * c.n_embd) + pieces * 10 * vocab * c.n_embd  # and ln_f, embedding
-    return blocks + 3 * products(vocab * c.n_embd, c.n_embd) + moved / bandwidth, backward
+    moved = tokens * (3 * 2 * vocab + (28 + 16) * c.n_embd)  # bytes, with ln_f and the embedding
+    moved += pieces * 10 * vocab * c.n_embd
+    forward = blocks + 3 * products(vocab * c.n_embd, c.n_embd) + moved / bandwidth
+    return forward, backward
 
 
 def exposed_gradients(costs, layout, card, micro_steps, forward, backward):
@@ -306,7 +322,7 @@ def step_time(costs, batch_size, micro_steps, layout, card):
     forward, backward = compute_time(costs, tokens, layout, card)
     compute = forward + backward
     reduced = 0
-    if tensor > 1:  # two all-reduces forward and two backward in each layer, and two more if it is recomputed
+    if tensor > 1:  # two all-reduces forward and two backward per layer, two more to recompute
         all_reduces = 4 if recompute == "none" else 6
         reduced = 2 * ring(tokens * c.n_embd * 2, tensor, card.link) * all_reduces * layers
     sent = 0
@@ -314,10 +330,11 @@ def step_time(costs, batch_size, micro_steps, layout, card):
         hop = card.link if data * tensor * pipeline <= card.machine else card.network
         sent = 2 * tokens * c.n_embd * 4 / hop
     exposed = exposed_gradients(costs, layout, card, micro_steps, forward, backward)
+    shards = data if zero else 1
     parts = {
         "compute": micro_steps * compute,
         "bubble": (pipeline - 1) * compute,
-        "optimizer": 28 * weights / (data if zero else 1) / (card.bandwidth * BANDWIDTH_SHARE),  # 7 fp32 in or out
+        "optimizer": 28 * weights / shards / (card.bandwidth * BANDWIDTH_SHARE),  # 7 fp32 in or out
         "exposed": exposed + (micro_steps + pipeline - 1) * (reduced + sent),
     }
     return {**parts, "total": sum(parts.values())}
@@ -389,14 +406,17 @@ def plans(model, sequences, count, card):
 def rank(row):
     """Sort key of a row: time to three digits, then the simplest layout, then the least memory."""
     layout = row["layout"]
-    return (float(f"{row['time']['total']:.2e}"), layout.pipeline, layout.tensor, layout.zero, row["memory"]["total"])
+    seconds = float(f"{row['time']['total']:.2e}")
+    return seconds, layout.pipeline, layout.tensor, layout.zero, row["memory"]["total"]
 
 
 def layout_name(layout):
     """A layout in words: "data 8 zero 1, recompute full"."""
     words = []
     if layout.data > 1:
-        words.append(f"data {layout.data} zero {layout.zero}" if layout.zero else f"data {layout.data}")
+        words.append(f"data {layout.data}")
+    if layout.data > 1 and layout.zero:
+        words[-1] += f" zero {layout.zero}"
     if layout.tensor > 1:
         words.append(f"tensor {layout.tensor}")
     if layout.pipeline > 1:
@@ -430,7 +450,8 @@ def show_layouts(c, model, sequences, card):
     print("Times and MFU are counted, from assumed shares of the GPU's peak: nothing was measured on a GPU")
     print(f"GB per GPU, at most {card.usable / 1e9:.1f}; ms per step. Training keeps no KV cache; "
           f"generating takes {cache:.3g} GB for {T} tokens in bfloat16\n")
-    heads = [f"{head:>{max(7, len(head))}}" for head in (*PARTS, *(f"{name} ms" for name in TIMES), "MFU")]
+    names = (*PARTS, *(f"{name} ms" for name in TIMES), "MFU")
+    heads = [f"{name:>{max(7, len(name))}}" for name in names]
     print(f"{'layout':<44} {'batch':>9}", *heads)
     for row in best:
         cells = [f"{row['memory'][part] / 1e9:.2f}" for part in PARTS]
@@ -480,7 +501,10 @@ def meta_model(sizes):
 
 def scaling_table(card=GPUS["h100"]):  # noqa: B008
     """The best layout of each shape by number of GPUs, as Markdown."""
-    lines = ["| model | GPUs | layout | micro-batch | GB per GPU | step | exposed | tokens/s | MFU |", "|" + "---|" * 9]
+    lines = [
+        "| model | GPUs | layout | micro-batch | GB per GPU | step | exposed | tokens/s | MFU |",
+        "|" + "---|" * 9,
+    ]
     for name, (sizes, tokens) in SHAPES.items():
         model = meta_model(sizes)
         sequences = tokens // model.config.block_size
@@ -536,5 +560,5 @@ def main(c):
 
 
 if __name__ == "__main__":
-    c = Settings(configure(globals(), verb="what", verbs=("layouts", "scaling"), also=ROOT / "train.py"))
-    main(c)
+    verbs = ("layouts", "scaling")
+    main(Settings(configure(globals(), verb="what", verbs=verbs, also=ROOT / "train.py")))
