@@ -51,9 +51,9 @@ QUOTED = re.compile(r"""[ \t]*(["'])((?:(?!\1).|\1\1)*)\1\s*(?=,|\Z)""", re.DOTA
 def fail(message) -> NoReturn:
     """End the run for a reason that the user can mend: one line on stderr, exit code 2.
 
-    Under torchrun rank 0 reports at once and other ranks wait: 3 seconds if first on their machine or on rank 0's, else
-    6. An error that all ranks have is then printed once, because torchrun ends the waiting ones. An error that only
-    one rank has is still printed.
+    Under torchrun rank 0 reports at once, the first rank of each other machine after 3 seconds, all other ranks after
+    6. An error that all ranks have is printed once, because torchrun ends the ranks that still wait. An error that
+    only one rank has is printed as well.
     """
     # A rank that is not a number counts as 0: it may be the very mistake that the message is about.
     seconds = 0

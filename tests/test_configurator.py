@@ -1,4 +1,4 @@
-"""Settings: what is a key, what wins, what each type takes, and that every mistake is one line that names its mend."""
+"""Settings: which lines are keys, which value wins, what each type takes, and one line with the mend per mistake."""
 
 import copy
 import json
@@ -174,7 +174,7 @@ def test_settings_end_at_the_first_definition_or_at_the_call(end):
 
 
 def test_what_was_set_is_known():
-    """Also what was set to its default; by a file as by the command line."""
+    """Even if it was set to its default, by a file or by the command line."""
     named, source = set(), "a = 1\nb = 2\nc = 3\nd = 4\nkind = ''\nruns: tuple[str, ...] = ()\n"
     words = (config_file("b = 2"), "--c=3", "train", "x")
     assert resolve(*words, source=source, verb="kind", verbs=("train",), paths="runs", given=named)["a"] == 1
@@ -191,7 +191,7 @@ def test_what_was_set_is_known():
     (("steps.py", "--tokens_per_step=128"), (128, None)),
 ], ids=str)
 def test_of_two_ways_to_say_one_thing_the_later_one_wins(words, found):
-    """How many tokens an update has, in a config file of ours, one of nanoGPT's, and on the command line."""
+    """The tokens of an update, in a config file of ours, in one of nanoGPT's, and on the command line."""
     source = "tokens_per_step = 0\ngradient_accumulation_steps: int | None = None\n"
     ours = config_file("tokens_per_step = 64", "ours.py")
     theirs = config_file("gradient_accumulation_steps = 8", "steps.py")
@@ -550,7 +550,7 @@ def test_names_in_capitals_and_imported_ones_are_no_mistyped_keys(refused):
 
 
 def test_a_script_beside_train_py_ignores_the_keys_of_train_py(refused):
-    """A fork's own as well: a run is trained and sampled with the same config file."""
+    """Even keys that a fork has added: a run is trained and sampled with the same config file."""
     Path("train.py").write_text("max_iters = 1\nforks_own = 'x'\n", encoding="utf-8")
     assert resolve(config_file("forks_own = 'y'\nsteps = 4"), source=BENCH)["steps"] == 4
     assert "unknown key forks_owm" in refused(config_file("forks_owm = 'y'"), source=BENCH)
@@ -748,19 +748,19 @@ def test_an_unknown_setting_names_the_nearest_one():
 
 @pytest.mark.parametrize("duplicate", [lambda c: pickle.loads(pickle.dumps(c)), copy.copy, copy.deepcopy])
 def test_settings_can_be_pickled_and_copied(duplicate):
-    """A process that is spawned gets them so."""
+    """Spawned processes get their settings by pickling."""
     c = duplicate(Settings(DEFAULTS))
     assert isinstance(c, Settings) and same(dict(c), DEFAULTS)
     with pytest.raises(AttributeError):
         c.bias = False
 
 
-# what nobody knows
+# unknown keys
 
 
 @pytest.mark.parametrize("rank, local, seconds", [("0", "0", 0), ("8", "0", 3), ("3", "3", 6)])
-def test_under_torchrun_an_error_is_said_after_those_of_the_ranks_before(rank, local, seconds, monkeypatch, capsys):
-    """Which, if they have it too, end the run meanwhile."""
+def test_under_torchrun_an_error_is_printed_after_those_of_the_ranks_before(rank, local, seconds, monkeypatch, capsys):
+    """If the ranks before have the same error, they end the run meanwhile."""
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local)
     waited = []
