@@ -1,5 +1,5 @@
 """
-The machine as torch sees it: which device and precision to use and why, what it can reach, how much memory is in use.
+The machine as torch sees it: which device, precision and kernels to use and why, its peak speed, its memory.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Peak dense FLOP/s, without sparsity: in bf16 and fp16 with fp32 sums, and in fp32 without TF32 (None: the sources
-# differ; peak_flops derives TF32). By a part of what torch.cuda.get_device_name says; the longer name first where one
-# contains another. From the makers' data sheets and architecture white papers (Volta, Turing, Ampere GA100 and
-# GA102, Ada, Hopper, Blackwell, RTX Blackwell, CDNA 3), half of what they print "with sparsity".
+# differ). A key is a part of what torch.cuda.get_device_name returns; if one key contains another, the longer comes
+# first. From the makers' data sheets and architecture white papers (Volta, Turing, Ampere GA100 and GA102, Ada,
+# Hopper, Blackwell, RTX Blackwell, CDNA 3), half of what they print "with sparsity".
 PEAK_FLOPS = {
     "GB200": (2500e12, None),
     "B200": (2250e12, None),
@@ -54,21 +54,27 @@ PEAK_FLOPS = {
     "MI300X": (1307.4e12, 163.4e12),
 }
 
-OTHER_CHIP = re.compile(r"\b(Laptop|Max-Q|Ti|D|SUPER|MIG)\b")  # another chip, or a part of one, behind the same name
+OTHER_CHIP = re.compile(r"\b(Laptop|Max-Q|Ti|D|SUPER|MIG)\b")  # another chip, or a part of one, with the same name
 
-# Files that an NVIDIA driver brings: on Linux, in a container, on WSL.
+# A machine with an NVIDIA driver has one of these files: on Linux, in a container, on WSL.
 NVIDIA_DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")
 
-# Builds of torch 2.9 to 2.14: wheel index -> the lowest and highest compute capability it has kernels for. CUDA 13
-# dropped Maxwell, Pascal and Volta; CUDA 12.6 came before Blackwell. From torch.cuda.PYTORCH_RELEASES_CODE_CC of 2.13.
+# Builds of torch 2.9 to 2.14: wheel index -> the lowest and highest compute capability with kernels. CUDA 13 dropped
+# Maxwell, Pascal and Volta; CUDA 12.6 came before Blackwell. From torch.cuda.PYTORCH_RELEASES_CODE_CC of 2.13.
 BUILDS = {"cu130": ((7, 5), (12, 1)), "cu126": ((5, 0), (9, 0))}
 
 SDPA = ("auto", "cudnn", "flash", "efficient", "math")  # kernels of scaled_dot_product_attention on CUDA
 
 
+# -----------------------------------------------------------------------------
+# The device
+
+
 def pick_device(name="auto"):
-    """"auto", "cpu", "cuda", "cuda:1" or "mps" -> (torch.device, why). Raises ValueError where it is not there, and
-    where there is an NVIDIA GPU that this build of torch cannot use."""
+    """"auto", "cpu", "cuda", "cuda:1" or "mps" -> (torch.device, reason for people).
+
+    Raises ValueError if this machine has no such device, or has an NVIDIA GPU that this build of torch cannot use.
+    """
     if name == "auto":
         if cuda_is_available():
             device = torch.device("cuda")
@@ -82,22 +88,23 @@ def pick_device(name="auto"):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device={name!r} is none of auto, cpu, cuda, cuda:N, mps") from None
-    there = {"cpu": True, "cuda": cuda_is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.type, False):
+    available = {"cpu": True, "cuda": cuda_is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, False):
         if device.type == "cuda":
             check_driver(name)
         raise ValueError(
             f"device={name!r}: torch {torch.__version__} finds no such device here; device=auto takes what there is"
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}: there are {torch.cuda.device_count()} CUDA device(s) here, counted from 0")
     if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"device={name!r}: there are {count} CUDA device(s) here, counted from 0")
         check_kernels(name, device)
     return device, "asked for"
 
 
 def cuda_is_available():
-    """torch.cuda.is_available() without its warning about the driver: check_driver says it in one line."""
+    """torch.cuda.is_available() without its warning about the driver: check_driver reports that in one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.cuda.is_available()
@@ -109,13 +116,13 @@ def nvidia_driver():
 
 
 def install_torch(index):
-    """The command that replaces this torch by the build of the same version that a wheel index has."""
+    """The command that replaces this torch with another build of the same version, from a wheel index."""
     version = torch.__version__.partition("+")[0]
     return f"pip install --force-reinstall --index-url https://download.pytorch.org/whl/{index} torch=={version}"
 
 
 def why_no_gpu():
-    """Why device=auto takes the CPU."""
+    """Why device=auto picks the CPU, for people."""
     if torch.version.cuda is None and torch.version.hip is None and nvidia_driver():
         return ("this torch is a CPU build; an NVIDIA driver is here: install a CUDA build with "
                 f"{install_torch('cu130')}, or with cu126 where the driver is older than 580")
@@ -123,8 +130,8 @@ def why_no_gpu():
 
 
 def check_driver(name):
-    """Raises ValueError where an NVIDIA driver is here and CUDA does not start: torch.cuda.is_available() is then False
-    as if there was no GPU. `name` is the setting of the device."""
+    """Raises ValueError if there is an NVIDIA driver but CUDA does not start, in which case torch.cuda.is_available()
+    is False as if there were no GPU. `name` is the device setting, for the error."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda is None or hidden or not nvidia_driver():
         return
@@ -134,7 +141,7 @@ def check_driver(name):
     except RuntimeError as e:
         error = " ".join(str(e).split())
     if "No CUDA GPUs are available" in error or "Found no NVIDIA driver" in error:
-        return  # such as a container that was not given the machine's GPUs
+        return  # a container, for example, that has no access to the machine's GPUs
     build = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
     old = re.search(r"driver on your system is too old \(found version (\d+)\)", error)
     if old is None:
@@ -149,10 +156,10 @@ def check_driver(name):
 
 
 def runs_on(arch, capability):
-    """Whether code for "sm_86", "sm_90a" or "compute_90" runs on a GPU of a compute capability, such as (8, 9).
+    """Whether code for "sm_86", "sm_90a" or "compute_90" runs on a GPU of this compute capability, such as (8, 9).
 
-    Binaries run on later minor versions of their major version, PTX on all later GPUs; "a" means this very version
-    (CUDA C++ Programming Guide, sections Binary Compatibility and PTX Compatibility).
+    A binary (sm) runs on later minor versions of its major version, PTX (compute) on all later GPUs. "a" restricts
+    either to exactly its version (CUDA C++ Programming Guide, Binary Compatibility and PTX Compatibility).
     """
     kind, _, version = arch.partition("_")
     number = int(version.rstrip("af"))
@@ -165,29 +172,39 @@ def runs_on(arch, capability):
 
 
 def check_kernels(name, device):
-    """Raises ValueError where this build of torch has no kernels for the GPU. `name` is the setting of the device."""
+    """Raises ValueError if this build of torch has no kernels for the GPU. `name` is the device setting."""
     archs = torch.cuda.get_arch_list()
-    if torch.version.cuda is None or not archs:  # AMD's GPUs have names instead of compute capabilities
+    if torch.version.cuda is None or not archs:  # AMD GPUs have names instead of compute capabilities
         return
     capability = tuple(torch.cuda.get_device_capability(device))
     if any(runs_on(arch, capability) for arch in archs):
         return
-    mend = "install a newer torch, built for this GPU"
+    gpu = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+    raise ValueError(f"device={name!r}: {gpu}, torch {torch.__version__} has kernels for {' '.join(archs)} only; "
+                     f"{build_for(capability)}; --device=cpu runs without the GPU")
+
+
+def build_for(capability):
+    """Which build of torch has kernels for a compute capability that the installed one does not support, for people."""
+    if capability < (5, 0):
+        return "no build of torch >= 2.9 has"
     for index, (lowest, highest) in BUILDS.items():
         if lowest <= capability <= highest:
             driver = "a driver of CUDA 13 and " if index == "cu130" else ""
             low, high = (f"sm_{major}{minor}" for major, minor in (lowest, highest))
-            mend = f"the build {index} has {low} to {high}: {driver}{install_torch(index)}"
-            break
-    if capability < (5, 0):
-        mend = "no build of torch >= 2.9 has"
-    gpu = f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}"
-    raise ValueError(f"device={name!r}: {gpu}, torch {torch.__version__} has kernels for {' '.join(archs)} only; "
-                     f"{mend}; --device=cpu runs without the GPU")
+            return f"the build {index} has {low} to {high}: {driver}{install_torch(index)}"
+    return "install a newer torch, built for this GPU"
+
+
+# -----------------------------------------------------------------------------
+# Precision
 
 
 def pick_dtype(name, device):
-    """"auto", "float32", "bfloat16" or "float16" -> (torch.dtype, why). Raises ValueError for another name."""
+    """"auto", "float32", "bfloat16" or "float16" -> (torch.dtype, reason for people).
+
+    Raises ValueError for another name.
+    """
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"dtype={name!r} is none of auto, {', '.join(DTYPES)}")
@@ -203,20 +220,34 @@ def pick_dtype(name, device):
 
 def native_bfloat16():
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); emulated, it is slower than float32."""
-    supported = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(ask() for ask in supported if ask)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):  # private: a torch may lack them
+        is_supported = getattr(torch.cpu, name, None)
+        if is_supported and is_supported():
+            return True
+    return False
 
 
 def autocast(device, dtype):
-    """A function that gives the context to run a model in: mixed precision, or nothing in fp32."""
+    """A function that returns a context to run a model in: mixed precision, or none in fp32."""
     if dtype == torch.float32:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype)
 
 
+def use_tf32(enabled, device):
+    """Allows or forbids CUDA to multiply fp32 matrices in TF32: 10 bits of mantissa instead of 23. No effect on other
+    devices."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if enabled else "highest")
+
+
+# -----------------------------------------------------------------------------
+# Attention kernels
+
+
 def use_sdpa(name, device):
-    """Lets scaled_dot_product_attention use one CUDA kernel alone, in this whole process: a name of SDPA. "auto" leaves
-    torch's own choice. Raises ValueError for another name, and for a kernel where the device is not CUDA."""
+    """Restricts scaled_dot_product_attention to one CUDA kernel in this whole process: a name in SDPA, or "auto" for
+    torch's own choice. Raises ValueError for another name, and for a kernel if the device is not CUDA."""
     if name not in SDPA:
         raise ValueError(f"sdpa={name!r} is none of {', '.join(SDPA)}")
     if name == "auto":
@@ -233,9 +264,9 @@ def inference_kernels(device):
     """The context to run inference in: scaled_dot_product_attention without cuDNN's kernel.
 
     From torch 2.11 SDPA prefers cuDNN on Hopper and B200 (with cuDNN 9.15.1 or later, which CUDA 13 builds have). cuDNN
-    makes a plan of some 0.4 s for each new shape, and decoding has a new shape at every length; and wrong results for
-    a query of length 1 were reported on B200 (pytorch/pytorch#193893). The other kernels keep torch's order: flash,
-    efficient, math. A kernel that use_sdpa named stays alone.
+    takes about 0.4 s to plan for each new shape, and decoding has a new shape at every length. On B200, wrong results
+    for a query of length 1 were reported (pytorch/pytorch#193893). The other kernels keep torch's order: flash,
+    efficient, math. A kernel chosen with use_sdpa stays the only one.
     """
     if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
         return contextlib.nullcontext()
@@ -253,49 +284,25 @@ def inference_kernels(device):
 
 
 def sdpa_kernel_of(device, dtype, *, batch, queries, keys, heads, kv_heads, head_dim, causal):
-    """The kernel that scaled_dot_product_attention picks for such tensors now: "cudnn" | "flash" | "efficient" |
-    "math"; "unknown" where torch does not say. `queries` and `keys` are lengths in tokens. Where gradients are enabled,
-    the tensors need them, as in training."""
+    """The kernel that scaled_dot_product_attention picks for tensors of this shape now: "cudnn" | "flash" |
+    "efficient" | "math", or "unknown" if torch does not tell. `queries` and `keys` are lengths in tokens. If gradients
+    are enabled, the tensors require them, as in training."""
     names = {SDPBackend.CUDNN_ATTENTION: "cudnn", SDPBackend.FLASH_ATTENTION: "flash",
              SDPBackend.EFFICIENT_ATTENTION: "efficient", SDPBackend.MATH: "math"}
     grad = torch.is_grad_enabled()
     try:
         q = torch.empty(batch, queries, heads, head_dim, device=device, dtype=dtype, requires_grad=grad)
         k = torch.empty(batch, keys, kv_heads, head_dim, device=device, dtype=dtype, requires_grad=grad)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, heads, T, head_dim), with the strides that model.py has
+        q = q.transpose(1, 2)  # (B, heads, T, head_dim), with the same strides as in model.py
+        k = k.transpose(1, 2)
         choice = torch._fused_sdp_choice(q, k, k, is_causal=causal, enable_gqa=heads != kv_heads)
         return names.get(SDPBackend(choice), "unknown")
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
-        return "unknown"  # the function is private to torch
+        return "unknown"  # torch's function is private, and may change
 
 
-def use_tf32(enabled, device):
-    """Lets CUDA multiply fp32 matrices in TF32, 10 bits of mantissa instead of 23, or forbids it. Elsewhere it does
-    nothing."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if enabled else "highest")
-
-
-def allocate_in_segments():
-    """Has the CUDA allocator grow its segments (expandable_segments), unless PYTORCH_ALLOC_CONF or
-    PYTORCH_CUDA_ALLOC_CONF is set. Call it before the first CUDA tensor. Linux only, without WSL.
-
-    Micro-batches of several lengths need tensors of several sizes; in segments of fixed size the freed ones leave holes
-    that no later tensor fits in, and memory runs out while gigabytes are free.
-    """
-    is_set = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
-    if sys.platform != "linux" or "microsoft" in os.uname().release or torch.version.hip or is_set:
-        return
-    wanted = "expandable_segments:True"
-    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
-    if release < (2, 10):  # reads the old name alone (pytorch/pytorch#183387), at the first tensor
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = wanted
-        return
-    os.environ["PYTORCH_ALLOC_CONF"] = wanted  # for child processes: a CUDA build reads it when torch is imported
-    set_now = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if set_now:
-        with contextlib.suppress(RuntimeError):  # where it cannot be had, memory is allocated as ever
-            set_now(wanted)
+# -----------------------------------------------------------------------------
+# torch.compile
 
 
 def has_compiler(variable, names):
@@ -305,12 +312,13 @@ def has_compiler(variable, names):
 
 def has_python_h():
     """Whether the headers of this Python are installed, as inductor and triton look for them."""
-    folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]  # Debian's differ
+    folders = [sysconfig.get_path("include")]
+    folders.append(sysconfig.get_path("include", "posix_prefix"))  # another one on Debian
     return any((Path(folder) / "Python.h").is_file() for folder in folders)
 
 
 def missing_for_compile(device):
-    """What torch.compile needs on this device and lacks here, each with the mend; [] where nothing is missing."""
+    """The tools that torch.compile needs for this device and this machine lacks, each with the way to install it."""
     missing = []
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -325,7 +333,7 @@ def missing_for_compile(device):
 
 
 def can_compile(device):
-    """Why torch.compile cannot work here, or None where it should."""
+    """The reason why torch.compile cannot work here, or None if it should."""
     if sys.platform == "win32":
         return "not on Windows"
     if device.type == "cpu" and not has_compiler("CXX", ("c++", "g++", "clang++")):
@@ -334,14 +342,14 @@ def can_compile(device):
 
 
 def compile_one(device):
-    """Compiles a small function, and runs it forward and backward. Raises what torch.compile raises."""
+    """Compiles a small function and runs it forward and backward. Raises whatever torch.compile raises."""
     x = torch.ones(64, device=device, requires_grad=True)
     torch.compile(lambda x: x.sin() + x.cos())(x).sum().backward()
 
 
 def inner_error(error):
-    """The innermost exception behind one: the one that torch.compile wraps (inner_exception), else the one it was
-    raised from (__cause__), else the one that was being handled (__context__)."""
+    """The innermost cause of an exception. At each level the cause is the exception that torch.compile wrapped
+    (inner_exception), else the one it was raised from (__cause__), else the one being handled (__context__)."""
     seen = {id(error)}
     while True:
         context = None if error.__suppress_context__ else error.__context__
@@ -353,8 +361,8 @@ def inner_error(error):
 
 
 def what_failed(error):
-    """The innermost cause of an error, in a line. Raises that cause where memory is full: to run in another way takes
-    no less."""
+    """The innermost cause of an error, in one line. If memory is full it raises that cause instead: running without
+    torch.compile would need no less."""
     cause = inner_error(error)
     if memory_is_full(cause):
         raise cause from None
@@ -362,9 +370,13 @@ def what_failed(error):
     return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
 
 
+# -----------------------------------------------------------------------------
+# Peak speed
+
+
 def peak_flops(device, dtype, tf32=False):
-    """FLOP/s that `device` can reach at best in `dtype`, or None where it is not known. That of a CPU is measured.
-    `tf32`: fp32 matrices are multiplied in TF32, where the GPU has it."""
+    """The most FLOP/s that `device` can reach in `dtype`, or None if unknown. A CPU's is measured.
+    `tf32`: fp32 matrices are multiplied in TF32, if the GPU has it."""
     if device.type == "cpu":
         return matmul_flops(dtype, torch.get_num_threads())
     if device.type != "cuda":
@@ -372,34 +384,63 @@ def peak_flops(device, dtype, tf32=False):
     name = torch.cuda.get_device_name(device)
     if OTHER_CHIP.search(name):
         return None
-    found = (peaks for known, peaks in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name))
-    half, single = next(found, (None, None))
+    matches = (peaks for known, peaks in PEAK_FLOPS.items() if re.search(rf"\b{known}\b", name))
+    half, single = next(matches, (None, None))
     if dtype != torch.float32:
         return half
-    # TF32 came with Ampere, and is half as fast as bf16 in NVIDIA's data sheets: A100 156 of 312 TFLOP/s, H100 495 of
+    # TF32 came with Ampere. In NVIDIA's data sheets it is half as fast as bf16: A100 156 of 312 TFLOP/s, H100 495 of
     # 989, L40S 183 of 362, RTX 4090 82.6 of 165, B200 1125 of 2250, all dense.
-    if tf32 and half and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0):
-        return half / 2
+    if tf32 and half and torch.version.hip is None:
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return half / 2
     return single
 
 
 @functools.cache
 def matmul_flops(dtype, threads):
-    """FLOP/s of this CPU in a matrix product of `dtype`, with the `threads` that torch has: the best of a few tries in
-    some 0.1 s. No data sheet knows its clock under load, so MFU is a share of what a product reaches here."""
+    """FLOP/s of this CPU in a matrix product of `dtype` with torch's `threads`: the best of a few tries in about 0.1 s.
+    No data sheet knows a CPU's clock under load, so its MFU is a share of what a matrix product reaches here."""
     n = 768  # wide enough for the caches' blocks, and 0.9 GFLOP
-    a, best, began = torch.ones(n, n, dtype=dtype), math.inf, time.perf_counter()
+    a = torch.ones(n, n, dtype=dtype)
+    seconds = math.inf
+    began = time.perf_counter()
     for _ in range(8):
         clock = time.perf_counter()
         torch.mm(a, a)
-        best = min(best, time.perf_counter() - clock)
+        seconds = min(seconds, time.perf_counter() - clock)
         if clock - began > 0.1:
             break
-    return 2 * n**3 / best
+    return 2 * n**3 / seconds
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+
+def allocate_in_segments():
+    """Makes the CUDA allocator grow its segments (expandable_segments), unless PYTORCH_ALLOC_CONF or
+    PYTORCH_CUDA_ALLOC_CONF is set. Call it before the first CUDA tensor. Linux only, without WSL.
+
+    Micro-batches of different lengths need tensors of different sizes. In segments of fixed size, freed tensors leave
+    holes that no later tensor fits into, and memory runs out while gigabytes are free.
+    """
+    is_set = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
+    if sys.platform != "linux" or "microsoft" in os.uname().release or torch.version.hip or is_set:
+        return
+    wanted = "expandable_segments:True"
+    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if release < (2, 10):  # it reads only the old name (pytorch/pytorch#183387), at the first tensor
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = wanted
+        return
+    os.environ["PYTORCH_ALLOC_CONF"] = wanted  # for child processes: a CUDA build reads it when torch is imported
+    set_now = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if set_now:
+        with contextlib.suppress(RuntimeError):  # a driver without it: memory is allocated as before
+            set_now(wanted)
 
 
 def memory_gb(device):
-    """Peak memory so far in GB (1e9 bytes), of the GPU, else of this process; None where the system does not say."""
+    """Peak memory so far in GB (1e9 bytes), of the GPU, else of this process; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -411,24 +452,25 @@ def memory_gb(device):
         import resource  # not on Windows
     except ImportError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes; elsewhere a parent's peak is in it, too
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes; elsewhere it includes a parent's peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def free_memory(device, processes=1):
-    """Bytes that this process can still have, of the GPU, else a share of the machine's for each of the `processes` on
-    it; None where the system does not say."""
+    """Bytes of memory that this process can still allocate: on the GPU, else its share of the machine's free memory if
+    `processes` of them run on it. None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as f:  # Linux
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")) // processes
+            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:"))
+            return free // processes
     except (OSError, StopIteration):
         return None
 
 
 def rss_gb():
-    """Memory of this process that is in RAM now, in GB (1e9 bytes); None where there is no /proc."""
+    """Memory of this process that is in RAM now, in GB (1e9 bytes); None if there is no /proc."""
     try:
         with open("/proc/self/statm", encoding="ascii") as f:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
@@ -437,7 +479,8 @@ def rss_gb():
 
 
 def memory_is_full(error):
-    """The line that says so where `error` is about a CPU's or a GPU's memory, or None: for a CPU torch has no class."""
+    """If `error` says that the memory of a CPU or a GPU is full, that in one line, else None. torch has no exception
+    class for a CPU's memory."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return ". ".join(text.split(". ", 2)[:2])

@@ -1,12 +1,12 @@
 """
-What this machine has, and whether its ranks can talk: to be read, or pasted into a bug report.
+Report what this machine has, and whether its ranks can communicate. Read it, or paste it into a bug report.
 
     python doctor.py
-    torchrun --standalone --nproc_per_node=8 doctor.py      # and between its GPUs
+    torchrun --standalone --nproc_per_node=8 doctor.py      # also between its GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 doctor.py  # on both machines
 
-Under torchrun every rank answers to its number, passes a message around a ring, and takes part in all-reduces of
-growing size. Each stage has a time-out: where a rank is missing or hangs, one block says which, and which settings to
+Under torchrun every rank reports that it is there, passes a message around a ring, and takes part in all-reduces of
+growing size. Each stage has a time-out. If a rank is missing or hangs, one block of text names it and the settings to
 try.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configurator import configure, fail
+from configurator import Settings, configure, fail
 from device import (
     can_compile,
     compile_one,
@@ -44,32 +44,34 @@ from training.monitor import environment
 from training.ranks import from_environment, leave
 
 # -----------------------------------------------------------------------------
-out_dir = "out"               # where runs would go: its disk is looked at
-device = "auto"               # auto | cpu | cuda | cuda:N | mps; under torchrun cuda is each rank's own
+out_dir = "out"               # where runs would go: its disk is measured
+device = "auto"               # auto | cpu | cuda | cuda:N | mps; under torchrun, cuda is each rank's own GPU
 dtype = "auto"                # auto | float32 | bfloat16 | float16
 timeout = 30.0                # seconds that any stage under torchrun may take
 largest = 64                  # megabytes of the largest all-reduce
 # -----------------------------------------------------------------------------
 
-SETTINGS = {  # what to try, by backend
-    "nccl": (  # docs/scaling.md says more of them
-        ("NCCL_DEBUG=INFO", "says which network and which transport NCCL takes, and what fails"),
-        ("NCCL_SOCKET_IFNAME={interfaces}", "the interface that reaches the other machines, where NCCL takes another"),
-        ("NCCL_IB_DISABLE=1", "without InfiniBand or RoCE: if that works, look at them (ibstat)"),
-        ("NCCL_P2P_DISABLE=1", "without direct copies between GPUs: if that works, look at IOMMU and ACS"),
-        ("NCCL_SHM_DISABLE=1", "without shared memory: if that works, /dev/shm is too small (docker: --shm-size)"),
-        ("TORCH_DISTRIBUTED_DEBUG=DETAIL", "has PyTorch check that all ranks ask for the same"),
+VARIABLES_TO_TRY = {  # by backend
+    "nccl": (  # docs/scaling.md explains more of them
+        ("NCCL_DEBUG=INFO", "reports the network and the transport that NCCL picks, and what fails"),
+        ("NCCL_SOCKET_IFNAME={interfaces}", "the interface that reaches the other machines, if NCCL picks another"),
+        ("NCCL_IB_DISABLE=1", "no InfiniBand or RoCE: if that works, look at them (ibstat)"),
+        ("NCCL_P2P_DISABLE=1", "no direct copies between GPUs: if that works, look at IOMMU and ACS"),
+        ("NCCL_SHM_DISABLE=1", "no shared memory: if that works, /dev/shm is too small (docker: --shm-size)"),
+        ("TORCH_DISTRIBUTED_DEBUG=DETAIL", "PyTorch checks that all ranks call the same collective"),
     ),
     "gloo": (
-        ("GLOO_SOCKET_IFNAME={interfaces}", "the interface that reaches the other machines, where gloo takes another"),
-        ("TORCH_DISTRIBUTED_DEBUG=DETAIL", "has PyTorch check that all ranks ask for the same"),
+        ("GLOO_SOCKET_IFNAME={interfaces}", "the interface that reaches the other machines, if gloo picks another"),
+        ("TORCH_DISTRIBUTED_DEBUG=DETAIL", "PyTorch checks that all ranks call the same collective"),
     ),
 }
-# what torch and its communication read from the environment, by how a name begins; doctor.py prints those that are set
-READ = ("NCCL_", "TORCH_NCCL_", "TORCH_FR_", "TORCH_DISTRIBUTED_DEBUG", "GLOO_", "TP_SOCKET_IFNAME", "OMP_NUM_THREADS",
-        "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "PYTORCH_ALLOC_CONF",
-        "PYTORCH_CUDA_ALLOC_CONF")
-GRACE = 3  # seconds in which the rank that reports is not ended by torchrun because another one was
+# Environment variables of torch and its communication, by how a name begins. doctor.py prints those that are set.
+VARIABLES = (
+    "NCCL_", "TORCH_NCCL_", "TORCH_FR_", "TORCH_DISTRIBUTED_DEBUG", "GLOO_", "TP_SOCKET_IFNAME", "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
+GRACE = 3  # seconds that other ranks wait to exit: torchrun ends all ranks when the first one exits
 
 
 # -----------------------------------------------------------------------------
@@ -84,18 +86,20 @@ def gpus():
 
 
 def attention_backends(where, precision):
+    """The attention that attn=auto picks, and on CUDA the kernels that SDPA may use."""
     kind, why = pick_attention("auto", where, precision, 1024, 64)
-    ours = f"{kind} ({why}); flash-attn {'is' if flash_attn_func else 'is not'} installed"
+    installed = "is" if flash_attn_func else "is not"
+    text = f"{kind} ({why}); flash-attn {installed} installed"
     if where.type != "cuda":
-        return ours
-    on = [name for name in ("flash", "mem_efficient", "cudnn", "math")
-          if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
-    return f"{ours}; SDPA may use {', '.join(on)}"
+        return text
+    enabled = [name for name in ("flash", "mem_efficient", "cudnn", "math")
+               if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
+    return f"{text}; SDPA may use {', '.join(enabled)}"
 
 
 def sdpa_kernels(where, precision):
-    """(kernel that SDPA picks to train, kernel to decode), for 12 heads of 64: 8 sequences of 1024 tokens, and 8
-    requests with a query for each 512 keys."""
+    """(kernel that SDPA picks to train, kernel to decode), for 12 heads of 64: 8 sequences of 1024 tokens to train, and
+    8 requests to decode, each with one query for 512 keys."""
     heads = {"batch": 8, "heads": 12, "kv_heads": 12, "head_dim": 64}
     training = sdpa_kernel_of(where, precision, queries=1024, keys=1024, causal=True, **heads)
     with torch.no_grad(), inference_kernels(where):
@@ -104,39 +108,44 @@ def sdpa_kernels(where, precision):
 
 
 def try_compile(where):
-    """Compiles a small function, runs it forward and backward -> "works (N s)", or why it does not."""
+    """Compiles a small function, runs it forward and backward -> "works (N s)", or the reason why it fails."""
     clock = time.perf_counter()
     try:
         compile_one(where)
-    except Exception as e:  # the compilers' errors have no class in common
-        inner = inner_error(e)
-        reason = (str(inner).strip() or type(inner).__name__).splitlines()[0]
-        return "; ".join(["fails", *(f"missing {item}" for item in missing_for_compile(where)), reason])
+    except Exception as error:  # the compilers' errors have no class in common
+        cause = inner_error(error)
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        missing = [f"missing {item}" for item in missing_for_compile(where)]
+        return "; ".join(["fails", *missing, reason])
     return f"works ({time.perf_counter() - clock:.0f} s)"
 
 
 def disk(folder, size=64):
-    """(GB free, MB/s of writing `size` MB) where `folder` is, or would be; nothing is left there."""
-    there = next(p for p in (folder, *folder.parents) if p.is_dir())
+    """(GB free, MB/s when writing `size` MB) on the disk of a folder that need not exist. Leaves no file there."""
+    parent = next(path for path in (folder, *folder.parents) if path.is_dir())
     data = os.urandom(2**20)
     clock = time.perf_counter()
-    with tempfile.TemporaryFile(dir=there) as file:
+    with tempfile.TemporaryFile(dir=parent) as file:
         for _ in range(size):
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return shutil.disk_usage(there).free / 1e9, size * 2**20 / 1e6 / (time.perf_counter() - clock)
+    seconds = time.perf_counter() - clock
+    return shutil.disk_usage(parent).free / 1e9, size * 2**20 / 1e6 / seconds
 
 
 def infiniband(root=Path("/sys/class/infiniband")):
     """"mlx5_0 4: ACTIVE 400 Gb/sec (4X NDR)" for each port."""
-    ports = sorted(root.glob("*/ports/*"))
-    read = lambda port, name: (port / name).read_text(encoding="utf-8").strip()  # noqa: E731
-    return [f"{port.parent.parent.name} {read(port, 'state')} {read(port, 'rate')}" for port in ports]
+    lines = []
+    for port in sorted(root.glob("*/ports/*")):
+        state = (port / "state").read_text(encoding="utf-8").strip()
+        rate = (port / "rate").read_text(encoding="utf-8").strip()
+        lines.append(f"{port.parent.parent.name} {state} {rate}")
+    return lines
 
 
 def topology():
-    """The matrix of `nvidia-smi topo -m`: NV# is NVLink, PIX to SYS PCIe, nearest first. "" where there is none."""
+    """The matrix of `nvidia-smi topo -m`, or "": NV# is NVLink; PIX to SYS are PCIe, nearest first."""
     try:
         done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, encoding="utf-8", timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -145,47 +154,61 @@ def topology():
 
 
 def environment_settings():
-    """Those of READ that are set, by name."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(READ)}
+    """The environment variables among VARIABLES that are set, by name."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
 
 
-def machine(where, why, world=1):
-    """What there is, as (name, text) lines for people and a dict for programs. Where other ranks wait, nothing is
-    compiled: it may take longer than their time-out."""
-    precision, dtype_why = pick_dtype(dtype, where)
-    name = str(precision).removeprefix("torch.")
-    peak = peak_flops(where, precision)
+def machine(c, where, why, world=1):
+    """What this machine has, as (name, text) lines for people and a dict for programs. If other ranks wait (world > 1)
+    nothing is compiled: it may take longer than their time-out."""
+    precision, dtype_why = pick_dtype(c.dtype, where)
+    dtype_name = str(precision).removeprefix("torch.")
     recorded = environment(where, None)
-    free, speed = disk(Path(out_dir).resolve())
-    has_nccl = where.type == "cuda" and dist.is_nccl_available()
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "none"
-    gloo = "yes" if dist.is_available() and dist.is_gloo_available() else "no"
-    dirty = " with changes" if recorded["dirty_diff"] or recorded["untracked"] else ""
-    ports, settings = infiniband(), environment_settings()
     training, decoding = sdpa_kernels(where, precision)
-    compiles = can_compile(where) or ("not tried under torchrun" if world > 1 else try_compile(where))
+    free, speed = disk(Path(c.out_dir).resolve())
+    peak = peak_flops(where, precision)
+    found = {
+        "dtype": dtype_name, "peak_flops": peak, "disk_free_gb": free, "disk_mb_per_s": speed,
+        "sdpa_training": training, "sdpa_decoding": decoding, "infiniband": infiniband(),
+        "variables": environment_settings(),
+    }
+    compiles = can_compile(where)
+    if not compiles:
+        compiles = "not tried under torchrun" if world > 1 else try_compile(where)
+    packages = ", ".join(f"{name} {version}" for name, version in recorded["packages"].items())
+    variables = " ".join(f"{key}={value}" for key, value in found["variables"].items())
+    reach = f"{peak / 1e12:.3g} TFLOP/s, what MFU is a share of" if peak else "not known, so MFU is n/a"
+    changes = " with changes" if recorded["dirty_diff"] or recorded["untracked"] else ""
     lines = [
         ("system", f"{platform.platform()}, Python {recorded['python']}"),
-        ("packages", ", ".join(f"{package} {version}" for package, version in recorded["packages"].items())),
-        ("libraries", f"CUDA {torch.version.cuda or 'none'}, NCCL {nccl}, gloo {gloo}"),
+        ("packages", packages),
+        ("libraries", libraries(where)),
         ("cpu", f"{recorded['cpu']}, {os.cpu_count()} cores, {recorded['threads']} threads"),
         *(("gpu", line) for line in gpus()),
         ("device", f"{where} ({why})"),
-        ("dtype", f"{name} ({dtype_why})"),
-        ("peak", f"{peak / 1e12:.3g} TFLOP/s, what MFU is a share of" if peak else "not known, so MFU is n/a"),
+        ("dtype", f"{dtype_name} ({dtype_why})"),
+        ("peak", reach),
         ("attention", attention_backends(where, precision)),
-        ("attention", f"SDPA picks {training} to train, {decoding} to decode ({name}, heads of 64)"),
+        ("attention", f"SDPA picks {training} to train, {decoding} to decode ({dtype_name}, heads of 64)"),
         ("compile", compiles),
-        ("disk", f"{free:.1f} GB free, {speed:.0f} MB/s written, at out_dir={out_dir}"),
-        *(("infiniband", port) for port in ports or ["none"]),
+        ("disk", f"{free:.1f} GB free, {speed:.0f} MB/s written, at out_dir={c.out_dir}"),
+        *(("infiniband", port) for port in found["infiniband"] or ["none"]),
         *(("topology", line) for line in topology().splitlines()),
-        ("variables", " ".join(f"{key}={value}" for key, value in settings.items()) or "none set"),
-        ("commit", f"{recorded['commit'] or 'not a git checkout'}{dirty}"),
+        ("variables", variables or "none set"),
+        ("commit", f"{recorded['commit'] or 'not a git checkout'}{changes}"),
         ("env.json", f"environment_sha256 {recorded['environment_sha256']}"),
     ]
     del recorded["dirty_diff"], recorded["untracked"]
-    return lines, {**recorded, "dtype": name, "peak_flops": peak, "disk_free_gb": free, "disk_mb_per_s": speed,
-                   "sdpa_training": training, "sdpa_decoding": decoding, "infiniband": ports, "variables": settings}
+    return lines, {**recorded, **found}
+
+
+def libraries(where):
+    """The versions of the libraries that torch was built with."""
+    nccl = "none"
+    if where.type == "cuda" and dist.is_nccl_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    gloo = "yes" if dist.is_available() and dist.is_gloo_available() else "no"
+    return f"CUDA {torch.version.cuda or 'none'}, NCCL {nccl}, gloo {gloo}"
 
 
 # -----------------------------------------------------------------------------
@@ -193,93 +216,106 @@ def machine(where, why, world=1):
 
 
 def interfaces():
+    """The names of this machine's network interfaces."""
     return [name for _, name in socket.if_nameindex()]
 
 
 class Ranks:
-    """The ranks of a torchrun, and what each has come to, in a store of their own."""
+    """The ranks that torchrun started, and the stages that each has reached, in a store that all can read."""
 
-    def __init__(self, rank, world, backend):
-        self.rank, self.world, self.backend = rank, world, backend
-        self.cards = []  # what each rank says of itself
+    def __init__(self, rank, world, backend, timeout):
+        self.rank = rank
+        self.world = world
+        self.backend = backend
+        self.timeout = timeout  # seconds that a stage may take
+        self.cards = []         # what each rank reports about itself
         self.store = self.connect(first=True)
 
     def connect(self, first=False):
-        """A client of the store that torchrun's agent holds; without an agent rank 0 does, from its first call on."""
+        """A client of the store. torchrun's agent hosts it; without an agent rank 0 does, in its `first` call."""
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
         try:
             return dist.TCPStore(host, port, is_master=first and self.rank == 0 and not agent,
-                                 timeout=timedelta(seconds=timeout), wait_for_workers=False)
-        except dist.DistError as e:
-            self.tell(f"rank {self.rank} on {socket.gethostname()} does not reach {host}:{port}", [
-                str(e).splitlines()[0], "does that name mean the same address there, and is the port open?"])
+                                 timeout=timedelta(seconds=self.timeout), wait_for_workers=False)
+        except dist.DistError as error:
+            self.report(f"rank {self.rank} on {socket.gethostname()} does not reach {host}:{port}", [
+                str(error).splitlines()[0],
+                "does that name mean the same address there, and is the port open?"])
 
-    def done(self, stage, value=""):
+    def finish_stage(self, stage, value=""):
+        """Notes in the store that this rank has finished a stage."""
         self.store.set(f"doctor/{stage}/{self.rank}", value)
         if self.store.add(f"doctor/{stage}", 1) == self.world:
             self.store.set(f"doctor/{stage}/all", "")
 
-    def all_done(self, stage):
-        """Whether all ranks are, within the time-out. One small question at a time, as there may be thousands."""
-        end = time.monotonic() + timeout
+    def all_finished(self, stage):
+        """Whether all ranks finish a stage within the time-out. It polls one key: there may be thousands of ranks."""
+        end = time.monotonic() + self.timeout
         while not self.store.check([f"doctor/{stage}/all"]):
             if time.monotonic() > end:
                 return False
             time.sleep(0.1)
         return True
 
-    def missing(self, stage):
+    def unfinished(self, stage):
+        """The ranks that have not finished a stage."""
         return [r for r in range(self.world) if not self.store.check([f"doctor/{stage}/{r}"])]
 
     def roll_call(self):
-        """What every rank says of itself; those that say nothing are named."""
-        if not self.all_done("here"):
-            self.first_to_tell()
-            absent = self.missing("here")
-            self.tell(f"{ranks(absent)} of {self.world} did not come within {timeout:g} s", [
-                f"{ranks([r for r in range(self.world) if r not in absent])} did; one that is missing was not started, "
-                "or died, or cannot reach the store: its own output says why",
+        """Reads what every rank reports about itself. Ends with an error that names ranks that never reported."""
+        if not self.all_finished("here"):
+            self.only_first_reports()
+            absent = self.unfinished("here")
+            present = [r for r in range(self.world) if r not in absent]
+            self.report(f"{ranks(absent)} of {self.world} did not come within {self.timeout:g} s", [
+                f"{ranks(present)} did; a missing rank was not started, or died, or cannot reach the store: "
+                "its own output says why",
                 "is torchrun running on every machine, with the same --nnodes and --rdzv_endpoint?"])
         keys = [f"doctor/here/{r}" for r in range(self.world)]
         self.cards = [json.loads(card) for card in self.store.multi_get(keys)]
 
     @contextmanager
-    def stage(self, name, means):
-        """A part that ends for all ranks within the time-out, or for none: `means` is what it shows of rank r."""
-        guard = threading.Timer(timeout, self.hangs, [name, means])
+    def stage(self, name, symptom):
+        """A stage that ends within the time-out, or ends all ranks. symptom(r) says what it means if rank r hangs."""
+        guard = threading.Timer(self.timeout, self.report_stage, [name, symptom])
         guard.daemon = True
         guard.start()
         try:
             yield
-        except RuntimeError as e:  # torch.distributed's errors
-            self.hangs(name, means, str(e).splitlines()[0])
+        except RuntimeError as error:  # torch.distributed's errors
+            self.report_stage(name, symptom, str(error).splitlines()[0])
         guard.cancel()
-        self.done(name)
+        self.finish_stage(name)
 
-    def hangs(self, name, means, error=""):
-        self.first_to_tell()
-        stuck = self.missing(name)
-        hosts = sorted({self.cards[r]["host"] for r in stuck})
-        self.tell(f"{name}: {ranks(stuck)} of {self.world} (on {', '.join(hosts)}) "
-                  + ("failed" if error else f"did not get through within {timeout:g} s"),
-                  [means(r) for r in stuck[:8]] + [error] * bool(error))
+    def report_stage(self, name, symptom, error=""):
+        """Reports the ranks that have not finished a stage, because of an error or of the time-out."""
+        self.only_first_reports()
+        stuck = self.unfinished(name)
+        hosts = ", ".join(sorted({self.cards[r]["host"] for r in stuck}))
+        happened = "failed" if error else f"did not get through within {self.timeout:g} s"
+        details = [symptom(r) for r in stuck[:8]]
+        if error:
+            details.append(error)
+        self.report(f"{name}: {ranks(stuck)} of {self.world} (on {hosts}) {happened}", details)
 
-    def first_to_tell(self):
-        """Returns on the first rank to have trouble; the others end, in silence."""
+    def only_first_reports(self):
+        """Returns on the first rank that has trouble. On other ranks it ends the process in silence."""
         if self.store.add("doctor/trouble", 1) > 1:
             time.sleep(GRACE)
             os._exit(1)
 
-    def tell(self, trouble, details):
-        """The block of what is wrong and what to try; the end."""
+    def report(self, trouble, details):
+        """Prints what is wrong and what to try, and ends the process."""
         names = [name for name in interfaces() if name != "lo"] or ["lo"]
-        tries = [(setting.format(interfaces=",".join(names)), why) for setting, why in SETTINGS[self.backend]]
-        width = max(len(setting) for setting, _ in tries)
+        settings = [(setting.format(interfaces=",".join(names)), why)
+                    for setting, why in VARIABLES_TO_TRY[self.backend]]
+        width = max(len(setting) for setting, _ in settings)
         lines = [f"error: {trouble}", *(f"  {detail}" for detail in details), "  try, on every machine:",
-                 *(f"    {setting:<{width}}  {why}" for setting, why in tries)]
+                 *(f"    {setting:<{width}}  {why}" for setting, why in settings)]
         print("\n" + "\n".join(lines) + "\n", file=sys.stderr, flush=True)
-        os._exit(1)  # also from the guard's thread, and with a collective that never returns
+        os._exit(1)  # it may be the guard's thread, while the main thread is in a collective that never returns
 
 
 def ranks(numbers):
@@ -294,125 +330,154 @@ def ranks(numbers):
     return f"rank{'s' if len(numbers) > 1 else ''} {text}"
 
 
-def check_cards(them):
-    """One rank, one GPU."""
+def check_cards(group):
+    """Ends with an error if two ranks share a GPU."""
     holders = {}
-    for r, card in enumerate(them.cards):
+    for r, card in enumerate(group.cards):
         if card["device"] != "cpu":
             holders.setdefault((card["host"], card["uuid"]), []).append(r)
     shared = [f"{ranks(held)} on {host}" for (host, _), held in holders.items() if len(held) > 1]
     if shared:
-        them.first_to_tell()
-        them.tell(f"one GPU is shared by {'; '.join(shared)}",
-                  ["torchrun --nproc_per_node=N with no more than there are; CUDA_VISIBLE_DEVICES the same for all"])
+        group.only_first_reports()
+        group.report(f"one GPU is shared by {'; '.join(shared)}", [
+            "torchrun --nproc_per_node=N with no more than the GPUs here; CUDA_VISIBLE_DEVICES the same for all"])
 
 
-def bandwidths(them, where):
-    """All-reduces from 4 kB up -> rows of MB, ms, and GB/s as nccl-tests has them: algbw is size / time, busbw
-    2 (n - 1) / n times that: what each link carries in a ring, whatever the number of ranks."""
-    rows, size = [], 4096
+def time_all_reduce(group, where, size):
+    """Seconds of an all-reduce of `size` bytes: the median of five, after a first one that opens connections."""
+    x = torch.ones(size // 4, device=where)
+    times = []
+    for _ in range(6):
+        x.fill_(group.rank)
+        clock = time.perf_counter()
+        dist.all_reduce(x)
+        total = x[-1].item()  # waits for the device
+        times.append(time.perf_counter() - clock)
+    assert total == group.world * (group.world - 1) / 2, "an all-reduce is a sum"
+    return sorted(times[1:])[2]
+
+
+def bandwidths(group, where, largest):
+    """All-reduces from 4 kB to `largest` MB -> rows of bytes, ms, and GB/s as nccl-tests defines them: algbw is
+    size / time, and busbw is 2 (n - 1) / n times that, the traffic of each link in a ring of any number of ranks."""
+    rows = []
+    size = 4096
     while size <= largest * 1_000_000:
-        x = torch.ones(size // 4, device=where)
-        with them.stage(f"all-reduce of {size:,} bytes", lambda r: f"rank {r} on {them.cards[r]['host']}"):
-            times = []
-            for _ in range(6):
-                x.fill_(them.rank)
-                clock = time.perf_counter()
-                dist.all_reduce(x)
-                total = x[-1].item()  # waits for the device
-                times.append(time.perf_counter() - clock)
-            assert total == them.world * (them.world - 1) / 2, "an all-reduce is a sum"
-        seconds = sorted(times[1:])[2]  # the median of five, after one that opens connections
-        bus = size / seconds * 2 * (them.world - 1) / them.world
-        rows.append({"bytes": size, "ms": 1000 * seconds, "algbw_gb_s": size / seconds / 1e9, "busbw_gb_s": bus / 1e9})
+        with group.stage(f"all-reduce of {size:,} bytes", lambda r: f"rank {r} on {group.cards[r]['host']}"):
+            seconds = time_all_reduce(group, where, size)
+        algbw = size / seconds / 1e9
+        busbw = size / seconds * 2 * (group.world - 1) / group.world / 1e9
+        rows.append({"bytes": size, "ms": 1000 * seconds, "algbw_gb_s": algbw, "busbw_gb_s": busbw})
         size *= 8
     return rows
 
 
-def arrive(where, rank, world):
-    """Says that this rank is here, and what it runs on. -> Ranks"""
+def join_ranks(c, where, rank, world):
+    """Reports that this rank is here, and the device it runs on. -> Ranks"""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             fail(f"WORLD_SIZE={world}, but {name} is not set: torchrun sets both")
-    them = Ranks(rank, world, "nccl" if where.type == "cuda" else "gloo")
-    card = {"host": socket.gethostname(), "pid": os.getpid(), "device": where.type, "variables": environment_settings()}
+    group = Ranks(rank, world, "nccl" if where.type == "cuda" else "gloo", c.timeout)
+    card = {
+        "host": socket.gethostname(), "pid": os.getpid(), "device": where.type,
+        "variables": environment_settings(),
+    }
     if where.type == "cuda":
-        card |= {"name": torch.cuda.get_device_name(where), "uuid": str(torch.cuda.get_device_properties(where).uuid)}
-    them.done("here", json.dumps(card))
-    return them
+        card["name"] = torch.cuda.get_device_name(where)
+        card["uuid"] = str(torch.cuda.get_device_properties(where).uuid)
+    group.finish_stage("here", json.dumps(card))
+    return group
 
 
-def talk(them, where):
-    """Whether the ranks reach each other, and how fast: bandwidths' rows. Ends with what is wrong where they do not."""
-    them.roll_call()
-    check_cards(them)
-    rank, world = them.rank, them.world
-    with them.stage("connecting", lambda r: f"rank {r} on {them.cards[r]['host']} does not reach all others"):
-        dist.init_process_group(them.backend, store=them.connect(), rank=rank, world_size=world,
-                                timeout=timedelta(seconds=2 * timeout))  # later than the guard
+def check_communication(c, group, where):
+    """Whether the ranks reach each other, and how fast -> the rows of bandwidths. If not, ends with what is wrong."""
+    group.roll_call()
+    check_cards(group)
+    rank, world = group.rank, group.world
+    with group.stage("connecting", lambda r: f"rank {r} on {group.cards[r]['host']} does not reach all others"):
+        dist.init_process_group(group.backend, store=group.connect(), rank=rank, world_size=world,
+                                timeout=timedelta(seconds=2 * c.timeout))  # later than the guard
     before, after = (rank - 1) % world, (rank + 1) % world
-    with them.stage("a message around the ring", lambda r: f"rank {r} heard nothing from rank {(r - 1) % world}"):
-        sent, got = torch.full((1,), float(rank), device=where), torch.empty(1, device=where)
-        swap = [dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, got, before)]
+    with group.stage("a message around the ring", lambda r: f"rank {r} heard nothing from rank {(r - 1) % world}"):
+        sent = torch.full((1,), float(rank), device=where)
+        received = torch.empty(1, device=where)
+        swap = [dist.P2POp(dist.isend, sent, after), dist.P2POp(dist.irecv, received, before)]
         for work in dist.batch_isend_irecv(swap):
             work.wait()
-        assert got.item() == before, "the message is its sender's number"
-    rows = bandwidths(them, where)
-    them.done("end")
-    if rank == 0:  # which may hold the store
-        them.all_done("end")
+        assert received.item() == before, "the message is its sender's number"
+    rows = bandwidths(group, where, c.largest)
+    group.finish_stage("end")
+    if rank == 0:  # it may host the store, so it leaves last
+        group.all_finished("end")
     return rows
 
 
 def differing(cards):
-    """{variable: {value: ranks}} of those that are not the same everywhere, which may be meant so, or forgotten."""
-    found = {}
-    for name in sorted({name for card in cards for name in card["variables"]} - {"CUDA_VISIBLE_DEVICES"}):
+    """{variable: {value: ranks}} of environment variables that are not the same on all ranks: intended, or forgotten.
+    """
+    names = {name for card in cards for name in card["variables"]} - {"CUDA_VISIBLE_DEVICES"}
+    different = {}
+    for name in sorted(names):
+        values = {}
         for r, card in enumerate(cards):
-            found.setdefault(name, {}).setdefault(card["variables"].get(name, ""), []).append(r)
-    return {name: held for name, held in found.items() if len(held) > 1}
+            values.setdefault(card["variables"].get(name, ""), []).append(r)
+        if len(values) > 1:
+            different[name] = values
+    return different
 
 
 def show_ranks(backend, cards, rows):
+    """Prints the hosts, the variables that differ between ranks, and the speed of all-reduces."""
     print(f"\n{len(cards)} ranks over {backend}, all reached")
     for host in dict.fromkeys(card["host"] for card in cards):
-        there = [r for r, card in enumerate(cards) if card["host"] == host]
-        kinds = sorted({cards[r].get("name", "CPU") for r in there})
-        print(f"  {host}: {ranks(there)}, {', '.join(kinds)}")
-    for name, held in differing(cards).items():
-        values = [f"{value or 'not set'} on {ranks(there)}" for value, there in held.items()]
+        members = [r for r, card in enumerate(cards) if card["host"] == host]
+        kinds = sorted({cards[r].get("name", "CPU") for r in members})
+        print(f"  {host}: {ranks(members)}, {', '.join(kinds)}")
+    for name, holders in differing(cards).items():
+        values = [f"{value or 'not set'} on {ranks(members)}" for value, members in holders.items()]
         print(f"  {name} differs: {'; '.join(values)}")
     print(f"\n{'all-reduce':>12} {'ms':>9} {'algbw GB/s':>11} {'busbw GB/s':>11}")
     for row in rows:
         print(f"{row['bytes']:>12,} {row['ms']:>9.3f} {row['algbw_gb_s']:>11.3f} {row['busbw_gb_s']:>11.3f}")
 
 
-def main():
+def pick_rank_device(c, world, local):
+    """(torch.device, why) of this rank: under torchrun, cuda is the GPU of its local number."""
+    where, why = pick_device(c.device)
+    if where.type == "cuda" and world > 1:
+        where, _ = pick_device(f"cuda:{local}")
+        why = "the rank's own"
+        torch.cuda.set_device(where)
+    return where, why
+
+
+def main(c):
+    group = None
+    lines = []
+    found = {}
     try:
         world, rank, local = (from_environment(name, 0) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
-        where, why = pick_device(device)
-        if where.type == "cuda" and world > 1:
-            where, why = pick_device(f"cuda:{local}")[0], "the rank's own"
-            torch.cuda.set_device(where)
-        pick_dtype(dtype, where)
-        them = arrive(where, rank, world) if world > 1 else None
-        lines, found = machine(where, why, world) if rank == 0 else ([], {})
-    except (ValueError, OSError) as e:
-        fail(e)
+        where, why = pick_rank_device(c, world, local)
+        pick_dtype(c.dtype, where)  # on every rank: a wrong setting is one error, before any rank waits
+        if world > 1:
+            group = join_ranks(c, where, rank, world)
+        if rank == 0:
+            lines, found = machine(c, where, why, world)
+    except (ValueError, OSError) as error:
+        fail(error)
     width = max((len(name) for name, _ in lines), default=0)
     for name, text in lines:
         print(f"{name:<{width}}  {text}", flush=True)
-    if them:
-        rows = talk(them, where)
-        found |= {"backend": them.backend, "ranks": them.cards, "all_reduce": rows}
+    if group:
+        rows = check_communication(c, group, where)
+        found |= {"backend": group.backend, "ranks": group.cards, "all_reduce": rows}
         if rank == 0:
-            show_ranks(them.backend, them.cards, rows)
+            show_ranks(group.backend, group.cards, rows)
     if rank == 0:
         print(json.dumps(found))
-    if them:
+    if group:
         leave(0)
 
 
 if __name__ == "__main__":
-    configure(globals())
-    main()
+    main(Settings(configure(globals())))

@@ -1,18 +1,21 @@
 """
-What several scripts do with files: write them whole, digest them, read text and lines, hold a folder for one writer.
+What several scripts do with files: write them whole, digest them, read text and lines, hold a folder for one writer,
+and print to stdout and stderr without ever failing.
 
-It imports the standard library alone.
+It imports only the standard library.
 """
 
 import codecs
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -27,11 +30,11 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def whole_file(path, durable=False):
-    """Open a file for writing bytes, under another name beside `path`, and rename it to `path` at the end.
+    """Open a temporary file beside `path` for writing bytes, and rename it to `path` at the end.
 
-    A kill at any moment leaves the old file or all of the new one; an error leaves the old one and nothing beside it.
-    `durable` waits until the disk holds the new file. The name beside has the process id, so that several processes
-    may write the same file. Raises OSError.
+    A kill at any moment leaves the old file or the complete new one; an error leaves the old one and no temporary file.
+    `durable` waits until the disk holds the new file. The temporary name contains the process id, so that several
+    processes may write the same file. Raises OSError.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
@@ -49,13 +52,13 @@ def whole_file(path, durable=False):
 
 
 def write_whole(path, content, durable=False):
-    """Write a file of these bytes or this text (as UTF-8), whole at any moment, as whole_file does. Raises OSError."""
+    """Write bytes, or text as UTF-8, to a file that is complete at any moment, as in whole_file. Raises OSError."""
     with whole_file(path, durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path):
-    """Wait until the disk holds a file, or a folder's entries. Windows opens no folders, and does not need to."""
+    """Wait until the disk holds a file, or the entries of a folder. Windows cannot open folders, and need not."""
     if os.name == "nt" and Path(path).is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -98,8 +101,10 @@ def finite(value):
 
 def clock_face(seconds):
     """Seconds as 4:05, or as 1:02:03 from an hour on."""
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 # -----------------------------------------------------------------------------
@@ -107,10 +112,14 @@ def clock_face(seconds):
 
 
 def decode_text(raw, name):
-    """Bytes of a UTF-8 file -> str, without a byte order mark. Raises ValueError naming the file `name`, the first byte
-    that is not UTF-8 and its place, or UTF-16 and UTF-32 where a byte order mark says so."""
-    for encoding, marks in (("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
-                            ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))):
+    """Bytes of a UTF-8 file -> str, without a byte order mark.
+
+    Raises ValueError with the file's `name` and the first byte that is not UTF-8 and its offset, or the encoding that
+    a byte order mark stands for.
+    """
+    utf32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+    utf16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    for encoding, marks in (("UTF-32", utf32), ("UTF-16", utf16)):  # UTF-32's mark begins like UTF-16's
         if raw.startswith(marks):
             raise ValueError(f"{name} is {encoding}, not UTF-8: convert it first, for example: "
                              f"iconv -f {encoding} -t UTF-8")
@@ -122,14 +131,16 @@ def decode_text(raw, name):
 
 
 def split_lines(text):
-    """Lines of a text without their ends, which are LF, CRLF or CR. Form feeds, U+2028 and the like, at which
-    str.splitlines cuts too, stay part of a line. The last line end ends a line and begins none."""
+    """The lines of a text without their line ends: LF, CRLF or CR. A line end at the end of the text begins no line.
+
+    Form feeds, U+2028 and other characters at which str.splitlines also cuts stay part of a line.
+    """
     lines = re.split("\r\n|\n|\r", text)
     return lines if lines[-1] else lines[:-1]
 
 
 def read_lines(path):
-    """The lines of a UTF-8 text file, as split_lines has them. Raises OSError, and ValueError as decode_text does."""
+    """The lines of a UTF-8 text file, by split_lines. Raises OSError, and ValueError as decode_text does."""
     return split_lines(decode_text(Path(path).read_bytes(), str(path)))
 
 
@@ -138,24 +149,28 @@ def read_lines(path):
 
 
 class FolderLock:
-    """Holds a folder for one process, by a lock on the file FOLDER/.lock that ends with the process, however it ends.
+    """Reserves a folder for one process, with a lock on the file FOLDER/.lock.
 
-    The file says who holds it. One that a killed process left blocks nobody. Windows has no such lock: nothing is held.
+    The system frees the lock when the process ends, however it ends: the file of a killed process blocks nobody. The
+    file says who holds the folder. Windows has no such lock, and nothing is reserved there.
     """
 
     def __init__(self, folder, warn=lambda message: None):
-        """`warn` takes a line where the file system has no locks: nothing holds the folder then."""
-        self.path, self.warn, self.file = Path(folder) / ".lock", warn, None
+        """`warn` takes one line if the file system has no locks: then nothing reserves the folder."""
+        self.path = Path(folder) / ".lock"
+        self.warn = warn
+        self.file = None
 
     def take(self, create=True):
-        """Hold the folder, which exists, until the process ends. Without `create` a folder that nobody ever held stays
-        as it is. Raises ValueError naming the process that holds it, OSError where the file cannot be written."""
+        """Reserves the folder, which must exist, until the process ends. Without `create`, a folder without a lock file
+        is left as it is. Raises ValueError naming the process that holds it, OSError if the file cannot be written."""
         if self.file is None and (create or self.path.exists()):
-            self.file = self.open()
+            self.file = self.open_locked()
         if self.file is not None and create:
-            self.sign()
+            self.write_holder()
 
-    def open(self):
+    def open_locked(self):
+        """The open lock file, locked by this process. Raises ValueError naming the process that holds the lock."""
         while True:
             file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
             try:
@@ -163,45 +178,102 @@ class FolderLock:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
-                    holder = self.holder(file)
+                    holder = read_holder(file)
                     file.close()
-                    raise ValueError(f"another process is training into {self.path.parent} ({holder}): wait for it to "
-                                     "end, or give another --out_dir") from None
-                self.warn(f"{self.path.parent} is on a file system without locks ({error.strerror}): nothing keeps a "
-                          "second process from training into it")
+                    raise ValueError(
+                        f"another process is training into {self.path.parent} ({holder}): wait for it to end, "
+                        "or give another --out_dir") from None
+                self.warn(f"{self.path.parent} is on a file system without locks ({error.strerror}): "
+                          "nothing keeps a second process from training into it")
                 return file
-            if self.names(file):
+            if self.is_in_folder(file):
                 return file
-            file.close()  # the process that held it removed the file in between
+            file.close()  # its holder removed it between our open and our lock: try again
 
-    def names(self, file):
-        """Whether this file is still the one in the folder."""
+    def is_in_folder(self, file):
+        """Whether an open lock file is the one that the folder has now."""
         try:
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
         except FileNotFoundError:
             return False
 
     def let_go(self):
-        """Remove the file, and let others have the folder."""
+        """Removes the lock file, so that others can have the folder."""
         if self.file is None:
             return
         with contextlib.suppress(OSError):
-            if os.name != "nt" and self.names(self.file):  # Windows removes no open file
+            if os.name != "nt" and self.is_in_folder(self.file):  # Windows cannot remove an open file
                 self.path.unlink()
         self.file.close()
         self.file = None
 
-    def sign(self):
-        """Write down who holds the folder."""
-        here = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    def write_holder(self):
+        """Writes down which process holds the folder."""
+        holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         self.file.seek(0)
         self.file.truncate()
-        self.file.write((json.dumps(here) + "\n").encode())
+        self.file.write((json.dumps(holder) + "\n").encode())
 
-    @staticmethod
-    def holder(file):
+
+def read_holder(file):
+    """The process that a lock file names, in words."""
+    try:
+        holder = json.loads(file.read())
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it does not say which"
+
+
+# -----------------------------------------------------------------------------
+# Standard output and standard error
+
+
+class LastingFile(io.FileIO):
+    """A file descriptor to print to. It drops whatever it cannot write: the reader is gone, the disk is full, the
+    terminal was closed. A run must not die because nobody is listening any more."""
+
+    def write(self, data):
         try:
-            who = json.loads(file.read())
-            return f"process {who['pid']} on {who['host']}, since {who['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "it does not say which"
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def keep_printing(product=False):
+    """Makes stdout and stderr take every text, as UTF-8, and outlive their readers. With `product`, stdout is the
+    output that a user asked for, and still fails when its reader is gone.
+
+    This replaces sys.stdout and sys.stderr, which is a global change: a print in any library must not fail either.
+    """
+    occupy_closed_descriptors()
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when Python started
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif not hasattr(stream, "reconfigure"):  # a notebook's
+            continue
+        elif os.name == "nt" or (product and name == "stdout") or not has_descriptor(stream, descriptor):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows code page cannot print every text
+        elif not isinstance(getattr(stream.buffer, "raw", None), LastingFile):
+            lasting = io.BufferedWriter(LastingFile(descriptor, "w", closefd=False))
+            line_buffering = stream.line_buffering or name == "stderr"
+            setattr(sys, name, io.TextIOWrapper(
+                lasting, encoding="utf-8", errors="replace", line_buffering=line_buffering,
+                write_through=stream.write_through))
+
+
+def occupy_closed_descriptors():
+    """Opens /dev/null as each of the descriptors 0, 1, 2 that is closed: the next file must not become stdout."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        while descriptor <= 2:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+        os.close(descriptor)
+
+
+def has_descriptor(stream, descriptor):
+    """Whether a stream prints to this file descriptor."""
+    try:
+        return stream.fileno() == descriptor
+    except (OSError, ValueError):  # a test's capture has none
+        return False

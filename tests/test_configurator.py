@@ -1,8 +1,10 @@
-"""Settings: what is a key, what wins, what each type takes, and that every mistake is one line that names its mend."""
+"""Settings: which lines are keys, which value wins, what each type takes, and one line with the mend per mistake."""
 
+import copy
 import json
 import math
 import os
+import pickle
 import re
 import runpy
 import subprocess
@@ -18,7 +20,8 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configurator import PATHS, RANGES, configure, fail, outside, read_file, read_keys, show, spelled  # noqa: E402
+from configurator import Settings, configure, fail, read_file, read_keys, show  # noqa: E402
+from keys import PATHS, RANGES, parse_text, range_error  # noqa: E402
 
 SCRIPT = '''"""
 Train a small model.
@@ -171,7 +174,7 @@ def test_settings_end_at_the_first_definition_or_at_the_call(end):
 
 
 def test_what_was_set_is_known():
-    """Also what was set to its default; by a file as by the command line."""
+    """Even if it was set to its default, by a file or by the command line."""
     named, source = set(), "a = 1\nb = 2\nc = 3\nd = 4\nkind = ''\nruns: tuple[str, ...] = ()\n"
     words = (config_file("b = 2"), "--c=3", "train", "x")
     assert resolve(*words, source=source, verb="kind", verbs=("train",), paths="runs", given=named)["a"] == 1
@@ -188,7 +191,7 @@ def test_what_was_set_is_known():
     (("steps.py", "--tokens_per_step=128"), (128, None)),
 ], ids=str)
 def test_of_two_ways_to_say_one_thing_the_later_one_wins(words, found):
-    """How many tokens an update has, in a config file of ours, one of nanoGPT's, and on the command line."""
+    """The tokens of an update, in a config file of ours, in one of nanoGPT's, and on the command line."""
     source = "tokens_per_step = 0\ngradient_accumulation_steps: int | None = None\n"
     ours = config_file("tokens_per_step = 64", "ours.py")
     theirs = config_file("gradient_accumulation_steps = 8", "steps.py")
@@ -464,7 +467,7 @@ def test_a_range_holds_for_config_files_too_and_names_the_line(refused_by):
 def test_an_interval_is_what_mathematics_says(number, interval):
     least, most = map(float, interval[1:-1].split(","))
     within = least < number < most or number == least and interval[0] == "[" or number == most and interval[-1] == "]"
-    assert bool(outside(number, interval)) == (not within or isinstance(number, int) and number >= 2**63)
+    assert bool(range_error(number, interval)) == (not within or isinstance(number, int) and number >= 2**63)
 
 
 # paths
@@ -504,17 +507,17 @@ def test_the_home_folder(monkeypatch, refused_by, refused):
     ('"("', ("(",)), ('""', ("",)),
 ])
 def test_quotes_protect_commas_newlines_and_blanks(text, parts):
-    assert spelled("tuple[str, ...]", text) == parts
+    assert parse_text("tuple[str, ...]", text) == parts
 
 
 @given(st.lists(st.text() | st.text("\"', \n\\()[]a", max_size=4)).map(tuple))
 def test_a_shown_tuple_of_strings_is_read_back(value):
-    assert spelled("tuple[str, ...]", show(value)) == value
+    assert parse_text("tuple[str, ...]", show(value)) == value
 
 
 @given(st.lists(st.integers()).map(tuple))
 def test_a_shown_tuple_of_numbers_is_read_back(value):
-    assert spelled("tuple[int, ...]", show(value)) == value
+    assert parse_text("tuple[int, ...]", show(value)) == value
 
 
 # config files
@@ -547,7 +550,7 @@ def test_names_in_capitals_and_imported_ones_are_no_mistyped_keys(refused):
 
 
 def test_a_script_beside_train_py_ignores_the_keys_of_train_py(refused):
-    """A fork's own as well: a run is trained and sampled with the same config file."""
+    """Even keys that a fork has added: a run is trained and sampled with the same config file."""
     Path("train.py").write_text("max_iters = 1\nforks_own = 'x'\n", encoding="utf-8")
     assert resolve(config_file("forks_own = 'y'\nsteps = 4"), source=BENCH)["steps"] == 4
     assert "unknown key forks_owm" in refused(config_file("forks_owm = 'y'"), source=BENCH)
@@ -708,12 +711,56 @@ def test_a_config_file_that_is_no_text(refused):
     assert refused("config.py").startswith("error: config.py")
 
 
-# what nobody knows
+# settings as an object
+
+
+def test_settings_are_attributes_in_the_order_of_the_script():
+    c = Settings(resolve("--max_iters=5"))
+    assert c.max_iters == c["max_iters"] == 5 and c.betas == (0.9, 0.95)
+    assert type(dict(c)) is dict and same(dict(c), DEFAULTS | {"max_iters": 5}) and list(c.keys()) == list(DEFAULTS)
+
+
+def test_settings_never_change():
+    c = Settings({"max_iters": 5})
+    with pytest.raises(AttributeError, match=r"do not change: c.changed\(max_iters=...\) gives a changed copy"):
+        c.max_iters = 6
+    with pytest.raises(AttributeError, match="settings do not change"):
+        c.new = 1
+    assert dict(c) == {"max_iters": 5}
+
+
+def test_a_changed_copy_leaves_the_settings_as_they_are():
+    c = Settings({"max_iters": 5, "bias": True})
+    changed = c.changed(max_iters=6)
+    assert isinstance(changed, Settings) and dict(changed) == {"max_iters": 6, "bias": True}
+    assert dict(c) == {"max_iters": 5, "bias": True} and dict(c.changed()) == dict(c)
+
+
+def test_an_unknown_setting_names_the_nearest_one():
+    c = Settings({"max_iters": 5, "bias": True})
+    for ask in (lambda: c.max_iter, lambda: c.changed(max_iter=6)):
+        with pytest.raises(AttributeError, match=r"no setting max_iter; did you mean max_iters\?"):
+            ask()
+    with pytest.raises(AttributeError, match="no setting qqqq$"):
+        _ = c.qqqq
+    assert not hasattr(c, "qqqq") and getattr(c, "qqqq", None) is None
+
+
+@pytest.mark.parametrize("duplicate", [lambda c: pickle.loads(pickle.dumps(c)), copy.copy, copy.deepcopy])
+def test_settings_can_be_pickled_and_copied(duplicate):
+    """Spawned processes get their settings by pickling."""
+    c = duplicate(Settings(DEFAULTS))
+    assert isinstance(c, Settings) and same(dict(c), DEFAULTS)
+    with pytest.raises(AttributeError):
+        c.bias = False
+
+
+# unknown keys
 
 
 @pytest.mark.parametrize("rank, local, seconds", [("0", "0", 0), ("8", "0", 3), ("3", "3", 6)])
-def test_under_torchrun_an_error_is_said_after_those_of_the_ranks_before(rank, local, seconds, monkeypatch, capsys):
-    """Which, if they have it too, end the run meanwhile."""
+def test_under_torchrun_an_error_is_printed_after_those_of_the_ranks_before(rank, local, seconds, monkeypatch, capsys):
+    """If the ranks before have the same error, they end the run meanwhile."""
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local)
     waited = []

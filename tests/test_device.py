@@ -1,4 +1,4 @@
-"""Device and precision: what is chosen and why, what cannot be had, and no guess about an unknown GPU."""
+"""Device and precision: the choice and its reason, errors for missing devices, no guess about an unknown GPU."""
 
 import os
 import sys
@@ -36,7 +36,7 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(cuda="NVIDIA A100-SXM4-80GB", count=2, bf16=True, mps=False): torch as it is on another machine.
+    """machine(cuda="NVIDIA A100-SXM4-80GB", count=2, bf16=True, mps=False): torch as on another machine.
 
     `build`: the CUDA version that torch is built for; `capability`, `archs`: of the GPU and of the build; `driver`:
     whether an NVIDIA driver is there; `error`: what starting CUDA says.
@@ -365,14 +365,14 @@ SHAPE = {"batch": 2, "queries": 8, "keys": 8, "heads": 4, "kv_heads": 4, "head_d
 
 
 def enabled():
-    """The names of SDPA that are on."""
+    """The names of the SDPA kernels that are enabled."""
     switches = {"cudnn": "cudnn", "flash": "flash", "efficient": "mem_efficient", "math": "math"}
     return [name for name, switch in switches.items() if getattr(torch.backends.cuda, f"{switch}_sdp_enabled")()]
 
 
 @pytest.fixture
 def switches():
-    """Puts SDPA's switches back as they were."""
+    """Restores the switches of SDPA after the test."""
     before = enabled()
     yield before
     torch.backends.cuda.enable_cudnn_sdp("cudnn" in before)
@@ -463,7 +463,7 @@ def test_a_torch_that_does_not_say_its_kernel(monkeypatch):
 
 @pytest.fixture
 def allocator(monkeypatch):
-    """(environment, settings that torch was told) of a Linux machine where neither variable is set."""
+    """The settings that torch was given, on a Linux machine where neither variable is set."""
     told = []
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that the end of the test removes what is set
@@ -520,7 +520,7 @@ def test_the_allocator_is_left_alone_elsewhere(allocator, monkeypatch, where):
 
 
 def test_a_cpus_peak_is_measured_once_for_each_dtype_and_number_of_threads(monkeypatch):
-    """The best of its tries, with the clock of the test; no random number is drawn."""
+    """The best of its tries, with a fake clock; it draws no random number."""
     device.matmul_flops.cache_clear()
     products, now, rng = [], [0.0], torch.get_rng_state()
     durations = iter([8.0, 2.0, 4.0] * 10)
@@ -644,7 +644,7 @@ def test_an_exception_raised_from_none_is_the_innermost():
 
 
 def test_memory_is_in_gigabytes():
-    """Of this process: at least a tensor that it filled, at most what a test takes."""
+    """Of this process: at least the size of a tensor that it filled, at most 64 GB."""
     pytest.importorskip("resource")
     block = torch.ones(30_000_000)  # 0.12 GB
     assert 0.12 < memory_gb(CPU) < 64 and block.sum() > 0

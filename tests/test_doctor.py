@@ -1,4 +1,4 @@
-"""What doctor.py says of a machine, and of ranks that talk, are missing, or hang."""
+"""doctor.py's report on a machine, and on ranks that communicate, are missing, or hang."""
 
 import json
 import os
@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import doctor  # noqa: E402
+from configurator import Settings  # noqa: E402
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-# doctor.py, on which rank 1 sleeps in `what` as one does that hangs there
+# doctor.py, where rank 1 hangs in the function `what` of torch.distributed
 SLEEPER = """
 import os, runpy, sys, time
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def result(process):
 
 @pytest.fixture
 def no_compiling(monkeypatch):
-    """torch.compile gives the function back, at once."""
+    """torch.compile returns the function unchanged, at once."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
 
 
@@ -106,17 +107,18 @@ def test_a_compiler_that_fails_says_why(monkeypatch):
     assert doctor.try_compile(cpu) == "fails; missing Python.h: apt install python3-dev; g++: not found"
 
 
-def test_nothing_is_compiled_while_other_ranks_wait(monkeypatch):
+def test_nothing_is_compiled_while_other_ranks_wait(monkeypatch, tmp_path):
     def compile(function):
         raise AssertionError("rank 0 keeps the others waiting")
 
     monkeypatch.setattr(torch, "compile", compile)
-    lines, _ = doctor.machine(torch.device("cpu"), "asked for", world=2)
+    c = Settings({"dtype": "auto", "out_dir": str(tmp_path)})
+    lines, _ = doctor.machine(c, torch.device("cpu"), "asked for", world=2)
     assert dict(lines)["compile"] == "not tried under torchrun"
 
 
 @pytest.mark.parametrize("words", [["--device=tpu"], ["--dtype=int4"], ["--timeout=0"], ["--largest=0"]])
-def test_what_cannot_be_had_is_one_line(call_script, words):
+def test_a_wrong_setting_is_one_line(call_script, words):
     code, out, err = call_script("doctor.py", *words)
     assert code == 2 and not out and err.startswith("error:") and err.count("\n") == 1
 
@@ -130,7 +132,7 @@ def test_infiniband_ports_are_read(tmp_path):
     assert doctor.infiniband(tmp_path / "none") == []
 
 
-def test_the_topology_is_what_nvidia_smi_says(tmp_path, monkeypatch):
+def test_the_topology_is_the_matrix_of_nvidia_smi(tmp_path, monkeypatch):
     said = "\tGPU0\tGPU1\nGPU0\t X \tNV18\nGPU1\tNV18\t X \n\nLegend:\n\n  X = Self\n"
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n[ \"$*\" = 'topo -m' ] && printf '%s' '{said}'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -140,7 +142,7 @@ def test_the_topology_is_what_nvidia_smi_says(tmp_path, monkeypatch):
     assert doctor.topology() == ""
 
 
-def test_what_is_set_is_said(monkeypatch, call_script, tmp_path, no_compiling):
+def test_environment_variables_that_are_set_are_reported(monkeypatch, call_script, tmp_path, no_compiling):
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("NCCLX", "no variable of it")
     code, out, err = call_script("doctor.py", "--device=cpu", f"--out_dir={tmp_path / 'run'}")
@@ -148,7 +150,7 @@ def test_what_is_set_is_said(monkeypatch, call_script, tmp_path, no_compiling):
     assert code == 0 and found["NCCL_DEBUG"] == "INFO" and "NCCLX" not in found and "NCCL_DEBUG=INFO" in out
 
 
-def test_a_variable_that_some_ranks_lack_is_told_of(capsys):
+def test_a_variable_that_some_ranks_lack_is_reported(capsys):
     values = [{"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "0"}, {"NCCL_DEBUG": "INFO", "NCCL_IB_HCA": "mlx5"}]
     cards = [{"host": "ab"[i], "variables": each} for i, each in enumerate(values)]
     assert doctor.differing(cards) == {"NCCL_IB_HCA": {"": [0], "mlx5": [1]}}
@@ -165,10 +167,10 @@ def test_one_rank_one_gpu():
     class Them:
         cards = [{"host": "a", "device": "cuda", "uuid": uuid} for uuid in "xyx"]
 
-        def first_to_tell(self):
+        def only_first_reports(self):
             pass
 
-        def tell(self, trouble, details):
+        def report(self, trouble, details):
             raise RuntimeError(trouble)
 
     with pytest.raises(RuntimeError, match="one GPU is shared by ranks 0, 2 on a"):
@@ -192,7 +194,7 @@ def test_two_ranks_talk():
 
 @pytest.mark.slow
 def test_a_rank_that_never_comes_is_named():
-    """Two of three, started without an agent, as srun or mpirun would."""
+    """Two ranks of three, started without an agent, as by srun or mpirun."""
     where = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     both = [start([sys.executable, ROOT / "doctor.py", "--timeout=10"], RANK=str(rank), **where) for rank in (0, 1)]
     ends = [result(process) for process in both]
@@ -206,7 +208,7 @@ def test_a_rank_that_never_comes_is_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("what, says", [("batch_isend_irecv", "rank 0 heard nothing from rank 1"),
                                         ("init_process_group", "connecting: ranks 0-1 of 2")])
-def test_a_rank_that_hangs_is_told_of(tmp_path, what, says):
+def test_a_rank_that_hangs_is_reported(tmp_path, what, says):
     script = tmp_path / "sleeper.py"
     script.write_text(SLEEPER.format(what=what, root=str(ROOT), doctor=str(ROOT / "doctor.py")))
     code, _, err = result(start([*TORCHRUN, "--standalone", "--nproc_per_node=2", script, "--timeout=10"]))
@@ -221,8 +223,8 @@ def test_a_rank_that_hangs_is_told_of(tmp_path, what, says):
 
 @pytest.fixture
 def two_hosts():
-    """Commands that run another on one of two hosts, joined by a cable, and the address of the first: network
-    namespaces where they may be made; else this machine twice, on loopback."""
+    """(prefixes that run a command on one of two hosts, the address of the first host, their interfaces). The hosts are
+    network namespaces joined by a cable if this user may create them, else this machine twice, on loopback."""
     made, left, right = [], "minichat-a", "minichat-b"
 
     def ip(*words):
@@ -244,7 +246,7 @@ def two_hosts():
 
 
 def launch(two_hosts, *words):
-    """A torchrun on each host, that find each other by c10d rendezvous."""
+    """Starts a torchrun on each host; they find each other by c10d rendezvous."""
     hosts, address, links = two_hosts
     torchrun = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=doctor",
                 f"--rdzv_endpoint={address}:{free_port()}"]

@@ -1,4 +1,4 @@
-"""files.py: a file is whole at any moment; lines are the same for every script; one line for text that is not UTF-8."""
+"""files.py: a file is complete at any moment; all scripts read the same lines; text that is not UTF-8 is one error."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ MARK = "\ufeff"
 @given(st.lists(st.text(alphabet="ab \x0b\x0c\x1c\x1e\x85\u2028\u2029\ufeff"), min_size=1, max_size=6),
        st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
 def test_only_line_ends_end_a_line(tmp_path_factory, lines, end, last):
-    """Whatever str.splitlines takes for an end, too; a mark inside a text is a character."""
+    """Other characters at which str.splitlines cuts are part of a line; a mark inside a text is a character."""
     text = end.join(lines) + end * last
     expected = lines if last or lines[-1] else lines[:-1]
     assert split_lines(text) == expected
@@ -40,7 +40,7 @@ def test_another_encoding_is_named(raw, named):
 
 
 def test_prompts_of_sample_are_lines(tiny_run, tmp_path, call_script):
-    """Each prompt is what its line is by itself: no mark before the first, none cut in two, blank ones kept."""
+    """A prompt in a file gives the sample of the same --start: no mark before it, no line cut, blank lines kept."""
     usual = [f"--out_dir={tiny_run}", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
     code, alone, err = call_script("sample.py", *usual, "--start=be")
     assert code == 0, err
@@ -51,7 +51,7 @@ def test_prompts_of_sample_are_lines(tiny_run, tmp_path, call_script):
     (tmp_path / "one.txt").write_bytes(b"\xef\xbb\xbfbe")
     assert call_script("sample.py", *usual, f"--start=FILE:{tmp_path / 'one.txt'}")[1] == alone
     assert call_script("sample.py", *usual, "--start=-", stdin=b"\xef\xbb\xbfbe\n")[1] == alone
-    for characters in ("to\x0cbe", "to\u2029be"):  # the tokenizer lacks one: so it has come as part of the line
+    for characters in ("to\x0cbe", "to\u2029be"):  # the tokenizer lacks one: so it was part of the line
         (tmp_path / "p.txt").write_text(characters, encoding="utf-8")
         code, _, err = call_script("sample.py", *usual, f"--prompts={tmp_path / 'p.txt'}")
         assert code == 2 and f"U+{ord(characters[2]):04X}) at position 2" in err

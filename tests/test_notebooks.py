@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and what is kept of them is whole, clean and of no particular machine."""
+"""The notebooks run from top to bottom; the saved ones are complete, clean and name no particular machine."""
 
 import ast
 import os
@@ -32,7 +32,7 @@ def code(notebook):
 
 
 def texts(cell):
-    """All that a code cell shows as text."""
+    """Every text that a code cell shows."""
     for output in cell.outputs:
         if output.output_type == "stream":
             yield output.text
@@ -43,7 +43,7 @@ def texts(cell):
 
 
 def problems(notebook):
-    """What must not be in an executed notebook, by cell id."""
+    """Faults of an executed notebook, by cell id."""
     found = {}
     for number, cell in enumerate(code(notebook), start=1):
         said = [output for output in cell.outputs if output.output_type == "stream" and output.name == "stderr"]
@@ -63,7 +63,7 @@ def problems(notebook):
 
 
 # -----------------------------------------------------------------------------
-# What is kept
+# The saved notebooks
 
 
 def test_there_are_notebooks():
@@ -113,7 +113,7 @@ def test_the_executor_imports_what_is_optional_where_it_is_used():
     tree = ast.parse((FOLDER / "execute.py").read_text(encoding="utf-8"))
     names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert names - sys.stdlib_module_names == {"configurator"}
+    assert names - sys.stdlib_module_names == {"configurator", "files"}
     assert all(key.comment for key in read_keys(FOLDER / "execute.py").values())
 
 
@@ -123,13 +123,16 @@ def test_the_executor_imports_what_is_optional_where_it_is_used():
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """A copy of what the notebooks need, so that nothing is written here, beside a registered kernel `minichat`."""
+    """A copy of the files that the notebooks need, so that nothing is written here, and a kernel named minichat."""
     top = tmp_path_factory.mktemp("house")
     shutil.copytree(ROOT / "notebooks", top / "notebooks")
     shutil.copytree(ROOT / "data", top / "data", ignore=shutil.ignore_patterns("*.bin", "*.json", "__pycache__"))
     shutil.copytree(ROOT / "docs" / "results", top / "docs" / "results")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, top)
+    for room in ("training", "inference", "serving", "reporting", "benchmarks"):
+        if (ROOT / room).is_dir():
+            shutil.copytree(ROOT / room, top / room, ignore=shutil.ignore_patterns("__pycache__"))
     register = [sys.executable, "-m", "ipykernel", "install", f"--prefix={top}", "--name=minichat"]
     subprocess.run(register, check=True, capture_output=True)
     return top
@@ -159,7 +162,7 @@ def test_it_runs_from_top_to_bottom(run, house, path):
     made = read(house / "out" / "notebooks" / path.name)
     assert not problems(made)
     assert [(c.id, c.source) for c in made.cells] == [(c.id, c.source) for c in read(path).cells]
-    assert (house / "notebooks" / path.name).read_bytes() == before, "what is kept changes only when one asks for it"
+    assert (house / "notebooks" / path.name).read_bytes() == before, "the saved notebook changes only on request"
 
 
 def broken(house, source, kernel="minichat"):
@@ -188,7 +191,7 @@ def test_what_a_user_can_mend_is_one_line(run, house):
 
 
 def test_problems_are_seen():
-    """Negative control of the test of what is kept."""
+    """Negative control of the test of saved notebooks."""
     cell = nbformat.v4.new_code_cell("1", id="a", execution_count=1)
     notebook = nbformat.v4.new_notebook(cells=[cell])
     assert problems(notebook) == {"all": "no output"}

@@ -1,4 +1,4 @@
-"""The memory estimate against what autograd and the optimizer really hold."""
+"""plan.py: its memory estimate against the memory that autograd and the optimizer really use; time by hand."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ TOGGLES = [
 
 
 def training_memory(model, batch_size, dtype=torch.float32, T=0, recompute="none"):
-    """step_memory of a model where it lies, on one device."""
+    """step_memory of a model on one device, the one that it is on."""
     cuda = next(model.parameters()).is_cuda
     return step_memory(costs_of(model), batch_size, dtype, T, Layout(recompute=recompute), cuda=cuda)
 
@@ -115,7 +115,7 @@ def test_weights_gradients_and_optimizer_state_are_exact(toggle):
     assert plan["gradients"] == bytes_of(p.grad for p in model.parameters())
     assert plan["optimizer"] == adamw > muon  # an upper bound for Muon, which has one moment
     parts = sum(part for name, part in plan.items() if name != "total")
-    assert plan["total"] == parts - min(plan["logits"], plan["backward"])  # which are not there at once
+    assert plan["total"] == parts - min(plan["logits"], plan["backward"])  # these two do not exist at the same time
 
 
 def test_a_piece_of_the_logits_stops_growing():
@@ -139,7 +139,7 @@ def test_a_piece_of_the_logits_stops_growing():
 
 
 def test_the_casts_leave_out_the_head():
-    """The loss casts the table and frees it: autocast keeps the blocks' four matrices alone, tied or not."""
+    """The loss casts the table and frees it: autocast keeps only the four matrices of each block, tied or not."""
     for tie_weights in (True, False):
         model = GPT(GPTConfig(**{**SIZES, "tie_weights": tie_weights}))
         assert training_memory(model, 2, torch.bfloat16)["casts"] == 2 * 3 * 12 * 64 * 64
@@ -157,7 +157,7 @@ def recompute(model, how):
 
 
 def peak_bytes(model, batch_size, T, dtype):
-    """The most that is allocated at once in an update of two micro-steps, with weights and AdamW's state."""
+    """Peak bytes in an update of two micro-steps, including weights and AdamW's state."""
     opt = Optimizers(model, learning_rate=1e-3)
     idx = torch.randint(model.config.vocab_size, (batch_size, T))
     half = dtype != torch.float32
@@ -179,7 +179,7 @@ def peak_bytes(model, batch_size, T, dtype):
 
 
 def peak_of(profile, held=0):
-    """The most that was allocated at once while a profile with memory was taken, with what was held before."""
+    """Peak bytes during a profile with memory, including `held` bytes allocated before."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = held
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -191,7 +191,7 @@ def peak_of(profile, held=0):
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_takes_what_the_plan_says(dtype, softcap):
-    """Two pieces, or with a soft-cap four; the plan counts the gradient of the hidden states as an activation."""
+    """Two pieces, or four with a soft-cap; the plan counts the gradient of the hidden states as an activation."""
     N, C, V = 1024, 64, 50257
     costs = costs_of(meta_model({**SIZES, "n_embd": C, "vocab_size": V}))
     x, table = torch.randn(N, C, requires_grad=True), torch.randn(50304, C, requires_grad=True)
@@ -232,8 +232,8 @@ def test_the_total_is_what_a_step_takes_within_a_tenth(name, how):
 
 
 def test_what_the_zero_stages_share_out():
-    """Rajbhandari et al. 2020, figure 1: optimizer, gradients, weights, one after the other; here the weights too, as
-    fully_shard keeps a rank's part and gathers the rest in half precision."""
+    """Rajbhandari et al. 2020, figure 1: stages shard the optimizer, then gradients, then weights. Here every stage
+    also shards the weights, as fully_shard keeps a rank's part and gathers the rest in half precision."""
     costs = costs_of(meta_model(SHAPES["7B"][0]))
     P = costs.weights
     layouts = [Layout(data=64, zero=zero) for zero in range(4)]
@@ -257,7 +257,7 @@ def test_tensor_and_pipeline_parallelism_share_out_weights_but_not_all_activatio
 
 
 def test_time_by_hand():
-    """Compute from FLOPs, the pipeline's bubble of (p - 1) / m, a ring's 2 (n - 1) / n, as the papers have them."""
+    """Compute from FLOPs, the pipeline's bubble of (p - 1) / m, a ring's 2 (n - 1) / n, as in the papers."""
     model, card = meta_model(SHAPES["7B"][0]), GPUS["h100"]
     costs, T = costs_of(model), 4096
     one = step_time(costs, 1, 16, Layout(), card)
@@ -279,7 +279,7 @@ def test_time_by_hand():
 
 @pytest.mark.parametrize("name, T, layers, width, share", [("124M", 1024, 12, 768, 0.33), ("7B", 4096, 32, 4096, 0.5)])
 def test_time_of_products_and_attention_by_hand(name, T, layers, width, share):
-    """With no time for bytes: three times the forward FLOPs of matrices, 3.5 times those of attention."""
+    """With infinite bandwidth: three times the forward FLOPs of matrices, 3.5 times those of attention."""
     model = meta_model(SHAPES[name][0])
     card = GPUS["h100"]._replace(bandwidth=1e30)
     products = 3 * model.forward_flops(0) / (0.65 * width / (width + 256))
@@ -307,7 +307,7 @@ def test_memory_bound_bytes_by_hand():
 
 
 def test_time_of_the_memory_bound_operations_by_hand():
-    """With no time for FLOPs: blocks, ends, the loss's passes, and 16 bytes for each weight once a micro-batch."""
+    """With infinite FLOP/s: blocks, ends, the passes of the loss, and 16 bytes per weight and micro-batch."""
     costs = costs_of(meta_model(dict(n_layer=2, n_head=12, n_embd=768, bias=False)))
     card, C, V, T = GPUS["h100"]._replace(flops=1e30), 768, 50304, 1024
     blocks = 2 * (48 + 96) * C  # 114 in the backward pass, without 18 of the biases
@@ -318,7 +318,7 @@ def test_time_of_the_memory_bound_operations_by_hand():
 
 
 def test_larger_models_have_a_higher_mfu():
-    """Counted, not measured: the range of each size is what the documents say."""
+    """Counted, not measured: the range of each size is the one in the documents."""
     mfu = {}
     for name, count in {"124M": 1, "355M": 1, "774M": 1, "1.6B": 1, "7B": 8}.items():
         sizes, tokens = SHAPES[name]
@@ -331,7 +331,7 @@ def test_larger_models_have_a_higher_mfu():
 
 
 def test_ranks_lie_as_parallel_has_them():
-    """Pipeline x data x tensor, the last innermost: stages in other machines, data-parallel ranks in one."""
+    """Pipeline x data x tensor, tensor innermost: stages on different machines, data-parallel ranks on one."""
     costs, card = costs_of(meta_model(SHAPES["7B"][0])), GPUS["h100"]._replace(flops=1e30, bandwidth=1e30)
     T, width = 4096, 4096
 
@@ -347,7 +347,7 @@ def test_ranks_lie_as_parallel_has_them():
 
 
 def test_what_train_would_refuse_is_no_plan():
-    """parallel.Layout's rules: heads, key and value heads, a micro-batch for each stage."""
+    """The rules of parallel.Layout: heads, key and value heads, a micro-batch for each stage."""
     model = meta_model(dict(n_layer=8, n_head=12, n_kv_head=6, n_embd=768, block_size=1024))
     fit, too_large = plans(model, 16, 8, GPUS["h100"])
     layouts = {row["layout"] for row in fit}

@@ -26,7 +26,7 @@ EXTRAS = [Requirement(r) for extra in PROJECT["optional-dependencies"].values() 
 PYTEST = "-m pytest -n auto --dist worksteal"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
-# Answers as an interpreter does, notes what it was asked, and "makes" a .venv whose python is itself.
+# Answers like an interpreter, writes its arguments to a file, and "creates" a .venv whose python is itself.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *version_info*) echo "${FAKE_VERSION:-3.12}" ;;
@@ -48,7 +48,8 @@ def executable(path, text):
 
 @pytest.fixture
 def house(tmp_path):
-    """A copy of the set-up files in a folder with a space, and a run(*args, **env) -> (exit code, output, asked)."""
+    """run(*args, **env) -> (exit code, output, arguments of each call of Python). It uses a copy of the set-up files
+    in a folder whose name has a space."""
     folder, tools = tmp_path / "mini chat", tmp_path / "tools"
     folder.mkdir(), tools.mkdir()
     for name in ["run_all.sh", "pyproject.toml", "constraints.txt"]:
@@ -120,12 +121,12 @@ def test_demo_takes_base_and_tests_take_dev(house):
 
     code, _, asked = house("test", "-m", "not slow")
     assert code == 0 and asked[0].endswith("-e .[dev]") and asked[1:] == [f"{PYTEST} -m not slow"]
-    assert len(house("demo")[2]) == 3  # dev serves the demo too
+    assert len(house("demo")[2]) == 3  # dev is enough for the demo
     assert house("test")[2] == [PYTEST]
 
     with open(house.folder / "constraints.txt", "a") as f:
         f.write("# changed\n")
-    assert house("demo")[2][0].endswith("-e .[dev]")  # and stays dev when it is renewed
+    assert house("demo")[2][0].endswith("-e .[dev]")  # and it stays dev when it is renewed
 
 
 def test_perf_registers_the_kernel_and_runs_the_notebooks(house):
@@ -253,7 +254,7 @@ def test_no_package_index_or_machine_path_in_any_file():
 
 
 def test_every_floor_is_in_the_environment_of_lowest_versions():
-    """Whoever raises or adds a floor tests it in that environment: tests/lowest.txt says how."""
+    """A lowest version that is raised or added must be tested in that environment: tests/lowest.txt says how."""
     wanted = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
     floors = {match[1]: match[2] for need in wanted if (match := re.match(r"([\w-]+)>=([\d.]+)", need))}
     lines = [line.split("==") for line in (ROOT / "tests" / "lowest.txt").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""slurm.sh against stand-ins for Slurm: what it starts, and what a signal does."""
+"""slurm.sh against stand-ins for Slurm: the commands it starts, and what a signal does."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
 
-# lists the words it was started with, then waits to be told to save
+# prints its arguments, then waits for the signal to save
 SRUN = """#!/usr/bin/env bash
 trap 'echo saved; exit 143' TERM
 printf '%s\\n' "$@"; echo started
@@ -43,7 +43,7 @@ def submit(tmp_path):
     return submit
 
 
-def test_one_torchrun_on_each_machine_that_goes_on_where_it_was(submit):
+def test_one_torchrun_on_each_machine_that_starts_or_resumes(submit):
     process = submit("config/owt_124m.py", "--zero_stage=1")
     words = process.communicate(timeout=60)[0].split()
     assert process.returncode == 0
@@ -62,4 +62,4 @@ def test_a_signal_saves_and_the_job_queues_again(submit, signum, requeued):
     process.send_signal(signum)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "saved\n" in rest and "back into the queue" in rest
-    assert ("requeued 123456" in rest) == requeued  # preempted, Slurm does it itself
+    assert ("requeued 123456" in rest) == requeued  # after preemption Slurm requeues the job itself

@@ -14,8 +14,7 @@ from runs import ROOT, checkpoints, differences, leftovers, one_error, outcome, 
 
 import checkpoint
 import train as train_script
-from configurator import LastingFile
-from files import FolderLock
+from files import FolderLock, LastingFile
 
 pytest_plugins = ["runs"]
 
@@ -87,7 +86,8 @@ def test_a_lock_whose_file_was_replaced_is_taken_again(tmp_path):
     opened = os.open(first.path, os.O_RDWR)
     first.let_go()
     second.take()
-    assert not second.names(os.fdopen(opened, "r+b", buffering=0)) and second.names(second.file)
+    stale = os.fdopen(opened, "r+b", buffering=0)
+    assert not second.is_in_folder(stale) and second.is_in_folder(second.file)
     with pytest.raises(ValueError, match="another process"):
         FolderLock(tmp_path).take()
     second.let_go()
