@@ -10,8 +10,10 @@ import pytest
 import torch
 from test_tokenizer import RANKS, needs_ranks
 
-from bench import llama_cpp_of, timed, typical
 from benchmarks import common
+from benchmarks.common import timed
+from benchmarks.inference import llama_cpp_of
+from benchmarks.training import typical
 from model import GPT, GPTConfig
 
 pytest_plugins = ["runs"]
@@ -275,7 +277,7 @@ class Llama:
 """, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8, vocab_size=50257))
-    found = llama_cpp_of(model, "float32", 5)
+    found = llama_cpp_of(model, "float32", 5, new_tokens=24)
     if life == "pass":
         assert found["llama.cpp"]() > 0
     else:

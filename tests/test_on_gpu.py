@@ -128,7 +128,7 @@ def test_a_part_that_cannot_begin_leaves_nothing(words, named, tmp_path):
 
 def measure_tiny(**changes):
     """bench.py gpu on a tiny model, in this process. -> its figures"""
-    return gpu.bench(SimpleNamespace(**{
+    return gpu.bench_gpu(SimpleNamespace(**{
         "device": "cpu", "gpu_models": ("tiny",), "gpu_batches": (2,), "gpu_pieces": (2048,), "tokens": 16,
         "updates": 1, "warm_up": 0, **changes}))
 
