@@ -114,7 +114,8 @@ def main(c):
     """-> the exit code: 1 where a benchmark names what failed"""
     check_settings(c)
     figures = VERBS[c.what](c)
-    published = c.changed(input=Path(c.input).name)  # where the file lies concerns this machine only
+    # the file's name without its folder, which is nobody else's business
+    published = c.changed(input=Path(c.input).name)
     print(json.dumps({"benchmark": c.what, "settings": dict(published), **figures}))
     return 1 if figures.get("failed") else 0
 

@@ -25,7 +25,8 @@ from parallel import one_fate
 from training.monitor import cpu_name, git
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("data_ms", "forward_ms", "backward_ms", "optim_ms")  # of a training step, as metrics.jsonl names them
+# the parts of a training step, as metrics.jsonl names them
+PARTS = ("data_ms", "forward_ms", "backward_ms", "optim_ms")
 
 # -----------------------------------------------------------------------------
 # Our own scripts
@@ -91,8 +92,8 @@ def in_processes(function, *args, ranks=1):
         ours, theirs = spawn.Pipe(duplex=False)
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        child = spawn.Process(target=send_result, args=(theirs, variables, function, args), daemon=True)
-        child.start()
+        arguments = (theirs, variables, function, args)
+        spawn.Process(target=send_result, args=arguments, daemon=True).start()
         theirs.close()  # so that the pipe ends when the child dies
         rank_of[ours] = rank
     results = {}
@@ -102,7 +103,8 @@ def in_processes(function, *args, ranks=1):
             try:
                 results[rank] = pipe.recv()
             except EOFError:
-                fail(f"{function.__name__}: process {rank} of {ranks} ended without a result; its error is above")
+                fail(f"{function.__name__}: process {rank} of {ranks} ended without a result; "
+                     "its error is above")
     return [results[rank] for rank in range(ranks)]
 
 
@@ -122,7 +124,12 @@ def send_result(pipe, variables, function, args):
 def machine():
     """The code and the machine of a figure that does not come from a training run."""
     dirty = bool(git("status", "--porcelain"))
-    return {"commit": git("rev-parse", "HEAD"), "dirty": dirty, "cpu": cpu_name(), "cores": os.cpu_count()}
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": dirty,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+    }
 
 
 def timed(call, device=None):
@@ -178,7 +185,8 @@ def table(rows, columns):
     for row in rows:
         lines.append([cell(row[column]) for column in columns])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])  # a colon at the end: flush right
+    # in Markdown a colon at the end aligns the column to the right
+    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     for line in lines:
         padded = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
         print("| " + " | ".join(padded) + " |")

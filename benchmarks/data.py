@@ -78,15 +78,24 @@ def bench_data(c):
     rows = preparation_rows(c, folder, main, megabytes)
     memory = memory_rows(c, folder, corpora)
 
-    print(f"{megabytes:.0f} MB of text, whole command, median of {c.rounds}; the recipe without loading the corpus")
+    print(f"{megabytes:.0f} MB of text, whole command, median of {c.rounds}; "
+          "the recipe without loading the corpus")
     for row in rows:
-        print(f"{row['what']:>20}  {row['seconds']:7.1f} s  {row['MB/s']:6.1f} MB/s  {row['peak MB']:7.0f} MB at most")
+        print(f"{row['what']:>20}  {row['seconds']:7.1f} s  {row['MB/s']:6.1f} MB/s  "
+              f"{row['peak MB']:7.0f} MB at most")
     print(f"near, {max(c.workers)} workers, by size of the corpus")
     table(memory, ("corpus MB", "seconds", "MB/s", "peak MB"))
     recipe_s = rows[-1]["seconds"]
     ratios = {row["what"]: recipe_s / row["seconds"] for row in rows[:-1]}
-    print("times as fast as the recipe: " + ", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
-    return {"machine": machine(), "megabytes": megabytes, "rows": rows, "memory": memory, "ratios": ratios}
+    listed = ", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items())
+    print(f"times as fast as the recipe: {listed}")
+    return {
+        "machine": machine(),
+        "megabytes": megabytes,
+        "rows": rows,
+        "memory": memory,
+        "ratios": ratios,
+    }
 
 
 def make_corpora(c, folder):
@@ -143,8 +152,14 @@ def preparation_rows(c, folder, corpus, megabytes):
         seconds = statistics.median(all_s)
         tokens = rounds[0][2]
         peak_mb = max(peak_mb or 0 for _, peak_mb, _ in rounds)
-        rows.append({"what": name, "seconds": seconds, "MB/s": megabytes / seconds,
-                     "Mtokens/s": tokens / seconds / 1e6, "peak MB": peak_mb, "all_s": all_s})
+        rows.append({
+            "what": name,
+            "seconds": seconds,
+            "MB/s": megabytes / seconds,
+            "Mtokens/s": tokens / seconds / 1e6,
+            "peak MB": peak_mb,
+            "all_s": all_s,
+        })
     return rows
 
 
@@ -162,9 +177,10 @@ def prepare(folder, corpus, dedup, workers):
     """Prepare a corpus with our script. -> (seconds, peak memory in MB, tokens)"""
     made = folder / "made"
     shutil.rmtree(made, ignore_errors=True)
-    script = ROOT / "data" / "openwebtext" / "prepare.py"
-    seconds, peak_mb, _ = run_watched([sys.executable, script, f"--input={corpus}", f"--out_dir={made}",
-                                       f"--dedup={dedup}", f"--workers={workers}", "--val_fraction=0.01"])
+    command = [sys.executable, ROOT / "data" / "openwebtext" / "prepare.py"]
+    command += [f"--input={corpus}", f"--out_dir={made}", f"--dedup={dedup}"]
+    command += [f"--workers={workers}", "--val_fraction=0.01"]
+    seconds, peak_mb, _ = run_watched(command)
     manifest = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
     return seconds, peak_mb, sum(split["tokens"] for split in manifest["splits"].values())
 
@@ -175,7 +191,8 @@ def prepare_by_recipe(folder, corpus, procs):
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     tokenizer = folder / "made" / "tokenizer.json"  # of the run of our script before it
-    _, peak_mb, output = run_watched([sys.executable, "-c", RECIPE, corpus, made, str(procs), tokenizer, ROOT])
+    command = [sys.executable, "-c", RECIPE, corpus, made, str(procs), tokenizer, ROOT]
+    _, peak_mb, output = run_watched(command)
     times = json.loads(output.splitlines()[-1])
     return times["map_s"] + times["write_s"], peak_mb, 0
 
@@ -185,7 +202,8 @@ def run_watched(command):
 
     Memory is read from /proc ten times a second, and is None where there is no /proc.
     """
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
     peak = 0
     ended = threading.Event()
 
@@ -238,22 +256,27 @@ def bench_loader(c):
 
     speeds = {"minichat": [], "nanoGPT": []}
     for _ in range(c.rounds):
-        loader = Loader(tokens, block_size, batch_size, prefetch=values["prefetch"], threads=values["loader_threads"])
+        loader = Loader(tokens, block_size, batch_size, prefetch=values["prefetch"],
+                        threads=values["loader_threads"])
         speeds["minichat"].append(tokens_per_s(loader))
         loader.close()
-        speeds["nanoGPT"].append(tokens_per_s(nanogpt_batches(tokens.paths[0], block_size, batch_size)))
+        batches = nanogpt_batches(tokens.paths[0], block_size, batch_size)
+        speeds["nanoGPT"].append(tokens_per_s(batches))
     medians = {name: statistics.median(rounds) for name, rounds in speeds.items()}
 
     folder = new_folder(Path(c.out_dir) / f"{Path(c.config).stem}_loader")
-    run_script("train.py", c.config, f"--out_dir={folder}", *(f"--{override}" for override in c.overrides))
+    overrides = [f"--{override}" for override in c.overrides]
+    run_script("train.py", c.config, f"--out_dir={folder}", *overrides)
     records, _ = read_run(folder)
     waiting = sum(record["data_ms"] for record in records)
     waiting /= sum(record[part] for record in records for part in PARTS)
 
-    print(f"{c.config}: batches of {batch_size} x {block_size}, median of {c.rounds} rounds of {c.reads:,}")
+    print(f"{c.config}: batches of {batch_size} x {block_size}, "
+          f"median of {c.rounds} rounds of {c.reads:,}")
     for name, speed in medians.items():
         print(f"{name:>10}: {speed / 1e6:8.2f} million tokens/s")
-    print(f"a training step waits for data {waiting:.3%} of its time ({records[-1]['step']:,} steps)")
+    steps = records[-1]["step"]
+    print(f"a training step waits for data {waiting:.3%} of its time ({steps:,} steps)")
     return {"machine": machine(), "tokens_per_s": medians, "all": speeds, "waiting": waiting}
 
 
@@ -273,8 +296,10 @@ def train_settings(c):
 def nanogpt_batches(path, block_size, batch_size):
     """nanoGPT's batches: a new memmap for each, and a random crop for each row. Yields (x, y), int64 (B, T)."""
     while True:
-        data = np.memmap(path, dtype=np.uint16, mode="r", offset=1024)  # after the header of a shard
-        starts = torch.randint(len(data) - block_size, (batch_size,)).tolist()
-        x = torch.stack([torch.from_numpy(data[i : i + block_size].astype(np.int64)) for i in starts])
-        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + block_size].astype(np.int64)) for i in starts])
-        yield x, y
+        data = np.memmap(path, dtype=np.uint16, mode="r", offset=1024)  # after a shard's header
+        x_rows = []
+        y_rows = []
+        for i in torch.randint(len(data) - block_size, (batch_size,)).tolist():
+            x_rows.append(torch.from_numpy(data[i : i + block_size].astype(np.int64)))
+            y_rows.append(torch.from_numpy(data[i + 1 : i + 1 + block_size].astype(np.int64)))
+        yield torch.stack(x_rows), torch.stack(y_rows)

@@ -35,7 +35,8 @@ SHAPES = {  # name: (layers, heads, width, vocabulary, its batch as a share of t
     "774m": (36, 20, 1280, 50257, 4),
     "tiny": (2, 2, 32, 512, 1),
 }
-COLUMNS = ("row", "model", "batch", "compile_s", "step_ms", "tok_per_s", "mfu_%", "peak_gb", "plan_gb", "trouble")
+COLUMNS = ("row", "model", "batch", "compile_s", "step_ms", "tok_per_s", "mfu_%",
+           "peak_gb", "plan_gb", "trouble")
 
 
 @dataclass
@@ -82,8 +83,8 @@ def bench_gpu(c):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for the events that time the steps
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["cpu"]
-    print(f"{name}, torch {torch.__version__}, bfloat16, {c.tokens} tokens a sequence; median of {c.updates} updates "
-          f"after {c.warm_up}", flush=True)
+    print(f"{name}, torch {torch.__version__}, bfloat16, {c.tokens} tokens a sequence; "
+          f"median of {c.updates} updates after {c.warm_up}", flush=True)
     ceilings = machine_ceilings(device)
     rows = []
     for case in cases(c):
@@ -92,8 +93,14 @@ def bench_gpu(c):
     print()
     table(rows, COLUMNS)
     failed = [row["row"] for row in rows if row["trouble"] and not may_fail(row)]
-    return {"machine": machine(), "device": name, "torch": torch.__version__, "ceilings": ceilings, "rows": rows,
-            "failed": failed}
+    return {
+        "machine": machine(),
+        "device": name,
+        "torch": torch.__version__,
+        "ceilings": ceilings,
+        "rows": rows,
+        "failed": failed,
+    }
 
 
 def may_fail(row):
@@ -117,8 +124,8 @@ def machine_ceilings(device):
     b = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     product_ms = median_ms(lambda: a @ b, device)
     product = 2 * n**3 / product_ms / 1e9
-    print(f"copy of {source.nbytes / 2**20:.0f} MiB: {copied:.0f} GB/s; product of {n} x {n} in bfloat16: "
-          f"{product:.1f} TFLOP/s", flush=True)
+    print(f"copy of {source.nbytes / 2**20:.0f} MiB: {copied:.0f} GB/s; "
+          f"product of {n} x {n} in bfloat16: {product:.1f} TFLOP/s", flush=True)
     return {"copy_gb_per_s": copied, "product_tflop_per_s": product, "product_n": n}
 
 
@@ -151,8 +158,8 @@ class Training:
         attn = "auto" if case.sdpa == "auto" else "sdpa"
         self.model = GPT(config_of(case.model, c.tokens, attn)).to(device)
         self.forward = torch.compile(self.model, dynamic=False) if case.compile else self.model
-        self.optimizer = Optimizers(self.model, optimizer=optimizer, learning_rate=1e-4, weight_decay=0.1,
-                                    muon_dtype=muon_dtype)
+        self.optimizer = Optimizers(self.model, optimizer=optimizer, learning_rate=1e-4,
+                                    weight_decay=0.1, muon_dtype=muon_dtype)
         vocab_size = self.model.config.vocab_size
         self.x = torch.randint(vocab_size, (case.batch, c.tokens), device=device)  # (B, T)
         self.y = torch.randint(vocab_size, (case.batch, c.tokens), device=device)
@@ -174,8 +181,8 @@ class Training:
 
 def config_of(model, tokens, attn="auto"):
     layers, heads, width, vocabulary, _ = SHAPES[model]
-    return GPTConfig(block_size=tokens, n_layer=layers, n_head=heads, n_embd=width, vocab_size=vocabulary, bias=False,
-                     attn=attn)
+    return GPTConfig(block_size=tokens, n_layer=layers, n_head=heads, n_embd=width,
+                     vocab_size=vocabulary, bias=False, attn=attn)
 
 
 def case_rows(case, c, device, pieces=False):
@@ -219,7 +226,8 @@ def training_rows(case, c, device, pieces):
     rows = [steps_row(case, c, training, first_s if case.compile else None)]
     for piece in pieces:  # the loss reads the size at each call, so nothing compiles again
         with piece_of(device.type, piece):
-            rows.append(steps_row(replace(case, row=f"piece 2**{piece.bit_length() - 1}"), c, training, None))
+            piece_case = replace(case, row=f"piece 2**{piece.bit_length() - 1}")
+            rows.append(steps_row(piece_case, c, training, None))
     return rows
 
 
@@ -243,11 +251,12 @@ def steps_row(case, c, training, compile_s):
     speed = 1000 * case.batch * c.tokens / ms
     flops = peak_flops(device, torch.bfloat16)
     peak_gb = memory_gb(device)
-    planned = plan.step_memory(plan.costs_of(model), case.batch, torch.bfloat16, cuda=device.type == "cuda")["total"]
+    planned = plan.step_memory(plan.costs_of(model), case.batch, torch.bfloat16,
+                               cuda=device.type == "cuda")
     row = {**empty_row(case), "compile_s": compile_s, "step_ms": ms, "tok_per_s": round(speed)}
     row["mfu_%"] = 100 * speed * model.train_flops(c.tokens) / flops if flops else None
     row["peak_gb"] = peak_gb
-    row["plan_gb"] = planned / 1e9
+    row["plan_gb"] = planned["total"] / 1e9
     return show_row(row)
 
 

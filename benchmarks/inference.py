@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -62,8 +63,8 @@ def bench_infer(c):
     subject = "checkpoints" if c.models else "GPT-2 124M, random weights"
     print(f"{subject}, {device} ({cpu_name()}, {torch.get_num_threads()} threads), which reads "
           f"{read_speed / 1e9:.1f} GB/s; median of {c.rounds} rounds of {c.new_tokens} tokens")
-    columns = ["form", "kv_heads", "batch", "prompt", "first_ms", "token_ms", "tok_per_s", "bandwidth", "kv_mb",
-               "peak_mb"]
+    columns = ["form", "kv_heads", "batch", "prompt", "first_ms", "token_ms", "tok_per_s",
+               "bandwidth", "kv_mb", "peak_mb"]
     if c.models:
         columns.insert(0, "model")
     table(rows, columns)
@@ -71,8 +72,13 @@ def bench_infer(c):
         parts = [f"{key}: {value:.1f}" if isinstance(value, float) else f"{key}: {value}"
                  for key, value in other.items()]
         print(", ".join(parts))
-    return {"machine": machine(), "device": str(device), "read_gb_per_s": read_speed / 1e9, "rows": rows,
-            "others": others}
+    return {
+        "machine": machine(),
+        "device": str(device),
+        "read_gb_per_s": read_speed / 1e9,
+        "rows": rows,
+        "others": others,
+    }
 
 
 def load_checkpoint(c, folder):
@@ -83,7 +89,8 @@ def load_checkpoint(c, folder):
         fail(error)
     needed = max(c.prompts) + c.new_tokens + 1
     if model.config.block_size < needed:
-        fail(f"--prompts={','.join(map(str, c.prompts))}: {folder} has a context of {model.config.block_size}, and the "
+        prompts = ",".join(map(str, c.prompts))
+        fail(f"--prompts={prompts}: {folder} has a context of {model.config.block_size}, and the "
              f"longest prompt takes {needed} with the tokens after it")
     return model
 
@@ -93,8 +100,8 @@ def measure_model(c, model, form, label, device, read_speed):
 
     Both begin with `label`. The model is converted in place.
     """
-    if form == "int8":
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # of everything that is not a weight
+    if form == "int8":  # the dtype of everything that is not a weight
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     else:
         dtype = getattr(torch, form)
     peers = peers_of(c, model, form, dtype, device)
@@ -103,7 +110,7 @@ def measure_model(c, model, form, label, device, read_speed):
     engine = Engine(model, max_tokens=max(c.batches) * (max(c.prompts) + c.new_tokens + 16))
 
     cases = [(batch, length) for length in c.prompts for batch in c.batches]
-    decode_s = {case: [] for case in cases}  # (seconds to the first token, seconds for each token after it)
+    decode_s = {case: [] for case in cases}  # pairs, as decode returns them
     peak_mb = {}
     linear_s = []
     peer_s = {name: [] for name in peers}
@@ -124,9 +131,18 @@ def measure_model(c, model, form, label, device, read_speed):
         # a step reads all weights, and the keys and values of half of the new tokens on average
         read = weights + model.kv_cache_bytes(batch * (length + c.new_tokens // 2), engine.kv_dtype)
         kv_bytes = model.kv_cache_bytes(batch * (length + c.new_tokens), engine.kv_dtype)
-        rows.append({**label, "batch": batch, "prompt": length, "first_ms": 1000 * first_s, "token_ms": 1000 * token_s,
-                     "tok_per_s": batch / token_s, "bandwidth": read / token_s / read_speed,
-                     "weights_mb": weights / 1e6, "peak_mb": peak_mb[batch, length], "kv_mb": kv_bytes / 1e6})
+        rows.append({
+            **label,
+            "batch": batch,
+            "prompt": length,
+            "first_ms": 1000 * first_s,
+            "token_ms": 1000 * token_s,
+            "tok_per_s": batch / token_s,
+            "bandwidth": read / token_s / read_speed,
+            "weights_mb": weights / 1e6,
+            "peak_mb": peak_mb[batch, length],
+            "kv_mb": kv_bytes / 1e6,
+        })
     other = dict(label)
     if c.crowd and not c.models:
         other |= crowd_times(model, c.crowd)
@@ -156,7 +172,9 @@ def random_prompts(batch, length, vocab_size=50257):
 def decode(engine, batch, length, new_tokens):
     """One round of requests. -> (seconds to the first token of all, median seconds of a step after it)"""
     prompts = random_prompts(batch, length, engine.model.config.vocab_size)
-    requests = [engine.submit(ids, max_new_tokens=new_tokens + 1, temperature=0) for ids in prompts.tolist()]
+    requests = []
+    for ids in prompts.tolist():
+        requests.append(engine.submit(ids, max_new_tokens=new_tokens + 1, temperature=0))
     began = time.perf_counter()
     while not all(request.tokens for request in requests):
         engine.step()
@@ -205,7 +223,12 @@ def crowd_times(model, crowd):
 
     one_by_one_s = timed(one_by_one)
     at_once_s = timed(at_once)
-    return {"crowd": crowd, "one_by_one_s": one_by_one_s, "at_once_s": at_once_s, "gain": one_by_one_s / at_once_s}
+    return {
+        "crowd": crowd,
+        "one_by_one_s": one_by_one_s,
+        "at_once_s": at_once_s,
+        "gain": one_by_one_s / at_once_s,
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -248,8 +271,9 @@ def transformers_of(c, length, dtype, device):
 
     def generate_s(prompts, new_tokens):
         options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+                   "min_new_tokens": new_tokens, "max_new_tokens": new_tokens,
                    "attention_mask": torch.ones_like(prompts)}
-        return timed(lambda: model.generate(prompts, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **options))
+        return timed(lambda: model.generate(prompts, **options))
 
     def seconds_per_token(prompts):  # the first token, which also reads the prompt, does not count
         return (generate_s(prompts, c.new_tokens + 1) - generate_s(prompts, 1)) / c.new_tokens
@@ -294,8 +318,8 @@ def serve_llama_cpp(pipe, path, length, new_tokens, threads):
     """The child of llama_cpp_of: it answers each message with the seconds of a token."""
     import llama_cpp
 
-    settings = {"n_threads": threads, "n_threads_batch": threads, "use_mmap": False, "verbose": False}
-    model = llama_cpp.Llama(path, n_ctx=1024, **settings)
+    model = llama_cpp.Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads,
+                            use_mmap=False, verbose=False)
     prompt = random_prompts(1, length)[0].tolist()
     with contextlib.suppress(EOFError):  # the parent has ended
         while True:
@@ -303,5 +327,6 @@ def serve_llama_cpp(pipe, path, length, new_tokens, threads):
             model.reset()
             tokens = model.generate(prompt, temp=0.0, repeat_penalty=1.0)
             next(tokens)
-            pipe.send(timed(lambda tokens=tokens: [next(tokens) for _ in range(new_tokens)]) / new_tokens)
+            seconds = timed(lambda tokens=tokens: list(islice(tokens, new_tokens)))
+            pipe.send(seconds / new_tokens)
     model.close()

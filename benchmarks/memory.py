@@ -44,7 +44,8 @@ def bench_activations(c):
         rows += in_processes(step_once, kind, c.shape, c.tokens, c.device)
     for row in rows:
         row["of_none_%"] = 100 * row["activations_mb"] / rows[0]["activations_mb"]
-    print(f"{c.shape[0]} layers of {c.shape[2]}, {c.shape[1]} heads, 1 sequence of {c.tokens} tokens, fp32, "
+    n_layer, n_head, n_embd = c.shape
+    print(f"{n_layer} layers of {n_embd}, {n_head} heads, 1 sequence of {c.tokens} tokens, fp32, "
           f"{torch.get_num_threads()} threads; activations: how far the forward pass raises the peak")
     table(rows, ("checkpointing", "activations_mb", "of_none_%", "peak_mb", "step_s", "gradients"))
     return {"machine": machine(), "rows": rows}
@@ -66,8 +67,13 @@ def step_once(kind, shape, tokens, device_name):
     digest = hashlib.sha256()
     for p in model.parameters():
         digest.update(p.grad.cpu().numpy().data)
-    return {"checkpointing": kind, "activations_mb": 1000 * activations_gb, "peak_mb": 1000 * memory_gb(device),
-            "step_s": time.perf_counter() - began, "gradients": digest.hexdigest()[:16]}
+    return {
+        "checkpointing": kind,
+        "activations_mb": 1000 * activations_gb,
+        "peak_mb": 1000 * memory_gb(device),
+        "step_s": time.perf_counter() - began,
+        "gradients": digest.hexdigest()[:16],
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -84,18 +90,21 @@ def bench_zero(c):
     """
     if not c.worlds:
         fail("worlds must be at least 1 number of processes")
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "100000"  # for the children: glibc then returns freed memory at once
+    # for the children: glibc then returns freed memory to the system at once
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "100000"
     rows = []
     for ranks in c.worlds:
         stages = (0, 1, 2, 3) if ranks > 1 else (0,)
         for stage in stages:
             by_rank = in_processes(updates_once, stage, c.shape, c.tokens, c.device, ranks=ranks)
             rows.append(zero_row(ranks, stage, by_rank))
-    print(f"{c.shape[0]} layers of {c.shape[2]}, {c.shape[1]} heads, 2 micro-batches of 1 sequence of {c.tokens} "
-          "tokens, fp32; MB on the rank that has most: at the optimizer's step (theory: of all three), then the peak "
-          "of an update, and what plan.py says of it")
-    table(rows, ("processes", "layout", "weights_mb", "gradients_mb", "optimizer_mb", "theory_mb", "of_theory_%",
-                 "peak_mb", "plan_mb"))
+    n_layer, n_head, n_embd = c.shape
+    print(f"{n_layer} layers of {n_embd}, {n_head} heads, "
+          f"2 micro-batches of 1 sequence of {c.tokens} tokens, fp32; MB on the rank that has most: "
+          "at the optimizer's step (theory: of all three), then the peak of an update, "
+          "and what plan.py says of it")
+    table(rows, ("processes", "layout", "weights_mb", "gradients_mb", "optimizer_mb", "theory_mb",
+                 "of_theory_%", "peak_mb", "plan_mb"))
     return {"machine": machine(), "rows": rows}
 
 
@@ -125,8 +134,8 @@ def updates_once(stage, shape, tokens, device_name):
     unplaced = unplaced.to(device)
     x = x.to(device)  # (1, T)
     theory = 4 * unplaced.param_bytes() / (layout.dp if layout.zero else 1)
-    planned = plan.step_memory(plan.costs_of(unplaced), 1, layout=plan.Layout(layout.dp, layout.zero), micro_steps=2,
-                               cuda=device.type == "cuda")
+    planned = plan.step_memory(plan.costs_of(unplaced), 1, micro_steps=2, cuda=device.type == "cuda",
+                               layout=plan.Layout(layout.dp, layout.zero))
     model = layout.place(unplaced)
     del unplaced
     opt = Optimizers(model, learning_rate=1e-3, whole=layout.whole, part=layout.part)
@@ -154,7 +163,11 @@ def held_bytes(model, opt):
     for by_parameter in opt.state_dict().values():
         for state in by_parameter.values():
             states += [tensor for tensor in state.values() if tensor.ndim]
-    parts = {"weights": model.parameters(), "gradients": [p.grad for p in model.parameters()], "optimizer": states}
+    parts = {
+        "weights": model.parameters(),
+        "gradients": [p.grad for p in model.parameters()],
+        "optimizer": states,
+    }
     held = {}
     for name, tensors in parts.items():
         held[name] = sum(tensor.numel() * tensor.element_size() for tensor in map(local, tensors))

@@ -70,8 +70,9 @@ def bench_train(c):
 def train_once(c, seed):
     """One training run and its evaluation: its figures as a dict."""
     folder = new_folder(Path(c.out_dir) / f"{Path(c.config).stem}_seed{seed}")
-    overrides = [f"--{override}" for override in c.overrides]
-    run_script("train.py", c.config, f"--seed={seed}", f"--out_dir={folder}", *overrides, ranks=c.processes)
+    keys = [f"--seed={seed}", f"--out_dir={folder}"]
+    keys += [f"--{override}" for override in c.overrides]
+    run_script("train.py", c.config, *keys, ranks=c.processes)
     evaluated = json.loads(run_script("eval.py", f"--out_dir={folder}"))
     records, origin = read_run(folder)
     last = records[-1]
@@ -109,7 +110,8 @@ def bench_scaling(c):
     if not (c.batches and c.lengths and c.worlds):
         fail("batches, lengths and worlds need at least one number each")
     if c.warm_up + c.updates < 2:
-        fail("warm_up and updates must be two together: the last update's memory has the evaluation in it")
+        fail("warm_up and updates must be two together: "
+             "the last update's memory has the evaluation in it")
     cases = scaling_cases(c)
     records = {case: [] for case in cases}
     peaks = {case: [] for case in cases}
@@ -132,11 +134,13 @@ def bench_scaling(c):
     most = math.lcm(*c.worlds)
     add_efficiency(rows, "strong_%", lambda row: row["micro_batches"] == most)
     add_efficiency(rows, "weak_%", lambda row: row["micro_batches"] == row["processes"])
-    print(f"{c.config}: median of {c.rounds} x {c.updates} updates after {c.warm_up}, {origins[0]['device']} "
-          f"({origins[0]['cpu']}), {origins[0]['threads']} threads a process; micro_batches: of a step, of all "
-          "processes together; strong and weak: speed of a process in % of the speed with the fewest processes")
-    table(rows, ("length", "batch", "processes", "micro_batches", "tok_per_s", "mfu_%", "peak_mb", "step_ms", "data_ms",
-                 "forward_ms", "backward_ms", "comm_ms", "optim_ms", "strong_%", "weak_%"))
+    print("{}: median of {} x {} updates after {}, {device} ({cpu}), {threads} threads a process; "
+          "micro_batches: of a step, of all processes together; strong and weak: speed of a process "
+          "in % of the speed with the fewest processes".format(
+              c.config, c.rounds, c.updates, c.warm_up, **origins[0]))
+    table(rows, ("length", "batch", "processes", "micro_batches", "tok_per_s", "mfu_%", "peak_mb",
+                 "step_ms", "data_ms", "forward_ms", "backward_ms", "comm_ms", "optim_ms",
+                 "strong_%", "weak_%"))
     missing = [case for case in records if len(records[case]) < c.rounds]
     return {"runs": origins, "rows": rows, "missing": missing}
 
@@ -159,10 +163,22 @@ def run_few(c, case, folder, required):
     """A few updates of train.py. -> (the records after the warm-up, peak memory in MB, their origin), or None where
     they failed and are not required."""
     steps = c.warm_up + c.updates
-    grid = {"batch_size": case.batch_size, "block_size": case.length, "gradient_accumulation_steps": case.micro_batches,
-            "tokens_per_step": 0, "context_start": 0, "max_iters": steps, "log_interval": 1, "eval_interval": steps,
-            "eval_iters": 1, "save_interval": 0, "save_minutes": 0, "sample_tokens": 0, "measure_comm": True,
-            "out_dir": folder}
+    grid = {
+        "batch_size": case.batch_size,
+        "block_size": case.length,
+        "gradient_accumulation_steps": case.micro_batches,
+        "tokens_per_step": 0,
+        "context_start": 0,
+        "max_iters": steps,
+        "log_interval": 1,
+        "eval_interval": steps,
+        "eval_iters": 1,
+        "save_interval": 0,
+        "save_minutes": 0,
+        "sample_tokens": 0,
+        "measure_comm": True,
+        "out_dir": folder,
+    }
     for override in c.overrides:
         if override.partition("=")[0] in grid:
             fail(f"--overrides={override}: scaling sets this key itself")
@@ -238,12 +254,17 @@ def bench_monitor(c):
     least = {way: np.min(times[way], axis=0) for way in ways}
     rows = []
     for way, seconds in least.items():
-        rows.append({"way": way, "steps": len(seconds) + 1, "mean_ms": 1000 * float(seconds.mean()),
-                     "median_ms": 1000 * float(np.median(seconds)), "longest_ms": 1000 * float(seconds.max()),
-                     "rounds_ms": [1000 * float(one_round.mean()) for one_round in times[way]]})
+        rows.append({
+            "way": way,
+            "steps": len(seconds) + 1,
+            "mean_ms": 1000 * float(seconds.mean()),
+            "median_ms": 1000 * float(np.median(seconds)),
+            "longest_ms": 1000 * float(seconds.max()),
+            "rounds_ms": [1000 * float(one_round.mean()) for one_round in times[way]],
+        })
     share = float(least["as configured"].sum() / least["without"].sum() - 1)
-    print(f"{c.config}, {torch.get_num_threads()} threads: milliseconds from step to step, the least of {c.rounds} "
-          "rounds")
+    print(f"{c.config}, {torch.get_num_threads()} threads: milliseconds from step to step, "
+          f"the least of {c.rounds} rounds")
     table(rows, ("way", "steps", "mean_ms", "median_ms", "longest_ms"))
     print(f"logging and probes take {share:.2%} of a step")
     return {"machine": machine(), "rows": rows, "share": share}
@@ -252,7 +273,8 @@ def bench_monitor(c):
 def step_times(c, folder, *keys):
     """Seconds from each step to the next in a run of train.py that evaluates and saves only at its end."""
     overrides = [f"--{override}" for override in c.overrides]
-    at_the_end = ["--eval_interval=1000000000", "--eval_iters=1", "--save_interval=0", "--save_minutes=0"]
+    at_the_end = ["--eval_interval=1000000000", "--eval_iters=1"]
+    at_the_end += ["--save_interval=0", "--save_minutes=0"]
     keys = [*overrides, *at_the_end, f"--out_dir={new_folder(folder)}", *keys]
     command = [sys.executable, "-c", TRAIN_AND_TIME, ROOT, ROOT / "train.py", c.config, *keys]
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
