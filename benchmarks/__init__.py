@@ -1,1 +1,1 @@
-"""Under bench.py."""
+"""The benchmarks of bench.py, one kind a file."""

@@ -20,7 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import held_bytes, machine  # noqa: E402
+from benchmarks.common import machine  # noqa: E402
+from benchmarks.memory import held_bytes  # noqa: E402
 from eval import evaluate  # noqa: E402
 from loader import Loader, Tokens  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Is everything right, and how fast is it, on one CUDA GPU: five parts of at most nine minutes each (docs/gpu.md).
+# Tests everything on one CUDA GPU and times it, in five parts of at most nine minutes each (docs/gpu.md).
 set -uo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 usage() {
     cat <<'END'
 usage: bash tests/on_gpu.sh PART [--rehearse]
-  1  is it right: the tests that need a GPU, short runs in each precision, the same bits twice and after a kill
+  1  is it right: the tests that need a GPU, short runs in each precision, the same bits in a second run and after a kill
   2  how fast: bench.py gpu, and nanoGPT's bench.py beside it where DATA has it
-  3  where the time and the memory go: a profile, the largest batch that fits, 355M and 774M beside the plan
+  3  where the time and the memory go: a profile, the largest batch that fits, 355M and 774M beside plan.py
   4  generation: bench.py infer
   5  two processes on one GPU, over gloo, in each layout
 --rehearse: the same commands on the CPU, with tiny models.
-Environment: DATA, a folder of prepared datasets (.gpu; what is missing is prepared, from MINICHAT_MIRROR if that is
-set); OUT, a folder for the report (docs/results; of a rehearsal a temporary one), both relative to the project's root;
-PY, the Python (python3); COMMIT, what to call the code where there is no git.
+Environment variables, with their defaults. Relative paths start at the project's root.
+  DATA    folder of prepared datasets (.gpu); a missing dataset is prepared, from MINICHAT_MIRROR if that is set
+  OUT     folder for the report (docs/results; a temporary folder for a rehearsal)
+  PY      the Python (python3)
+  COMMIT  name of the code where there is no git
 END
 }
 
@@ -42,17 +44,17 @@ DATA=${DATA:-.gpu}
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}
 
 # -----------------------------------------------------------------------------
-# On what machine, how large, and where the report goes
+# The machine, the sizes of the runs, and the file of the report
 
 card=rehearsal
 device=cuda
 steps=200         # updates of a short run
-exact=40          # updates of a run whose bits are compared
+exact=40          # updates of a run that is compared bit by bit
 new_tokens=100    # tokens of a sample
 small=()          # keys that make a model tiny
 train=("$PY" train.py)
-launcher=("${train[@]}")  # what the words for train.py go to
-dtypes=(float32 bfloat16 float16)  # of the runs that compile
+launcher=("${train[@]}")  # the command that short_run gives its words to
+dtypes=(float32 bfloat16 float16)  # precisions of the compiled runs
 layouts=(zero_stage=0 zero_stage=1 zero_stage=2 zero_stage=3 tp_size=2 pp_size=2)
 if [ -n "$rehearse" ]; then
     OUT=${OUT:-$(mktemp -d)}
@@ -61,9 +63,9 @@ if [ -n "$rehearse" ]; then
     exact=6
     new_tokens=8
     dtypes=(bfloat16)
-    layouts=(zero_stage=0)  # tests/test_parallel.py has the others
+    layouts=(zero_stage=0)  # tests/test_parallel.py tests the others
     small=(--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4)
-    export TORCHDYNAMO_DISABLE=1  # torch.compile changes nothing: on a CPU it takes a minute for each model
+    export TORCHDYNAMO_DISABLE=1  # no compilation: on a CPU it takes a minute for each model
 else
     card=$("$PY" -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) ||
         stop "$PY finds no CUDA GPU here; --rehearse runs on the CPU"
@@ -75,7 +77,7 @@ failed=()
 
 say() { printf '%s\n' "$*" | tee -a "$report"; }
 
-facts() {  # what the figures depend on; no date, so that two reports compare
+facts() {  # the hardware and software behind the figures; no date, so that two reports can be compared
     local driver='' commit=${COMMIT:-} changed
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
     commit=${commit:-$(git rev-parse HEAD 2>/dev/null)}
@@ -89,8 +91,8 @@ facts() {  # what the figures depend on; no date, so that two reports compare
 # -----------------------------------------------------------------------------
 # Running a command
 
-# run COMMAND...: print it, then the last `keep` lines of what it says (60 where it fails), its exit code and seconds.
-# At most `limit` seconds. A failure is remembered, and the next command runs.
+# run COMMAND...: print the command, the last `keep` lines of its output (60 lines if it fails), its exit code and its
+# seconds. It is killed after `limit` seconds. A failure is recorded, and the next command still runs.
 keep=20
 limit=200
 run() {
@@ -103,7 +105,7 @@ run() {
     ended "$code" $((SECONDS - began)) "$@"
 }
 
-# run_shown COMMAND...: the same, but each line goes to the report at once, so that a run that is cut leaves its figures.
+# run_shown COMMAND...: the same, but each line goes to the report at once, so that an interrupted run leaves figures.
 run_shown() {
     local code began=$SECONDS
     say "" && say "\$ $*"
@@ -112,14 +114,14 @@ run_shown() {
     ended "$code" $((SECONDS - began)) "$@"
 }
 
-ended() {  # code, seconds, the command
+ended() {  # exit code, seconds, command: report how it ended
     say "exit $1, $2 s"
     [ "$1" = 0 ] || failed+=("${*:3}")
     return "$1"
 }
 
-# What train.py is told. A later word wins over an earlier one.
-words_for() {  # name, updates, config, dataset, then more words: for a run into $work/name, evaluated at its end alone
+# Set $words to the arguments of train.py for a run into $work/NAME that evaluates only at its end.
+words_for() {  # name, updates, config, dataset, then more arguments; a later argument wins
     local name=$1 updates=$2 config=$3 dataset=$4
     shift 4
     words=("$config" --dataset="$dataset" --max_iters="$updates" --lr_decay_iters="$updates" --warmup_iters=2
@@ -127,7 +129,7 @@ words_for() {  # name, updates, config, dataset, then more words: for a run into
         ${small[@]+"${small[@]}"} "$@")
 }
 
-short_run() {  # name, updates, then more words: a small model on characters
+short_run() {  # name, updates, then more arguments: a small model on characters
     words_for "$1" "$2" config/shakespeare_char_nanogpt.py "$DATA/shakespeare_char" --log_interval=50 "${@:3}"
     run "${launcher[@]}" "${words[@]}"
 }
@@ -135,7 +137,7 @@ short_run() {  # name, updates, then more words: a small model on characters
 # -----------------------------------------------------------------------------
 # The datasets
 
-dataset() {  # name, then the command that prepares it, if it is not there
+dataset() {  # name, then the script that prepares it (with its arguments) if it is missing
     local folder=$DATA/$1
     shift
     [ -f "$folder/manifest.json" ] || run "$PY" "$@" --out_dir="$folder"
@@ -143,7 +145,7 @@ dataset() {  # name, then the command that prepares it, if it is not there
 
 characters() { dataset shakespeare_char data/shakespeare_char/prepare.py; }
 
-gpt2_tokens() {  # the larger of two datasets of GPT-2's tokens, in $tokens
+gpt2_tokens() {  # set $tokens to the larger of two datasets of GPT-2's tokens
     local documents=${MINICHAT_MIRROR:-}/documents.jsonl.gz
     if [ -f "$DATA/documents/manifest.json" ] || [ -f "$documents" ]; then
         dataset documents data/text/prepare.py --input="$documents" && tokens=$DATA/documents && return
@@ -171,7 +173,7 @@ is_it_right() {
     short_run stack $steps config/stack.py --dtype=auto
     short_run growing $steps --dtype=auto --context_start=16
 
-    # the same bits: in two runs, and in a run that was killed in the middle and resumed
+    # a second run, and a run that was killed in the middle and resumed, must have the same bits
     local exactly=(--dtype=auto --compile=false --deterministic=true --dropout=0.1 --save_interval=2)
     short_run unbroken $exact "${exactly[@]}"
     short_run again $exact "${exactly[@]}"
@@ -187,7 +189,7 @@ is_it_right() {
     run "$PY" sample.py --out_dir="$work/stack" --num_samples=2 --max_new_tokens=$new_tokens --device=$device --compile
 }
 
-same_bits() {  # two runs: weights and optimizer state of the last checkpoint
+same_bits() {  # two runs: compare the weights and optimizer state of their last checkpoints
     local file last
     last=ckpt/step_$(printf %08d $exact)
     for file in model.safetensors optimizer.pt; do
@@ -195,12 +197,13 @@ same_bits() {  # two runs: weights and optimizer state of the last checkpoint
     done
 }
 
-write_killer() {  # killed.py STEP ...: train.py ..., which kill -9 ends before it takes that step
+write_killer() {  # killed.py STEP ...: train.py ..., which dies of SIGKILL just before it takes that step
     cat >"$work/killed.py" <<'END'
 import os, runpy, signal, sys
 sys.path.insert(0, os.getcwd())
 import optim
-left, step = int(sys.argv[1]), optim.Optimizers.step
+left = int(sys.argv[1])
+step = optim.Optimizers.step
 def step_or_die(self):
     global left
     left -= 1
@@ -231,7 +234,7 @@ how_fast() {
 # -----------------------------------------------------------------------------
 # 3: where the time and the memory go
 
-few_steps() {  # name, updates, config, then more words: figures of a large model, of which nothing is kept
+few_steps() {  # name, updates, config, then more arguments: print a large model's figures, then delete its run
     words_for "$1" "$2" "$3" "$tokens" --eval_iters=1 --log_interval=1 --probe_interval=0 "${@:4}"
     keep=50 run "${train[@]}" "${words[@]}" && run "$PY" "$work/figures.py" "$work/$1"
     rm -rf "${work:?}/$1"  # a checkpoint of 774M takes 9 GB
@@ -248,14 +251,14 @@ where_it_goes() {
     few_steps profile 14 config/owt_124m.py "${one[@]}" --batch_size=$batch --profile=10:12
     few_steps fits 4 config/owt_124m.py --gradient_accumulation_steps=none --tokens_per_step=$whole --batch_size=0
     few_steps 355m 5 config/owt_355m.py "${one[@]}"
-    if [ -z "$rehearse" ]; then  # in which nothing compiles
+    if [ -z "$rehearse" ]; then  # a rehearsal compiles nothing, so these would repeat the run above
         few_steps 355m_eager 5 config/owt_355m.py "${one[@]}" --compile=false
         few_steps 774m_eager 5 config/owt_774m.py "${one[@]}" --compile=false
     fi
     few_steps 774m_recomputed 5 config/owt_774m.py "${one[@]}" --compile=false --activation_checkpointing=full
 }
 
-write_figures() {  # figures.py RUN: a step's time, its parts and memory, the median of the updates
+write_figures() {  # figures.py RUN: a step's speed, parts and memory, each the median of the updates
     cat >"$work/figures.py" <<'END'
 import json, statistics, sys
 with open(sys.argv[1] + "/metrics.jsonl", encoding="utf-8") as lines:
@@ -297,12 +300,12 @@ two_processes() {
     done
 }
 
-write_losses() {  # losses.py RUN RUN: 0 if no loss is further from the other run's than a thousandth
+write_losses() {  # losses.py RUN RUN: exits with 0 if all losses agree within a relative 1e-3
     cat >"$work/losses.py" <<'END'
 import json, sys
 runs = [[json.loads(line)["loss"] for line in open(run + "/metrics.jsonl", encoding="utf-8")] for run in sys.argv[1:]]
 most = max(abs(a - b) / a for a, b in zip(*runs, strict=True))
-print(f"{len(runs[0])} losses, at most {most:.1e} of the loss apart")
+print(f"{len(runs[0])} losses, at most a relative {most:.1e} apart")
 sys.exit(most > 1e-3)
 END
 }

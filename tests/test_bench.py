@@ -1,4 +1,4 @@
-"""Benchmarks: the figures are those of the run folders, and nothing is measured over what is there."""
+"""Benchmarks: the figures are those of the run folders, and no benchmark writes into an older run's folder."""
 
 import json
 import random
@@ -10,8 +10,10 @@ import pytest
 import torch
 from test_tokenizer import RANKS, needs_ranks
 
-from bench import llama_cpp_of, timed, typical
 from benchmarks import common
+from benchmarks.common import timed
+from benchmarks.inference import llama_cpp_of
+from benchmarks.training import typical
 from model import GPT, GPTConfig
 
 pytest_plugins = ["runs"]
@@ -21,7 +23,7 @@ KEYS = ("seed", "val_loss", "train_s", "step_ms", "data_ms", "forward_ms", "back
 
 @pytest.fixture(scope="module")
 def bench(run_script, tiny_settings, tmp_path_factory):
-    """bench(seeds, out_dir) -> what `python bench.py train` did on the tiny model."""
+    """bench(seeds, out_dir) -> the finished process of `python bench.py train` on the tiny model."""
     config = tmp_path_factory.mktemp("config") / "tiny.py"
     settings = [word.removeprefix("--").split("=", 1) for word in tiny_settings]
     text = {"dataset", "device", "dtype"}
@@ -31,7 +33,8 @@ def bench(run_script, tiny_settings, tmp_path_factory):
     def bench(seeds, out_dir, *words):
         return run_script("bench.py", "train", f"--config={config}", f"--seeds={seeds}", f"--out_dir={out_dir}", *words)
 
-    bench.config = config  # and of the same in this process: the words before --out_dir
+    bench.config = config
+    # the same command for call_script, which runs it in this process; --out_dir is still to be added
     bench.words = lambda seeds: ["bench.py", "train", f"--config={config}", f"--seeds={seeds}"]
     return bench
 
@@ -57,8 +60,8 @@ def test_figures_are_those_of_the_runs(bench, call_script, tmp_path):
     assert result["val_loss"]["stdev"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
     assert table[1].split() == list(KEYS)
 
-    code, _, err = call_script(*bench.words("2,3"), f"--out_dir={tmp_path}")  # one of the folders is there:
-    assert code == 2 and "tiny_seed2 exists" in err  # nothing is mixed with it
+    code, _, err = call_script(*bench.words("2,3"), f"--out_dir={tmp_path}")  # the folder of seed 2 exists
+    assert code == 2 and "tiny_seed2 exists" in err
 
 
 @pytest.mark.parametrize(
@@ -80,8 +83,8 @@ def test_a_mistake_that_train_py_names(bench, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_gpu_is_given_is_timed_until_it_has_run(monkeypatch):
-    """Its kernels are launched and run later: the clock starts when none is left, and stops when none is."""
+def test_work_on_a_gpu_is_timed_until_its_kernels_have_run(monkeypatch):
+    """Kernels run after they are launched, so the clock waits for all of them before it starts and before it stops."""
     said = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda where: said.append("waited"))
     monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: said.append("clock") or len(said)))
@@ -97,7 +100,7 @@ def test_a_part_that_was_not_recorded_is_not_known():
               "mfu": None}
     found = typical([record, {**record, "optim_ms": 8.0, "comm_ms": 5.0}, {**record, "optim_ms": 9.0}])
     assert found["step_ms"] == 14.0 and found["optim_ms"] == 8.0 and found["tok_per_s"] == 10
-    assert found["comm_ms"] == 5.0 and found["mfu"] is None  # the one measured; none
+    assert found["comm_ms"] == 5.0 and found["mfu"] is None  # the median of one value; of none
     piped = {"step_ms": 12.0, "data_ms": 1.0, "pipeline_ms": 6.0, "optim_ms": 4.0, "tok_per_s": 10, "mfu": 0.5}
     assert typical([piped])["step_ms"] == 12.0 and typical([piped])["forward_ms"] is None
 
@@ -190,7 +193,7 @@ def test_preparing_data_is_timed_beside_the_recipe(corpus, run_script, call_scri
     made = json.loads((tmp_path / "out" / "made" / "manifest.json").read_text(encoding="utf-8"))
     total = sum(split["tokens"] for split in made["splits"].values())
     both = len(theirs) + (tmp_path / "out" / "recipe" / "test.bin").stat().st_size // 2
-    assert total == both and len(ours) > 1000, "the recipe makes the same tokens of the same text"
+    assert total == both and len(ours) > 1000, "the recipe makes the same number of tokens from the same text"
     code, _, err = call_script("bench.py", "data", *words)
     assert code == 2 and "exists" in err
 
@@ -226,7 +229,7 @@ def test_the_share_of_logging_and_probes_is_that_of_the_same_steps(bench, run_sc
 
 
 @pytest.mark.slow
-def test_activations_that_are_computed_again_are_not_held(run_script):
+def test_recomputed_activations_are_not_held(run_script):
     done = run_script("bench.py", "activations", "--shape=6,4,256", "--device=cpu")
     assert done.returncode == 0, done.stderr
     none, selective, full = json.loads(done.stdout.splitlines()[-1])["rows"]
@@ -235,7 +238,7 @@ def test_activations_that_are_computed_again_are_not_held(run_script):
     assert full["peak_mb"] < none["peak_mb"]
 
 
-def test_a_recipe_needs_documents(call_script, tmp_path):
+def test_preparing_data_needs_an_input(call_script, tmp_path):
     code, _, err = call_script("bench.py", "data", f"--out_dir={tmp_path / 'out'}")
     assert code == 2 and "--input is missing" in err and not (tmp_path / "out").exists()
 
@@ -259,8 +262,8 @@ def test_inference_of_checkpoints(run_script, call_script, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("life", ["pass", "os.abort()"])
-def test_a_peer_that_ends_takes_nothing_with_it(life, tmp_path, monkeypatch, capfd):
-    """As llama.cpp's int8 does on a Xeon with AMX."""
+def test_a_peer_that_crashes_does_not_end_the_benchmark(life, tmp_path, monkeypatch, capfd):
+    """llama.cpp's q8_0 crashes on a Xeon with AMX."""
     (tmp_path / "llama_cpp.py").write_text(f"""
 import itertools, os
 class Llama:
@@ -275,7 +278,7 @@ class Llama:
 """, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8, vocab_size=50257))
-    found = llama_cpp_of(model, "float32", 5)
+    found = llama_cpp_of(model, "float32", 5, new_tokens=24)
     if life == "pass":
         assert found["llama.cpp"]() > 0
     else:

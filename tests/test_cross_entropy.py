@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.utils import run_and_get_code
 
-from bench import forget_peak
+from benchmarks.common import forget_peak
 from cross_entropy import (
     PIECE,
     compiled,

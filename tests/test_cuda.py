@@ -1,8 +1,8 @@
-"""What only a GPU can show: its kernels against the plain formulas, its graphs, its events, its memory, its bits.
+"""What only a GPU can show: its kernels against plain formulas, CUDA graphs, events, peak memory, deterministic bits.
 
     python -m pytest -m cuda tests/test_cuda.py     # about a minute and a half; skipped where there is no GPU
 
-It takes no fixture of conftest.py's, so that it also runs with --noconftest where hypothesis is missing.
+It uses no fixture of conftest.py, so it also runs with --noconftest where hypothesis is missing.
 """
 
 import copy
@@ -36,14 +36,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda")
 HALF, FULL = torch.bfloat16, torch.float32
 
-# How far logits may be from those of another way, in their standard deviations. Two ways of computing in bfloat16 are
-# 0.05 apart on a CPU; where attention misses one key, they are 2 or more.
+# How far the logits of two ways to compute them may lie apart, in standard deviations of the logits. Two ways in
+# bfloat16 are 0.05 apart on a CPU; if attention misses one key, they are 2 or more apart.
 NEAR = {HALF: 0.2, FULL: 1e-3}
 
 
 def small_model(seed=0, sharp=1.0, **changes):
-    """A GPT of random weights on the GPU. Blocks of `sharp` times larger weights attend to few tokens, so that a wrong
-    one among them shows."""
+    """A GPT with random weights on the GPU. `sharp` multiplies the weights of the blocks: attention then rests on few
+    tokens, so that a wrong one shows."""
     torch.manual_seed(seed)
     sizes = {"block_size": 256, "vocab_size": 1000, "n_layer": 2, "n_head": 4, "n_embd": 256}
     model = GPT(GPTConfig(**{**sizes, **changes}))
@@ -58,92 +58,96 @@ def random_tokens(shape, vocab_size=1000, seed=1):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed)).to(CUDA)
 
 
-def relative_error(found, right):
-    """|found - right| / |right| of whole tensors, in fp64."""
-    found, right = found.double().cpu(), right.double().cpu()
-    return float((found - right).norm() / right.norm())
+def relative_error(result, expected):
+    """|result - expected| / |expected| over whole tensors, in fp64."""
+    result = result.double().cpu()
+    expected = expected.double().cpu()
+    return float((result - expected).norm() / expected.norm())
 
 
 # -----------------------------------------------------------------------------
 # The engine
 
 
-def draws(engine):
+def record_draws(engine):
     """{request: [(its tokens so far, the logits that the next one is drawn from), ...]}, filled as the engine runs."""
-    found, draw = {}, engine.draw
+    draws = {}
+    draw = engine.draw
 
-    def remember(request, logits):
-        found.setdefault(request, []).append((list(request.ids), logits.float().cpu()))
+    def record(request, logits):
+        draws.setdefault(request, []).append((list(request.ids), logits.float().cpu()))
         draw(request, logits)
 
-    engine.draw = remember
-    return found
+    engine.draw = record
+    return draws
 
 
-def same_draw(found, right, tolerance):
-    """Whether two rows of logits agree. Where the two best tokens of `right` are clearly apart, the greedy tokens must
+def same_draw(logits, expected, tolerance):
+    """Whether two rows of logits agree. If the two best tokens of `expected` are clearly apart, the greedy tokens must
     be equal as well."""
-    close = (found - right).abs().max() < tolerance
-    best, second = right.topk(2).values
-    return bool(close and (best - second < 2 * tolerance or found.argmax() == right.argmax()))
+    close = (logits - expected).abs().max() < tolerance
+    best, second = expected.topk(2).values
+    return bool(close and (best - second < 2 * tolerance or logits.argmax() == expected.argmax()))
 
 
 @pytest.mark.parametrize("n_kv_head", [0, 1, 2])
 def test_greedy_tokens_in_bfloat16_are_those_of_spelled_out_attention(n_kv_head):
-    """Prompts around the sizes of the kernels' tiles; after each, steps of one token."""
+    """Prompts of about the sizes of the kernels' tiles, each followed by steps of one token."""
     model = small_model(sharp=4.0, n_kv_head=n_kv_head).eval().to(HALF)
     spelled_out = GPT(GPTConfig(**{**vars(model.config), "attn": "math"})).to(CUDA, HALF).eval()
     spelled_out.load_state_dict(model.state_dict())
     for length in (1, 2, 63, 64, 65, 127, 129):
         engine = Engine(model)
-        found = draws(engine)
+        draws = record_draws(engine)
         request = engine.generate(random_tokens((length,), seed=length), max_new_tokens=6, temperature=0)
-        assert len(found[request]) == 6
-        for ids, logits in found[request]:
+        assert len(draws[request]) == 6
+        for ids, logits in draws[request]:
             with torch.no_grad():
-                right = spelled_out(torch.tensor([ids], device=CUDA))[0][0, -1].float().cpu()
-            assert same_draw(logits, right, NEAR[HALF] * right.std()), (length, len(ids))
+                expected = spelled_out(torch.tensor([ids], device=CUDA))[0][0, -1].float().cpu()
+            assert same_draw(logits, expected, NEAR[HALF] * expected.std()), (length, len(ids))
 
 
 @pytest.mark.parametrize("n_kv_head, dtype", [(0, FULL), (2, FULL), (0, HALF)])
-def test_a_replayed_graph_gives_what_the_step_gives_without_one(n_kv_head, dtype):
-    """Requests join and leave, one to five at once: each graph is replayed for other requests, tables and lengths."""
+def test_a_replayed_graph_gives_the_logits_of_a_step_without_graphs(n_kv_head, dtype):
+    """One to five requests run at once, and they join and leave: each graph is replayed for other requests, tables and
+    lengths."""
     model = small_model(sharp=4.0, n_kv_head=n_kv_head).eval().to(dtype)
     prompts = [random_tokens((length,), seed=length).tolist() for length in (1, 17, 40, 5, 100, 33)]
-    lasting = (30, 3, 18, 16, 12, 14)  # tokens that each request draws: the second leaves before the others join
+    new_tokens = (30, 3, 18, 16, 12, 14)  # of each request: the second leaves before the others join
     records = []
     for batched in (True, False):
         engine = Engine(model, max_tokens=1024, batched=batched)
-        found, requests = draws(engine), []
-        for prompt, count in zip(prompts, lasting, strict=True):
+        draws = record_draws(engine)
+        requests = []
+        for prompt, count in zip(prompts, new_tokens, strict=True):
             requests.append(engine.submit(prompt, max_new_tokens=count, temperature=0))
             for _ in range(2):
                 engine.step()
         while engine.running or engine.waiting:
             engine.step()
         assert {rows for rows, _ in engine.passes} == ({1, 2, 4, 8} if batched else set())
-        records.append([found[request] for request in requests])
+        records.append([draws[request] for request in requests])
     compared = 0
     for with_graph, without in zip(*records, strict=True):
-        for (ids, logits), (other_ids, right) in zip(with_graph, without, strict=True):
-            if ids != other_ids:
-                break  # two tokens were as likely: from there on it is another text
-            assert same_draw(logits, right, NEAR[dtype] * right.std())
+        for (ids, logits), (expected_ids, expected) in zip(with_graph, without, strict=True):
+            if ids != expected_ids:
+                break  # two tokens were equally likely, and from there on the texts differ
+            assert same_draw(logits, expected, NEAR[dtype] * expected.std())
             compared += 1
-    assert compared > sum(lasting) / 2
+    assert compared > sum(new_tokens) / 2
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 65])
-def test_int8_weights_multiply_as_what_they_stand_for(rows):
-    """65 rows are multiplied as floats (weights.MOST_ROWS)."""
+def test_int8_weights_multiply_as_the_floats_that_they_encode(rows):
+    """65 rows are multiplied as floats (quantize.MOST_ROWS)."""
     torch.manual_seed(0)
     layer = Int8Linear(torch.nn.Linear(256, 512)).to(CUDA)
     x = torch.randn(rows, 256, device=CUDA, dtype=HALF)
     weight = layer.weight.double() * layer.scale.double()[:, None]
-    right = x.double() @ weight.T + layer.bias.double()
+    expected = x.double() @ weight.T + layer.bias.double()
     with torch.no_grad():
-        found = layer.to(HALF)(x)
-    assert relative_error(found, right) < 2**-7
+        y = layer.to(HALF)(x)
+    assert relative_error(y, expected) < 2**-7
 
 
 # -----------------------------------------------------------------------------
@@ -151,7 +155,7 @@ def test_int8_weights_multiply_as_what_they_stand_for(rows):
 
 
 def attention_and_gradients(attn, q, k, v):
-    """Causal attention by this way, and the gradients of a weighted sum of it."""
+    """Causal attention as `attn` computes it, and the gradients of a weighted sum of it."""
     leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
     y = attend(*leaves, attn)
     weights = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view_as(y)
@@ -159,7 +163,7 @@ def attention_and_gradients(attn, q, k, v):
     return [y.detach(), *(t.grad for t in leaves)]
 
 
-def heads(n_q, n_kv, dtype, tokens=160):
+def random_heads(n_q, n_kv, dtype, tokens=160):
     """Queries, keys and values (2, tokens, heads, 64)."""
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(2, tokens, n, 64, generator=generator).to(CUDA, dtype) for n in (n_q, n_kv, n_kv)]
@@ -168,25 +172,25 @@ def heads(n_q, n_kv, dtype, tokens=160):
 @pytest.mark.parametrize("dtype, tolerance", [(FULL, 1e-4), (HALF, 1e-2)])
 @pytest.mark.parametrize("n_kv", [1, 2])
 def test_query_heads_that_share_keys_attend_as_spelled_out(n_kv, dtype, tolerance):
-    q, k, v = heads(4, n_kv, dtype)
-    right = attention_and_gradients("math", q.double(), k.double(), v.double())
-    for found, exact in zip(attention_and_gradients("sdpa", q, k, v), right, strict=True):
-        assert relative_error(found, exact) < tolerance
+    q, k, v = random_heads(4, n_kv, dtype)
+    exact = attention_and_gradients("math", q.double(), k.double(), v.double())
+    for tensor, expected in zip(attention_and_gradients("sdpa", q, k, v), exact, strict=True):
+        assert relative_error(tensor, expected) < tolerance
 
 
 @pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn", "math"])
 def test_each_kernel_of_sdpa_is_attention(kernel):
-    q, k, v = heads(4, 4, HALF)
-    right = attention_and_gradients("math", q.double(), k.double(), v.double())
+    q, k, v = random_heads(4, 4, HALF)
+    exact = attention_and_gradients("math", q.double(), k.double(), v.double())
     with only_sdpa(kernel, CUDA):
         try:
-            found = attention_and_gradients("sdpa", q, k, v)
+            tensors = attention_and_gradients("sdpa", q, k, v)
         except RuntimeError as e:
             needed = torch.cuda.get_device_capability() >= (8, 0) and kernel != "cudnn"
             assert not needed, f"this GPU should have it: {e}"
             pytest.skip(f"this GPU has no such kernel: {e}")
-    for tensor, exact in zip(found, right, strict=True):
-        assert relative_error(tensor, exact) < 1e-2
+    for tensor, expected in zip(tensors, exact, strict=True):
+        assert relative_error(tensor, expected) < 1e-2
 
 
 # -----------------------------------------------------------------------------
@@ -195,10 +199,10 @@ def test_each_kernel_of_sdpa_is_attention(kernel):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype, softcap, tolerance", [(FULL, 0.0, 1e-4), (HALF, 0.0, 2e-2), (HALF, 5.0, 2e-2)])
-def test_the_fused_loss_is_that_of_whole_logits_in_float64(dtype, softcap, tolerance, compiled):
+def test_the_fused_loss_is_the_loss_of_whole_logits_in_float64(dtype, softcap, tolerance, compiled):
     torch.manual_seed(0)
     vocab_size, padded = 1000, 1024
-    x = torch.randn(200, 128, device=CUDA).to(dtype).float()  # rounded, so that the products alone are inexact
+    x = torch.randn(200, 128, device=CUDA).to(dtype).float()  # rounded, so that only the products are inexact
     table = (torch.randn(padded, 128, device=CUDA) / 8).to(dtype).float()
     targets = random_tokens((200,))
     targets[::7] = -1
@@ -206,18 +210,18 @@ def test_the_fused_loss_is_that_of_whole_logits_in_float64(dtype, softcap, toler
     logits = (exact[0] @ exact[1].T)[:, :vocab_size]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    right = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-    right.backward()
+    expected = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    expected.backward()
 
     leaves = [t.clone().requires_grad_() for t in (x, table)]
     call = torch.compile(linear_cross_entropy, dynamic=False) if compiled else linear_cross_entropy
     with autocast(CUDA, dtype)():
-        loss = call(*leaves, targets, vocab_size, softcap, piece=64 * padded)  # several pieces, the last one smaller
+        loss = call(*leaves, targets, vocab_size, softcap, piece=64 * padded)  # several pieces; the last is smaller
     loss.backward()
     torch.compiler.reset()
-    assert float(loss.detach()) == pytest.approx(float(right.detach()), rel=tolerance)
-    for found, leaf in zip(leaves, exact, strict=True):
-        assert relative_error(found.grad, leaf.grad) < tolerance
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=tolerance)
+    for leaf, exact_leaf in zip(leaves, exact, strict=True):
+        assert relative_error(leaf.grad, exact_leaf.grad) < tolerance
 
 
 @pytest.mark.parametrize("optimizer, muon_dtype", [("adamw", FULL), ("muon", FULL), ("muon", HALF)])
@@ -239,9 +243,10 @@ def test_a_step_that_found_inf_changes_no_weight(optimizer, muon_dtype):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_the_parts_of_a_step_are_its_time():
-    """The events' own clock beside the host's, of a step of known length that nothing else is in."""
-    cycles, timer = 10**8, StepTimer(CUDA)  # some 50 ms
+def test_the_parts_of_a_step_add_up_to_its_time():
+    """The clock of the events against the host's, for a step of known length with nothing else in it."""
+    cycles = 10**8  # about 50 ms
+    timer = StepTimer(CUDA)
     for _ in range(2):  # the first is a warm-up
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -262,12 +267,13 @@ def test_the_peak_of_a_step_is_what_the_plan_says(dtype):
     before = torch.cuda.memory_allocated()
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=1024, n_layer=8, n_head=12, n_embd=768, bias=False)).to(CUDA)
-    model.loss = partial(model.loss, fuse=True)  # as train.py has it on CUDA, and the plan counts it
+    model.loss = partial(model.loss, fuse=True)  # as train.py does on CUDA, and as the plan counts
     opt = Optimizers(model, learning_rate=1e-3)
-    x, context = random_tokens((16, 1024), 50257), autocast(CUDA, dtype)
-    for _ in range(3):  # from the second on the optimizer has its state
+    x = random_tokens((16, 1024), 50257)
+    context = autocast(CUDA, dtype)
+    for _ in range(3):  # from the second update on the optimizer has its state
         forget_peak(CUDA)
-        for _ in range(2):  # micro-steps: in the second the gradients are there already, as the plan counts them
+        for _ in range(2):  # micro-steps: in the second the gradients exist already, as the plan counts them
             with context():
                 _, loss = model(x, x, loss_only=True)
             loss.backward()
@@ -278,7 +284,7 @@ def test_the_peak_of_a_step_is_what_the_plan_says(dtype):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_losses_in_float32_are_those_of_the_cpu(optimizer):
+def test_losses_in_float32_are_the_losses_of_the_cpu(optimizer):
     on_gpu = small_model(block_size=64)
     on_cpu = copy.deepcopy(on_gpu).cpu()
     batches = [random_tokens((4, 65), seed=seed) for seed in range(4)]
@@ -286,15 +292,15 @@ def test_losses_in_float32_are_those_of_the_cpu(optimizer):
     for model in (on_gpu, on_cpu):
         where = next(model.parameters()).device
         opt = Optimizers(model, optimizer=optimizer, learning_rate=1e-3, muon_dtype=FULL)
-        found = losses[where.type] = []
+        device_losses = losses[where.type] = []
         for step in range(20):
             tokens = batches[step % len(batches)].to(where)
             _, loss = model(tokens[:, :-1], tokens[:, 1:], loss_only=True)
             loss.backward()
             opt.step()
             opt.zero_grad()
-            found.append(float(loss.detach()))
-    assert losses["cuda"][-1] < losses["cuda"][0] - 0.1, "it learns, so a wrong gradient would show"
+            device_losses.append(float(loss.detach()))
+    assert losses["cuda"][-1] < losses["cuda"][0] - 0.1, "it must learn, so that a wrong gradient would show"
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
 
 

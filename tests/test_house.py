@@ -50,7 +50,6 @@ LONGER = {  # file: why it is one file all the same
     "device.py": "what a machine offers a run: device, precision, kernels, a compiler, its speed, its memory",
     "doctor.py": "one machine, and the ranks on many: one report",
     "loader.py": "which shards a dataset has, the order of their tokens, and batches in that order",
-    "bench.py": "nine benchmarks, each by itself",
     "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
     "export.py": "two ways in and two ways out, each by itself",
     "plan.py": "memory, time and the layouts there are, each formula beside its source",

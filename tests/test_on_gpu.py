@@ -1,4 +1,4 @@
-"""tests/on_gpu.sh and `bench.py gpu` without a GPU: a rehearsal runs the commands, and a failure is told."""
+"""tests/on_gpu.sh and `bench.py gpu` without a GPU: a rehearsal runs all commands, and failures are reported."""
 
 import json
 import os
@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 100
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
 
-# A Python that obeys no command: it prints its words, and fails where one of them is BROKEN's.
+# A Python that runs nothing: it prints its arguments, and fails if one of them is $BROKEN.
 FAKE = """#!/usr/bin/env bash
 echo "told: $*"
 case " $* " in *" $BROKEN "*) echo "it broke" && exit 3 ;; esac
 """
 
-SHOWN = {  # by part: commands and lines of their output that the report must hold
+SHOWN = {  # by part: commands and parts of their output that the report must contain
     1: ("doctor.py", "-m cuda tests/test_cuda.py", "--dtype=float32 --compile=false", "--dtype=bfloat16 --compile=true",
         "config/stack.py", "--context_start=16", "--deterministic=true", "again/ckpt/step_00000006/model.safetensors",
         "killed.py", "--init_from=resume", "killed/ckpt/step_00000006/optimizer.pt", "sample.py", "--compile\n"),
@@ -40,7 +40,7 @@ SHOWN = {  # by part: commands and lines of their output that the report must ho
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A small text under the names of the datasets that the parts train on."""
+    """A small text, prepared under the names of the datasets that the parts train on."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     for name in ("shakespeare_char", "shakespeare"):
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 
 
 def on_gpu(*words, **environment):
-    """bash tests/on_gpu.sh WORDS -> subprocess.CompletedProcess, stderr within stdout."""
+    """Run bash tests/on_gpu.sh WORDS -> subprocess.CompletedProcess, with stderr in stdout."""
     inherited = {key: value for key, value in os.environ.items() if key != "MINICHAT_MIRROR"}
     environment = {key: str(value) for key, value in environment.items()}
     env = {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PY": sys.executable, **environment}
@@ -74,12 +74,12 @@ def test_every_part_rehearses(data, tmp_path):
         assert not [text for text in SHOWN[part] if text not in report]
         ends = [line for line in report.splitlines() if line.startswith("exit ")]
         assert len(ends) == len(commands(report)) and all(line.startswith("exit 0, ") for line in ends)
-    assert len(list(tmp_path.iterdir())) == len(SHOWN), "one file each"
+    assert len(list(tmp_path.iterdir())) == len(SHOWN), "one report each"
 
 
 @pytest.fixture
 def fake(tmp_path):
-    """A Python for PY."""
+    """The path of FAKE, to be PY."""
     path = tmp_path / "python"
     path.write_text(FAKE, encoding="utf-8")
     path.chmod(0o755)
@@ -97,7 +97,7 @@ def test_a_command_that_fails_is_told_and_the_others_run(part, fake, tmp_path):
     failed = [line for line in report.splitlines() if line.startswith("failed: ")]
     assert any(f" {broken} " in f"{line} " for line in failed)
     last = {1: "sample.py", 2: "bench.py", 3: "config/owt_774m.py", 4: "bench.py", 5: "torch.distributed.run"}[part]
-    assert any(f" {last} " in command for command in commands(report)), "what comes after it runs all the same"
+    assert any(f" {last} " in command for command in commands(report)), "the commands after it still run"
 
 
 def test_what_is_missing_is_prepared_and_what_is_there_is_not(fake, tmp_path):
@@ -128,12 +128,12 @@ def test_a_part_that_cannot_begin_leaves_nothing(words, named, tmp_path):
 
 def measure_tiny(**changes):
     """bench.py gpu on a tiny model, in this process. -> its figures"""
-    return gpu.bench(SimpleNamespace(**{
+    return gpu.bench_gpu(SimpleNamespace(**{
         "device": "cpu", "gpu_models": ("tiny",), "gpu_batches": (2,), "gpu_pieces": (2048,), "tokens": 16,
         "updates": 1, "warm_up": 0, **changes}))
 
 
-def test_a_row_that_has_no_figure_says_why_and_the_next_goes_on(monkeypatch, capsys):
+def test_a_row_that_has_no_figure_says_why_and_the_next_rows_are_measured(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     step = gpu.Training.step
     errors = {"whole loss": torch.OutOfMemoryError("CUDA out of memory. Tried to"),
@@ -148,7 +148,7 @@ def test_a_row_that_has_no_figure_says_why_and_the_next_goes_on(monkeypatch, cap
     figures = measure_tiny()
     rows = {row["row"]: row for row in figures["rows"]}
     assert rows["whole loss"]["trouble"] == "out of memory" and rows["eager"]["trouble"] == "no such"
-    assert figures["failed"] == ["eager"], "the one may happen to anybody, the other is a fault"
+    assert figures["failed"] == ["eager"], "too little memory is no fault; an unknown error is"
     shown = capsys.readouterr().out
     for name in ("base", "piece 2**11", "adamw alone", "muon float32 alone"):
         assert rows[name]["step_ms"] > 0 and not rows[name]["trouble"] and f"row {name}  model tiny" in shown

@@ -1,0 +1,332 @@
+"""
+How fast GPT-2's size generates text: bench.py's `infer`.
+
+The engine of infer.py decodes with random weights in each form (fp32, bf16, int8), for each number of key and value
+heads, batch size and prompt length. Decoding reads all weights for each token, so a speed stands beside the speed at
+which the machine reads memory: `bandwidth` is the share that decoding reaches.
+
+Beside the engine, on the same weights: the plain way, which computes the whole context for each token, llama.cpp
+(llama-cpp-python) and transformers where they are installed. A crowd of requests of mixed lengths shows what batching
+gains over one request after another. With run folders as models, only these are measured, and nothing beside them.
+
+All kinds of measurement take turns for some rounds, and a figure is the median of its rounds.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import multiprocessing
+import random
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import forget_peak, machine, table, timed
+from configurator import fail
+from device import memory_gb, pick_device
+from export import write_gguf
+from infer import Engine, load, stream
+from inference.quantize import convert
+from model import GPT, GPTConfig
+from training.monitor import cpu_name
+
+
+@torch.no_grad()
+def bench_infer(c):
+    """-> a row for each model, form, batch and prompt, and for each model and form what was measured beside them."""
+    device = pick_device(c.device)[0]
+    loaded = {folder: load_checkpoint(c, folder) for folder in c.models}
+    read_speed = read_bytes_per_s(device)
+    rows = []
+    others = []
+    for form in c.forms:
+        for subject in c.models or c.kv_heads:
+            torch.manual_seed(0)
+            label = {"form": form}
+            if c.models:
+                model = loaded[subject]
+                label = {"model": Path(subject).name, "form": form}
+            else:
+                model = GPT(GPTConfig(n_kv_head=subject))
+            model = copy.deepcopy(model).eval().to(device, torch.float32)
+            label["kv_heads"] = model.config.kv_heads
+            model_rows, other = measure_model(c, model, form, label, device, read_speed)
+            rows += model_rows
+            others.append(other)
+
+    subject = "checkpoints" if c.models else "GPT-2 124M, random weights"
+    print(f"{subject}, {device} ({cpu_name()}, {torch.get_num_threads()} threads), which reads "
+          f"{read_speed / 1e9:.1f} GB/s; median of {c.rounds} rounds of {c.new_tokens} tokens")
+    columns = ["form", "kv_heads", "batch", "prompt", "first_ms", "token_ms", "tok_per_s",
+               "bandwidth", "kv_mb", "peak_mb"]
+    if c.models:
+        columns.insert(0, "model")
+    table(rows, columns)
+    for other in others:
+        parts = [f"{key}: {value:.1f}" if isinstance(value, float) else f"{key}: {value}"
+                 for key, value in other.items()]
+        print(", ".join(parts))
+    return {
+        "machine": machine(),
+        "device": str(device),
+        "read_gb_per_s": read_speed / 1e9,
+        "rows": rows,
+        "others": others,
+    }
+
+
+def load_checkpoint(c, folder):
+    """The model in a run folder. Ends with a message where there is none, or its context is too short."""
+    try:
+        model = load(folder)[0]
+    except (OSError, ValueError) as error:
+        fail(error)
+    needed = max(c.prompts) + c.new_tokens + 1
+    if model.config.block_size < needed:
+        prompts = ",".join(map(str, c.prompts))
+        fail(f"--prompts={prompts}: {folder} has a context of {model.config.block_size}, and the "
+             f"longest prompt takes {needed} with the tokens after it")
+    return model
+
+
+def measure_model(c, model, form, label, device, read_speed):
+    """Measure one fp32 model in one form. -> (a row for each batch and prompt, a dict of the other figures)
+
+    Both begin with `label`. The model is converted in place.
+    """
+    if form == "int8":  # the dtype of everything that is not a weight
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    else:
+        dtype = getattr(torch, form)
+    peers = peers_of(c, model, form, dtype, device)
+    convert(model, dtype, "int8" if form == "int8" else "")
+    layers = [module for module in model.modules() if hasattr(module, "in_features")]
+    engine = Engine(model, max_tokens=max(c.batches) * (max(c.prompts) + c.new_tokens + 16))
+
+    cases = [(batch, length) for length in c.prompts for batch in c.batches]
+    decode_s = {case: [] for case in cases}  # pairs, as decode returns them
+    peak_mb = {}
+    linear_s = []
+    peer_s = {name: [] for name in peers}
+    for _ in range(c.rounds):
+        linear_s += linear_times(layers, device, dtype)
+        for case in cases:
+            forget_peak(device)
+            decode_s[case].append(decode(engine, *case, c.new_tokens))
+            peak_mb[case] = memory_gb(device) * 1e3
+        for name, seconds_per_token in peers.items():
+            peer_s[name].append(seconds_per_token())
+
+    rows = []
+    weights = sum(map(weight_bytes, layers))
+    for (batch, length), rounds in decode_s.items():
+        first_s = statistics.median(first for first, _ in rounds)
+        token_s = statistics.median(token for _, token in rounds)
+        # a step reads all weights, and the keys and values of half of the new tokens on average
+        read = weights + model.kv_cache_bytes(batch * (length + c.new_tokens // 2), engine.kv_dtype)
+        kv_bytes = model.kv_cache_bytes(batch * (length + c.new_tokens), engine.kv_dtype)
+        rows.append({
+            **label,
+            "batch": batch,
+            "prompt": length,
+            "first_ms": 1000 * first_s,
+            "token_ms": 1000 * token_s,
+            "tok_per_s": batch / token_s,
+            "bandwidth": read / token_s / read_speed,
+            "weights_mb": weights / 1e6,
+            "peak_mb": peak_mb[batch, length],
+            "kv_mb": kv_bytes / 1e6,
+        })
+    other = dict(label)
+    if c.crowd and not c.models:
+        other |= crowd_times(model, c.crowd)
+    other["linear_ms"] = 1000 * statistics.median(linear_s)
+    other["kv_pool_mb"] = engine.kv_bytes / 1e6
+    other["kv_pool_formula_mb"] = model.kv_cache_bytes(len(engine.keys[0]), engine.kv_dtype) / 1e6
+    for name, seconds in peer_s.items():
+        other[f"{name}, ms"] = 1000 * statistics.median(seconds)
+    return rows, other
+
+
+# -----------------------------------------------------------------------------
+# The engine and the machine
+
+
+def read_bytes_per_s(device, size=2**28):
+    """Bytes per second that a device reads, summing `size` floats: the most that decoding could use."""
+    data = torch.ones(size, device=device)
+    return data.nbytes / min(timed(lambda: data.sum().item()) for _ in range(5))
+
+
+def random_prompts(batch, length, vocab_size=50257):
+    """(batch, length) token ids, the same each time."""
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def decode(engine, batch, length, new_tokens):
+    """One round of requests. -> (seconds to the first token of all, median seconds of a step after it)"""
+    prompts = random_prompts(batch, length, engine.model.config.vocab_size)
+    requests = []
+    for ids in prompts.tolist():
+        requests.append(engine.submit(ids, max_new_tokens=new_tokens + 1, temperature=0))
+    began = time.perf_counter()
+    while not all(request.tokens for request in requests):
+        engine.step()
+    first_s = time.perf_counter() - began
+    steps_s = [timed(engine.step) for _ in range(new_tokens)]
+    assert all(request.finish for request in requests)
+    return first_s, statistics.median(steps_s)
+
+
+def linear_times(layers, device, dtype):
+    """Seconds that all linear layers take for one row, one after another, five times."""
+    widths = {layer.in_features for layer in layers}
+    rows = {width: torch.randn(1, width, device=device, dtype=dtype) for width in widths}
+
+    def all_layers():
+        for layer in layers:
+            layer(rows[layer.in_features])
+
+    return [timed(all_layers, device) for _ in range(5)]
+
+
+def weight_bytes(layer):
+    """Bytes that a linear layer reads for one row."""
+    weight = layer.packed if hasattr(layer, "packed") else layer.weight
+    return weight.numel() * weight.element_size()
+
+
+def crowd_times(model, crowd):
+    """Requests of mixed lengths, one after another and all at once. -> their figures, as a dict"""
+    engine = Engine(model, max_tokens=crowd * 112, max_requests=crowd)
+    rng = random.Random(0)
+    requests = []
+    for _ in range(crowd):
+        prompt = [rng.randrange(50257) for _ in range(rng.randint(4, 64))]
+        requests.append((prompt, rng.randint(8, 32)))
+
+    def one_by_one():
+        for prompt, new_tokens in requests:
+            engine.generate(prompt, max_new_tokens=new_tokens, temperature=0)
+
+    def at_once():
+        for prompt, new_tokens in requests:
+            engine.submit(prompt, max_new_tokens=new_tokens, temperature=0)
+        while engine.waiting or engine.running:
+            engine.step()
+
+    one_by_one_s = timed(one_by_one)
+    at_once_s = timed(at_once)
+    return {
+        "crowd": crowd,
+        "one_by_one_s": one_by_one_s,
+        "at_once_s": at_once_s,
+        "gain": one_by_one_s / at_once_s,
+    }
+
+
+# -----------------------------------------------------------------------------
+# Other ways to generate, beside the engine
+
+
+def peers_of(c, model, form, dtype, device):
+    """{name: a function that generates and -> seconds for each token} for GPT-2's own number of heads; else empty."""
+    if not c.peers or c.models or model.config.kv_heads != 12:
+        return {}
+    shortest = min(c.prompts)
+    longest = max(c.prompts)
+    peers = llama_cpp_of(model, form, shortest, c.new_tokens)
+    if form != "int8":  # of these only llama.cpp has int8
+        model = copy.deepcopy(model).to(dtype)
+        peers["plain"] = partial(plain_s, model, shortest)
+        peers |= transformers_of(c, shortest, dtype, device)
+        peers[f"plain, prompt of {longest}"] = partial(plain_s, model, longest)
+    return peers
+
+
+def plain_s(model, length):
+    """Seconds for each token of the plain way, without a cache."""
+    new_tokens = 3 if length > 100 else 8  # a token takes long
+    prompt = random_prompts(1, length)[0].tolist()
+    tokens = stream(model, prompt, new_tokens + 1, temperature=0)
+    next(tokens)
+    return timed(lambda: list(tokens)) / new_tokens
+
+
+def transformers_of(c, length, dtype, device):
+    """As peers_of: transformers' GPT-2, with a batch of one and the largest batch. Empty where it is missing."""
+    try:
+        import transformers
+    except ImportError:
+        return {}
+    # other random weights, which are read as fast
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(device, dtype)
+    prompt = random_prompts(1, length)
+
+    def generate_s(prompts, new_tokens):
+        options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+                   "min_new_tokens": new_tokens, "max_new_tokens": new_tokens,
+                   "attention_mask": torch.ones_like(prompts)}
+        return timed(lambda: model.generate(prompts, **options))
+
+    def seconds_per_token(prompts):  # the first token, which also reads the prompt, does not count
+        return (generate_s(prompts, c.new_tokens + 1) - generate_s(prompts, 1)) / c.new_tokens
+
+    peers = {}
+    for batch in sorted({1, max(c.batches)}):
+        prompts = prompt.expand(batch, -1).to(device)
+        peers[f"transformers, batch {batch}"] = partial(seconds_per_token, prompts)
+    return peers
+
+
+def llama_cpp_of(model, form, length, new_tokens):
+    """As peers_of: llama.cpp on the same weights, through GGUF; int8 is its q8_0. Empty where it is missing or fails.
+
+    It works in a process of its own, because a crash of it must not end the benchmark: its q8_0 faults on a Xeon with
+    AMX.
+    """
+    if not importlib.util.find_spec("llama_cpp"):
+        return {}
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+
+    def seconds_per_token():
+        ours.send(None)
+        return ours.recv()
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(model, None, path, {"int8": "q8_0"}.get(form, form))
+        args = (theirs, str(path), length, new_tokens, torch.get_num_threads())
+        spawn.Process(target=serve_llama_cpp, args=args, daemon=True).start()
+        theirs.close()  # so that the pipe ends when the child dies
+        try:
+            seconds_per_token()  # it has read the file when this returns
+        except (EOFError, OSError):
+            print(f"warning: llama.cpp ended without a figure for {form}", file=sys.stderr)
+            return {}
+    return {"llama.cpp": seconds_per_token}
+
+
+def serve_llama_cpp(pipe, path, length, new_tokens, threads):
+    """The child of llama_cpp_of: it answers each message with the seconds of a token."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads,
+                            use_mmap=False, verbose=False)
+    prompt = random_prompts(1, length)[0].tolist()
+    with contextlib.suppress(EOFError):  # the parent has ended
+        while True:
+            pipe.recv()
+            model.reset()
+            tokens = model.generate(prompt, temp=0.0, repeat_penalty=1.0)
+            next(tokens)
+            seconds = timed(lambda tokens=tokens: list(islice(tokens, new_tokens)))
+            pipe.send(seconds / new_tokens)
+    model.close()
