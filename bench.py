@@ -374,7 +374,7 @@ def recipe_once(corpus, procs):
 
 def bench_data():
     sys.path.insert(0, str(ROOT / "data"))
-    from reading import read_texts
+    from texts import read_texts
 
     if not input:
         fail("--input is missing: a file of documents, such as .jsonl.gz, to make the corpora of")

@@ -15,6 +15,7 @@ import pytest
 from test_reading import write_corpus
 from test_tokenizer import BPE, RANKS, needs_ranks
 
+from configurator import Settings, configure, read_keys
 from loader import Tokens
 from reading import InputFile, read_chunks
 from tokenizer import load_tokenizer
@@ -27,10 +28,11 @@ DRIVER = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "data")!r}]
 import common, scan
+from configurator import Settings, configure
 from openwebtext import prepare
 if __name__ == "__main__":
     scan.CHUNK = int(sys.argv.pop(1))
-    common.run(prepare.main)
+    common.run(prepare.main, Settings(configure(vars(prepare))))
 """
 
 
@@ -346,12 +348,13 @@ def test_the_hub_is_streamed_and_its_commit_recorded(tmp_path, monkeypatch, caps
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(scan, "CHUNK", 9000)
     BPE.save(tmp_path / "bpe.json")
-    words = ["--val_fraction=0.2", "--min_chars=20", "--workers=1", f"--tokenizer={tmp_path / 'bpe.json'}"]
+    words = ["--hub=some/corpus", "--val_fraction=0.2", "--min_chars=20", "--workers=1"]
+    words += [f"--tokenizer={tmp_path / 'bpe.json'}"]
 
     def run(*more):
         monkeypatch.setattr(sys, "argv", ["prepare.py", *words, *more])
         try:
-            common.run(lambda: prepare.main(hub="some/corpus", input="", fresh=False, part="", merge=False))
+            common.run(prepare.main, Settings(configure(dict(vars(prepare)))))
         except SystemExit as end:
             return end.code
         return 0
@@ -377,14 +380,24 @@ def test_a_hub_that_breaks_off_is_no_end_of_the_corpus(capsys):
     with pytest.raises(SystemExit) as end:
         list(read_chunks(file, lambda i: True, 100, "text", 100))
     line = capsys.readouterr().err
-    assert end.value.code == 2 and line.count("\n") == 1 and "shard 1 of 2" in line and "goes on" in line
+    assert end.value.code == 2 and line.count("\n") == 1 and "shard 1 of 2" in line and "resumes" in line
     assert file.fault is None and not file.chunks
 
 
-def test_fineweb_has_the_keys_and_a_corpus_and_folder_of_its_own(run_script):
+def test_fineweb_has_the_keys_and_a_corpus_and_folder_of_its_own(run_script, monkeypatch):
     done = run_script("data/fineweb/prepare.py", "--help")
     assert done.returncode == 0 and "--hub=HuggingFaceFW/fineweb-edu" in done.stdout
-    assert "--hub_name=sample-10BT" in done.stdout and str(ROOT / "data" / "fineweb") in done.stdout
+    assert "--hub_name=sample-10BT" in done.stdout
+    ours, other = (read_keys(ROOT / "data" / name / "prepare.py") for name in ("fineweb", "openwebtext"))
+    assert list(ours) == list(other)
+    assert [name for name in ours if ours[name] != other[name]] == ["hub", "hub_name"]
+
+    from fineweb import prepare
+
+    folders = []
+    monkeypatch.setattr(prepare, "prepare_corpus", lambda c, default_folder: folders.append(default_folder))
+    prepare.main(Settings(configure(dict(vars(prepare)), [])))
+    assert folders == [ROOT / "data" / "fineweb"]
 
 
 @needs_ranks

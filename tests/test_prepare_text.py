@@ -14,7 +14,9 @@ from test_pipeline import manifest
 from test_reading import write_corpus
 from test_tokenizer import BPE, RANKS, needs_ranks
 
-import data.common as common
+import sources
+from common import BESIDE
+from files import sha256
 from loader import Tokens
 from reading import ENDINGS
 from tokenizer import CharTokenizer, load_tokenizer
@@ -63,11 +65,11 @@ def test_documents_of_a_folder_end(prepare, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "b.txt").write_text("the second", encoding="utf-8")
-    (folder / "a.txt").write_text(f"the {common.BESIDE} <|endoftext|>", encoding="utf-8")
+    (folder / "a.txt").write_text(f"the {BESIDE} <|endoftext|>", encoding="utf-8")
     done = prepare(input="texts", tokenizer=tmp_path / "bpe.json", val_fraction=0.2)
     assert done.returncode == 0, done.stderr
     ids = stream(tmp_path / "made", "train") + stream(tmp_path / "made", "val")
-    first = BPE.encode(f"the {common.BESIDE} <|endoftext|>")
+    first = BPE.encode(f"the {BESIDE} <|endoftext|>")
     assert ids == [*first, BPE.eos, *BPE.encode("the second"), BPE.eos] and BPE.eos not in first
 
 
@@ -159,23 +161,23 @@ def test_ranks_come_from_the_address_or_else_a_package(monkeypatch, tmp_path, ca
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    monkeypatch.setattr(common, "RANKS_SHA256", common.sha256(ranks))
-    monkeypatch.setattr(common, "download_package", lambda *args: archive.getvalue())
-    monkeypatch.setattr(common, "download_url", lambda url: ranks)
-    assert common.download_ranks() == ranks and capsys.readouterr().out == ""
-    monkeypatch.setattr(common, "download_url", lambda url: b"<html>please log in")
-    assert common.download_ranks() == ranks and "another file; trying" in capsys.readouterr().out
+    monkeypatch.setattr(sources, "RANKS_SHA256", sha256(ranks))
+    monkeypatch.setattr(sources, "download_package", lambda *args: archive.getvalue())
+    monkeypatch.setattr(sources, "download_url", lambda url: ranks)
+    assert sources.download_ranks() == ranks and capsys.readouterr().out == ""
+    monkeypatch.setattr(sources, "download_url", lambda url: b"<html>please log in")
+    assert sources.download_ranks() == ranks and "another file; trying" in capsys.readouterr().out
 
     def unreachable(*args):
         raise OSError("stubbed away")
 
-    monkeypatch.setattr(common, "download_url", unreachable)
-    assert common.download_ranks() == ranks and "stubbed away; trying" in capsys.readouterr().out
-    monkeypatch.setattr(common, "download_package", unreachable)
+    monkeypatch.setattr(sources, "download_url", unreachable)
+    assert sources.download_ranks() == ranks and "stubbed away; trying" in capsys.readouterr().out
+    monkeypatch.setattr(sources, "download_package", unreachable)
     monkeypatch.delenv("MINICHAT_MIRROR", raising=False)
     monkeypatch.setenv("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(common.SourceError, match="stubbed away"):
-        common.gpt2_tokenizer()
+    with pytest.raises(sources.SourceError, match="stubbed away"):
+        sources.gpt2_tokenizer()
 
 
 def test_ranks_that_are_not_to_be_had(prepare, tmp_path):

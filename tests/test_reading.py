@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import reading
 from reading import MARK, Damaged, Reject, find_files, list_files, read_chunks, read_documents, split_stream
+from texts import read_texts
 
 TEXTS = ["first\nof two lines", "second – ünïcode 文字", "<|endoftext", "x" * 300, "last"]
 LIMIT = 200
@@ -173,7 +174,7 @@ def test_a_mark_of_byte_order_is_no_part_of_the_first_document(ending, size, tmp
                       [d for _, many in read_chunks(list_files(path)[0], lambda i: True, size, "text", LIMIT)
                        for d in many]):
         assert texts_of(documents) == texts
-    found, _, counts = reading.read_texts(path)
+    found, _, counts = read_texts(path)
     whole = "".join(f"<|endoftext|>\n{text}\n" for text in texts).removeprefix("<|endoftext|>\n")
     assert found == ([whole] if ending.startswith(".txt") else texts) and counts["read"] == len(found)
 
@@ -191,7 +192,7 @@ def test_another_encoding_is_named(ending, encoding, tmp_path, capsys):
     assert [d for _, documents in read_chunks(file, lambda i: True, 4, "text", LIMIT) for d in documents] == []
     assert file.fault.startswith(f"it is {name}") and file.chunks == 1
     with pytest.raises(SystemExit):
-        reading.read_texts(path)
+        read_texts(path)
     line = capsys.readouterr().err
     assert f"{path} is {name}, not UTF-8" in line and line.count("\n") == 1
 
@@ -214,7 +215,7 @@ def test_text_in_any_form_of_a_parquet_column(form, tmp_path):
     pq.write_table(pa.table({"text": FORMS[form]()}), path, row_group_size=2)
     found = [d for _, d in read_documents(list_files(path)[0], "text", LIMIT)]
     assert texts_of(found) == [*TEXTS[:3], "too_long", "last"]
-    assert reading.read_texts(path)[0] == TEXTS
+    assert read_texts(path)[0] == TEXTS
 
 
 def test_a_column_in_memory_may_have_forms_that_no_file_has():
@@ -230,7 +231,7 @@ def test_half_a_character_is_replaced_counted_and_said(tmp_path, capsys):
     lines = ['{"text": "a"}', r'{"text": "b \udfff c"}', r'{"text": "\ud83d\ude42"}', r'{"text": "\ud83d"}']
     (folder / "x.jsonl").write_text("\n".join(lines))
     (folder / "y.txt").write_text("z")
-    texts, _, documents = reading.read_texts(folder)
+    texts, _, documents = read_texts(folder)
     assert texts == ["a", "b \ufffd c", "🙂", "\ufffd", "z"] and documents["changed"] == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "x.jsonl" in line and "in 2 of 4 documents, first in document 2" in line
@@ -249,19 +250,19 @@ def test_tables_are_refused_with_what_makes_texts_of_them(name, raw, texts, tmp_
     for path in (name, f"{name}.gz"):
         packed(raw.encode(), Path(path))
         with pytest.raises(SystemExit) as end:
-            reading.read_texts(path)
+            read_texts(path)
         line = capsys.readouterr().err
         assert end.value.code == 2 and line.count("\n") == 1 and path in line and ".jsonl" in line
     command = line[line.index("python -c"):].strip().partition("; if each line")[0]
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
-    assert reading.read_texts(Path(name).stem + ".jsonl")[0] == texts
+    assert read_texts(Path(name).stem + ".jsonl")[0] == texts
 
 
 def test_another_name_of_jsonl_is_named(tmp_path, capsys):
     (tmp_path / "x.ndjson").write_text('{"text": "a"}')
     with pytest.raises(SystemExit):
-        reading.read_texts(tmp_path / "x.ndjson")
+        read_texts(tmp_path / "x.ndjson")
     assert "name it .jsonl" in capsys.readouterr().err
     for name in ("page.html", "notes.md", "README"):  # text is what its owner takes for text
         (tmp_path / name).write_text("<p>")
-        assert reading.read_texts(tmp_path / name)[0] == ["<p>"]
+        assert read_texts(tmp_path / name)[0] == ["<p>"]
