@@ -208,7 +208,7 @@ def test_killed_between_the_passes(prepare, tmp_path):
         codes.append(done.returncode)
         if done.returncode == 0:
             break
-        if last % 2:  # else the next one goes on where this one was killed
+        if last % 2:  # else the next process resumes where this one was killed
             assert prepare(corpus).returncode == 0 and files(tmp_path / "out") == whole
             subprocess.run(["rm", "-r", tmp_path / "out"], check=True)
     assert codes[-1] == 0 and len(codes) > 5 and set(codes[:-1]) == {-9}
@@ -321,7 +321,7 @@ def test_what_a_scan_left_damaged_is_found_and_done_again(prepare, tmp_path):
 
 
 def test_the_hub_is_streamed_and_its_commit_recorded(tmp_path, monkeypatch, capsys):
-    """Against the library's own stream of local parquet files: what the Hub's are, but for the way there."""
+    """Against the library's own stream of local parquet files: what the Hub's are, except for the network."""
     import huggingface_hub
 
     import common
