@@ -79,9 +79,12 @@ def join_documents(documents, tokenizer):
         return documents[0]
     begin = np.uint16([tokenizer.bos])
     end = np.uint16([tokenizer.eos])
-    if tokenizer.bos == tokenizer.eos:  # one token for both: the end of a document begins the next
-        begin = begin[:0]
-    return np.concatenate([part for document in documents for part in (begin, document, end)])
+    parts = []
+    for document in documents:
+        if tokenizer.bos != tokenizer.eos:  # else the end of a document begins the next
+            parts.append(begin)
+        parts += [document, end]
+    return np.concatenate(parts)
 
 
 def shard_header(n):

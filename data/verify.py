@@ -49,7 +49,9 @@ def dataset_faults(folder):
         manifest = json.loads((folder / "manifest.json").read_bytes())
         splits = dict(manifest["splits"])
         promised = manifest["tokenizer"]["sha256"]
-        shards = {split: [(s["file"], s["tokens"], s["sha256"]) for s in splits[split]["shards"]] for split in splits}
+        shards = {}
+        for split in splits:
+            shards[split] = [(shard["file"], shard["tokens"], shard["sha256"]) for shard in splits[split]["shards"]]
         kept = manifest["documents"]["kept"]
     except (FileNotFoundError, NotADirectoryError):
         yield f"{folder} has no manifest.json: it is not a dataset that a prepare.py made"

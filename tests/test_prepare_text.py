@@ -1,4 +1,4 @@
-"""A text of one's own as a dataset: any tokenizer, one file or many, and where GPT-2's ranks come from."""
+"""A user's text as a dataset: any tokenizer, one file or many, and where GPT-2's ranks come from."""
 
 import io
 import os
@@ -49,7 +49,7 @@ def stream(folder, split):
 
 
 def test_one_file(prepare, tmp_path):
-    """Cut by characters, before anything is encoded, as nanoGPT does."""
+    """It is cut by characters before anything is encoded, as nanoGPT does."""
     for tokenizer in (tmp_path / "bpe.json", "char"):
         done = prepare(input="text.txt", tokenizer=tokenizer)
         assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def test_documents_of_a_folder_end(prepare, tmp_path):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_any_kind_of_file(ending, prepare, tmp_path):
-    """The documents of a file that has several, one text as it stands of a packed .txt; in a folder, each of them."""
+    """A packed .txt is one text as it is, any other file has documents; a folder may hold all kinds."""
     texts = ["the first", "the <|endoftext|> second 🙂", "the third"]
     path = write_corpus(tmp_path, texts, ending)
     done = prepare(input=path.name, tokenizer=tmp_path / "bpe.json", val_fraction=0.3)
@@ -124,7 +124,7 @@ def test_mistakes_are_named_and_nothing_is_written(settings, named, prepare, tmp
 
 
 def test_what_cannot_be_encoded_is_named_with_its_document(prepare, tmp_path):
-    """By number and beginning where there are several; in a single text, by its place in that text."""
+    """Several documents: by number and beginning. A single text: by the place in it."""
     CharTokenizer("abc ").save(tmp_path / "abc.json")
     (tmp_path / "many.jsonl").write_text('{"text": "abc"}\n{"text": ""}\n{"text": "cab x"}\n')
     done = prepare(input="many.jsonl", tokenizer=tmp_path / "abc.json")
@@ -189,7 +189,7 @@ def test_ranks_that_are_not_to_be_had(prepare, tmp_path):
 
 @needs_ranks
 def test_gpt2_from_the_mirror_trains_and_samples(tmp_path, run_script):
-    """Through every script: GPT-2's vocabulary, a few steps, text that is whole characters."""
+    """Through every script: GPT-2's vocabulary, a few steps, and text of whole characters."""
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 5, encoding="utf-8")
     made, out = tmp_path / "made", tmp_path / "out"
@@ -214,7 +214,7 @@ def test_shakespeare_is_nanogpts(tmp_path, run_script):
 
 @needs_ranks
 def test_shakespeare_has_a_bpe_of_its_own(tmp_path, run_script):
-    """Learned from the training part alone, the same at every call, and it gives the text back."""
+    """It is learned from the training part alone, is the same at every call, and gives the text back."""
     pytest.importorskip("rustbpe")
     made = []
     for folder in (tmp_path / "a", tmp_path / "b"):

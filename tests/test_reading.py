@@ -1,4 +1,4 @@
-"""Files to documents: every format gives the same ones, in chunks that do not depend on how they are read."""
+"""Files to documents: every format gives the same documents, in chunks that do not depend on how they are read."""
 
 import gzip
 import io
@@ -44,7 +44,7 @@ def write_corpus(folder, texts, ending):
 
 
 def texts_of(documents):
-    """As texts, what was rejected by its reason."""
+    """Documents as texts, rejected ones as their reason."""
     decoded = [d if isinstance(d, (str, Reject)) else d.decode() for d in documents]
     return [str(d) if isinstance(d, Reject) else json.loads(d)["text"] if d.startswith("{") else d for d in decoded]
 
@@ -71,7 +71,7 @@ def test_chunks_hold_each_document_once_whatever_is_wanted(ending, size, tmp_pat
 
 @given(st.lists(st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"")), max_size=8), st.integers(1, 9))
 def test_a_stream_is_cut_where_it_should_be(pieces, block):
-    """Against bytes.split, at any size of the blocks it is read in."""
+    """Against bytes.split, at any block size."""
     for separator in (b"\n", MARK):
         data, limit = separator.join(pieces), 12
         expected, at = [], 0
@@ -116,7 +116,7 @@ def test_what_is_damaged_is_said_and_what_comes_before_is_used(ending, damage, t
     file = list_files(path)[0]
     found = [d for _, documents in read_chunks(file, lambda i: True, 10**5, "text", 10**6) for d in documents]
     assert file.fault and file.chunks >= 1
-    if damage == "truncated" and ending != ".parquet":  # whose index is at its end
+    if damage == "truncated" and ending != ".parquet":  # a .parquet has its index at the end
         assert len(found) > 50 and texts_of(found[:50]) == texts[:50]
 
 
@@ -165,7 +165,7 @@ def test_nothing_to_read_is_one_line(name, named, tmp_path, capsys):
 @pytest.mark.parametrize("ending", [ending for ending in reading.ENDINGS if ending != ".parquet"])
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_a_mark_of_byte_order_is_no_part_of_the_first_document(ending, size, tmp_path):
-    """At a file's beginning; in the middle it is a character."""
+    """At the beginning of a file; elsewhere it is a character."""
     texts = ["\ufeffinside", "\ufeffsecond", "third"] if ending.startswith(".jsonl") else ["first", "\ufeffsecond"]
     path = write_corpus(tmp_path, texts, ending)
     plain = write_corpus(tmp_path, texts, ending.partition(".gz")[0].partition(".zst")[0]).read_bytes()
@@ -244,7 +244,7 @@ def test_half_a_character_is_replaced_counted_and_said(tmp_path, capsys):
 ])  # fmt: skip
 @posix
 def test_tables_are_refused_with_what_makes_texts_of_them(name, raw, texts, tmp_path, capsys, monkeypatch):
-    """The command that the line names is run, and its file read."""
+    """The command in the error is run, and the file that it makes is read."""
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(raw, encoding="utf-8")
     for path in (name, f"{name}.gz"):
@@ -263,6 +263,6 @@ def test_another_name_of_jsonl_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         read_texts(tmp_path / "x.ndjson")
     assert "name it .jsonl" in capsys.readouterr().err
-    for name in ("page.html", "notes.md", "README"):  # text is what its owner takes for text
+    for name in ("page.html", "notes.md", "README"):  # anything else may be text
         (tmp_path / name).write_text("<p>")
         assert read_texts(tmp_path / name)[0] == ["<p>"]
