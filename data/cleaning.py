@@ -17,11 +17,14 @@ import unicodedata
 from reading import Reject, json_text, mend_halves
 
 # The first byte of a character in UTF-8 and another one, as Latin-1 or Windows-1252 would show them: "Ã©" for "é"
-MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u0160\u2039"
-                      "\u0152\u017d\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u02dc\u2122\u0161\u203a\u0153\u017e\u0178]")
+MOJIBAKE = re.compile(
+    "[\u00c2-\u00f4][\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u0160\u2039"
+    "\u0152\u017d\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u02dc\u2122\u0161\u203a\u0153\u017e\u0178]"
+)
 CONTROLS = re.compile("\r\n?|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|^\ufeff")
 # Accents: Python's normalization sorts a run of them in quadratic time. Three Tibetan signs decompose into some.
-ACCENT = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.combining(c)) + "\u0f73\u0f75\u0f81"
+ACCENT = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.combining(c))
+ACCENT += "\u0f73\u0f75\u0f81"
 ACCENTS = re.compile(f"[{ACCENT}]{{32,}}")
 FOUR = re.compile(f"[{ACCENT}]{{4}}")
 ASCII_CONTROLS = bytes({*range(32), 127} - {ord("\t"), ord("\n")})
@@ -57,7 +60,10 @@ def fix_mojibake(text, stats):
         return text
     import ftfy
 
-    lines = [ftfy.fix_encoding(line) if MOJIBAKE.search(line) else line for line in text.split("\n")]
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        if MOJIBAKE.search(line):
+            lines[i] = ftfy.fix_encoding(line)
     fixed = "\n".join(lines)
     stats["mojibake"] += fixed != text
     return fixed
@@ -65,8 +71,10 @@ def fix_mojibake(text, stats):
 
 def strip_controls(text, stats):
     """Make line ends \\n, and remove a byte order mark and all control characters except the tab."""
-    raw = text.encode()  # a look at the bytes is ten times as fast as the expression, and mostly suffices
-    if len(raw.translate(None, ASCII_CONTROLS)) == len(raw) and b"\xc2" not in raw and text[:1] != "\ufeff":
+    # A look at the bytes is ten times as fast as the expression, and mostly suffices.
+    raw = text.encode()
+    no_ascii_control = len(raw.translate(None, ASCII_CONTROLS)) == len(raw)
+    if no_ascii_control and b"\xc2" not in raw and text[:1] != "\ufeff":
         return text
     fixed, count = CONTROLS.subn(lambda match: "\n" if match.group()[0] == "\r" else "", text)
     stats["controls"] += count > 0

@@ -24,7 +24,8 @@ from configurator import fail
 from files import file_sha256, sync
 from tokenizer import MAX_VOCAB
 
-SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # llm.c's and modded-nanogpt's uint16 shards
+# the uint16 shards of llm.c and modded-nanogpt
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_TOKENS = 100_000_000  # tokens per shard, as in llm.c
 INCOMPLETE = "INCOMPLETE"
 BESIDE = ".writing"  # suffix of a file that is not finished
@@ -49,7 +50,8 @@ def run(main, c):
         mend = "; free some and run the same command again" if error.errno == errno.ENOSPC else ""
         fail(f"{error.filename or 'input or output'}: {error.strerror or error}{mend}")
     except MemoryError:
-        fail("this machine's memory is full: give a part of the input, or prepare it with data/openwebtext/prepare.py")
+        fail("this machine's memory is full: give a part of the input, or prepare it with "
+             "data/openwebtext/prepare.py")
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler or signal.SIG_DFL)  # in a notebook the process lives on
@@ -60,9 +62,14 @@ def end_on_signals():
     if threading.current_thread() is not threading.main_thread():
         return {}
     signums = {signal.SIGTERM}
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+    # nohup has a process ignore SIGHUP, which must stay so
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signums.add(signal.SIGHUP)
-    return {signum: signal.signal(signum, lambda got, frame: sys.exit(128 + got)) for signum in signums}
+
+    def end(signum, frame):
+        sys.exit(128 + signum)
+
+    return {signum: signal.signal(signum, end) for signum in signums}
 
 
 # -----------------------------------------------------------------------------
@@ -101,8 +108,11 @@ def manifest_hash(folder):
 
 def other_shards(folder, files):
     """Shards in `folder` that are not among `files`: an earlier, larger dataset left them."""
-    shards = (path for path in folder.glob("*.bin") if re.fullmatch(r"(train|val)_\d{6}\.bin", path.name))
-    return sorted(path for path in shards if path.name not in files)
+    shards = []
+    for path in folder.glob("*.bin"):
+        if re.fullmatch(r"(train|val)_\d{6}\.bin", path.name) and path.name not in files:
+            shards.append(path)
+    return sorted(shards)
 
 
 def print_dataset(folder, changed):
@@ -117,7 +127,8 @@ def print_dataset(folder, changed):
 
 def write_dataset(folder, splits, tokenizer, source, preprocessing, documents):
     """Make `folder` the dataset of `splits`: {"train": ids, "val": ids}, each uint16 (N,). -> whether it changed"""
-    with DatasetWriter(folder, tokenizer, {split: len(ids) for split, ids in splits.items()}) as writer:
+    totals = {split: len(ids) for split, ids in splits.items()}
+    with DatasetWriter(folder, tokenizer, totals) as writer:
         for split, ids in splits.items():
             writer.add(split, ids)
         return writer.finish(source, preprocessing, documents)
@@ -140,10 +151,12 @@ class DatasetWriter:
         self.tokenizer = tokenizer
         self.totals = totals
         if tokenizer.vocab_size > MAX_VOCAB:
-            fail(f"a vocabulary of {tokenizer.vocab_size:,} does not fit into 16-bit tokens ({MAX_VOCAB:,})")
+            fail(f"a vocabulary of {tokenizer.vocab_size:,} does not fit into 16-bit tokens "
+                 f"({MAX_VOCAB:,})")
         for split, total in totals.items():
             if total < 2:  # one to predict from, one to predict
-                fail(f"the {split} split would have {total} of at least 2 tokens: more text or another val_fraction")
+                fail(f"the {split} split would have {total} of at least 2 tokens: more text or another "
+                     "val_fraction")
         self.shards = {split: [] for split in totals}  # the manifest's entries
         self.open = {}  # split -> (the file of its last shard, its hash, tokens it still takes)
         self.names = []  # of all files, in the order in which they are put in place
@@ -167,7 +180,8 @@ class DatasetWriter:
 
     def add(self, split, ids):
         """Append `ids`, uint16 (n,), to a split."""
-        assert ids.dtype == np.uint16 and (not len(ids) or int(ids.max()) < self.tokenizer.vocab_size)
+        assert ids.dtype == np.uint16
+        assert not len(ids) or int(ids.max()) < self.tokenizer.vocab_size
         ids = np.ascontiguousarray(ids, dtype="<u2")
         while len(ids):
             if split not in self.open:
@@ -213,7 +227,8 @@ class DatasetWriter:
         """Put everything in place. -> whether anything changed"""
         assert not self.open, "fewer tokens than were announced"
         contents = {
-            INCOMPLETE: b"A dataset is being put in place here, or that was interrupted: run its prepare.py again.\n",
+            INCOMPLETE: b"A dataset is being put in place here, or that was interrupted: "
+                        b"run its prepare.py again.\n",
             "tokenizer.json": self.tokenizer.to_json(),
             "manifest.json": self.manifest(source, preprocessing, documents),
         }
@@ -240,12 +255,18 @@ class DatasetWriter:
 
     def manifest(self, source, preprocessing, documents):
         """The bytes of manifest.json."""
-        tokenizer = self.tokenizer
+        splits = {}
+        for split, shards in self.shards.items():
+            splits[split] = {"tokens": self.totals[split], "shards": shards}
         fields = {
             "format": 1,
             "source": source,
-            "splits": {split: {"tokens": self.totals[split], "shards": self.shards[split]} for split in self.shards},
-            "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
+            "splits": splits,
+            "tokenizer": {
+                "kind": self.tokenizer.kind,
+                "vocab_size": self.tokenizer.vocab_size,
+                "sha256": self.tokenizer.sha256,
+            },
             "preprocessing": preprocessing,
             "documents": documents,
         }
@@ -257,7 +278,7 @@ class DatasetWriter:
     def is_there(self, contents):
         """Whether the folder holds this very dataset, complete, and no other shards."""
         try:
-            for name in ("manifest.json", "tokenizer.json"):  # the manifest first: it nearly always tells
+            for name in ("manifest.json", "tokenizer.json"):  # the manifest nearly always tells
                 if (self.folder / name).read_bytes() != contents[name]:
                     return False
             for shards in self.shards.values():

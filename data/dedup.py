@@ -23,14 +23,16 @@ import numpy as np
 SHINGLE = 5  # words, as in Lee et al. 2022 (arXiv:2107.06499) and FineWeb (arXiv:2406.17557)
 SEED = 1
 NO_WORDS = 0xFFFFFFFF  # every value of an empty set's signature
-MOST_ANCHORS = 64  # of the documents that share a band, each is compared with the first MOST_ANCHORS
+MOST_ANCHORS = 64  # each document that shares a band is compared with the first MOST_ANCHORS
 PART_BYTES = 1 << 24  # size of a file that is sorted in memory
 MOST_PARTS = 512  # such files open at once
 KEPT, EXACT, NEAR = 0, 1, 2
 
 # Scripts that put no spaces between words: here each character counts as a word
-UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF),
-            (0x20000, 0x3FFFF))
+UNSPACED = (
+    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF),
+    (0x3400, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
+)
 
 PIECE = 1 << 18  # characters hashed at a time; a word that is cut in two counts as two
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so it has an inverse
@@ -64,7 +66,8 @@ def mix(x):
 def words(text):
     """A hash of each word of `text` in lower case. -> uint64 (n,)"""
     text = text.lower()
-    return np.concatenate([words_of_piece(text[i : i + PIECE]) for i in range(0, len(text) or 1, PIECE)])
+    starts = range(0, len(text) or 1, PIECE)
+    return np.concatenate([words_of_piece(text[i : i + PIECE]) for i in starts])
 
 
 def words_of_piece(text):
@@ -146,7 +149,8 @@ class Sorter:
 
     def add(self, *columns):
         rows = np.stack([np.asarray(column, dtype=np.uint64) for column in columns], axis=1)
-        part = (rows[:, 0].astype(np.float64) / self.span * self.count).astype(np.int64).clip(0, self.count - 1)
+        part = rows[:, 0].astype(np.float64) / self.span * self.count
+        part = part.astype(np.int64).clip(0, self.count - 1)
         order = np.argsort(part, kind="stable")
         cuts = np.searchsorted(part[order], np.arange(self.count + 1))
         for file, start, end in zip(self.files, cuts[:-1], cuts[1:], strict=True):
@@ -198,7 +202,8 @@ def drop_near(parts, fate, folder, permutations, threshold):
     with open(store, "wb") as file:
         for start, signature in parts:
             file.write(np.ascontiguousarray(signature).data)
-            stays = np.flatnonzero((fate[start : start + len(signature)] == KEPT) & (signature != NO_WORDS).any(axis=1))
+            kept = fate[start : start + len(signature)] == KEPT
+            stays = np.flatnonzero(kept & (signature != NO_WORDS).any(axis=1))
             hashes = band_hashes(signature[stays], bands, rows)
             sorter.add(hashes.ravel(), np.repeat(stays + start, bands))
 

@@ -29,7 +29,9 @@ from texts import pick_tokenizer
 
 VERSION = 1  # of what the passes do; part of the manifest
 # settings of a prepare.py that decide what comes out, and so must be the same when it resumes
-DECIDE = ("text_key", "val_fraction", "min_chars", "max_chars", "dedup", "threshold", "permutations")
+DECIDE = (
+    "text_key", "val_fraction", "min_chars", "max_chars", "dedup", "threshold", "permutations",
+)
 
 
 def prepare_corpus(c, default_folder):
@@ -37,7 +39,8 @@ def prepare_corpus(c, default_folder):
     check_settings(c)
     folder = Path(c.out_dir) if c.out_dir else default_folder
     if c.tokenizer == "char":
-        fail("tokenizer=char is for data/text/prepare.py: a large corpus takes gpt2 or what tok_train.py makes")
+        fail("tokenizer=char is for data/text/prepare.py: a large corpus takes gpt2 or what "
+             "tok_train.py makes")
     if c.input:
         files = list_files(c.input)
         source = {"name": Path(c.input).resolve().name}
@@ -71,7 +74,8 @@ def prepare(folder, files, source, tokenizer, c):
         with only_writer(lock):
             scan(work, files, c, share, shares, workers)
     if c.part:
-        print(f"part {share} of {shares} is scanned; when all are: the same command with --merge instead of --part")
+        print(f"part {share} of {shares} is scanned; when all are: the same command with --merge "
+              "instead of --part")
         return
     with only_writer(work):
         merge(folder, work, files, source, tokenizer, plan, c, started)
@@ -87,10 +91,15 @@ def merge(folder, work, files, source, tokenizer, plan, c, started):
     documents["dropped"]["near_duplicate"] = int((fate == dedup.NEAR).sum())
     documents["kept"] = int((fate == dedup.KEPT).sum())
     if not documents["kept"]:
-        fail(f"no document is left of {documents['read']:,} read: {nothing_left(documents, c.text_key)}")
+        reasons = nothing_left(documents, c.text_key)
+        fail(f"no document is left of {documents['read']:,} read: {reasons}")
     print(f"write: {documents['kept']:,} documents ...", flush=True)
-    source = source | {"files": len(files), "bytes": sum(file.size for file in files), "sha256": digest}
-    changed = write(folder, chunks, fate, tokenizer, source, preprocessing_of(plan), documents, c.val_fraction)
+    size = sum(file.size for file in files)
+    source = source | {"files": len(files), "bytes": size, "sha256": digest}
+    preprocessing = preprocessing_of(plan)
+    changed = write(
+        folder, chunks, fate, tokenizer, source, preprocessing, documents, c.val_fraction
+    )
     (work / "plan.json").unlink()  # first: without it nobody resumes from the rest
     shutil.rmtree(work, ignore_errors=True)
     report(folder, documents, changed, time.monotonic() - started)
@@ -111,7 +120,8 @@ def check_settings(c):
     if not 0 <= c.min_chars <= c.max_chars or c.workers < 0:
         fail("min_chars and workers are at least 0, max_chars at least min_chars")
     if c.part and (c.merge or c.fresh):
-        fail("--part scans its share: give --merge in a run of its own, and --fresh by removing the folder scan")
+        fail("--part scans its share: give --merge in a run of its own, and --fresh by removing "
+             "the folder scan")
     part_of(c.part)
 
 
@@ -133,8 +143,12 @@ def cores():
 
 def plan_of(files, source, tokenizer, c):
     """All that the dataset depends on, as JSON can hold it."""
-    plan = {"version": VERSION, "source": source, "files": [[file.name, file.size] for file in files]}
-    plan["tokenizer"] = tokenizer.sha256
+    plan = {
+        "version": VERSION,
+        "source": source,
+        "files": [[file.name, file.size] for file in files],
+        "tokenizer": tokenizer.sha256,
+    }
     plan |= {key: c[key] for key in DECIDE}
     if c.dedup == "near":
         plan["rensa"] = version_of("rensa")
@@ -147,11 +161,13 @@ def version_of(package):
     try:
         return version(package)
     except PackageNotFoundError:
-        fail(f"dedup=near needs the package {package}: pip install -c constraints.txt '.[data]', or --dedup=exact")
+        fail(f"dedup=near needs the package {package}: pip install -c constraints.txt '.[data]', or "
+             "--dedup=exact")
 
 
 def preprocessing_of(plan):
-    return {key: value for key, value in plan.items() if key not in ("source", "files", "tokenizer")}
+    elsewhere = ("source", "files", "tokenizer")  # which the manifest has in other places
+    return {key: value for key, value in plan.items() if key not in elsewhere}
 
 
 def is_there(folder, plan):
@@ -176,7 +192,8 @@ def open_work(work, plan, tokenizer):
     path = work / "plan.json"
     if path.exists():
         earlier = json.loads(path.read_bytes())
-        differ = sorted(key for key in earlier.keys() | plan.keys() if earlier.get(key) != plan.get(key))
+        keys = sorted(earlier.keys() | plan.keys())
+        differ = [key for key in keys if earlier.get(key) != plan.get(key)]
         if differ:
             values = ", ".join(f"{key}={earlier.get(key)}" for key in differ if key != "files")
             if values:
@@ -193,7 +210,8 @@ def open_work(work, plan, tokenizer):
 
 def print_needs(folder, files, c, workers):
     """Print the disk and memory this will need before it starts: estimates from the sizes of the files."""
-    size = sum(file.size * (1 if file.seekable else 3) for file in files)  # text packs to about a third
+    # text packs to about a third
+    size = sum(file.size if file.seekable else 3 * file.size for file in files)
     tokens = size / 4  # a token stands for about 4 bytes, and takes 2
     scanned = tokens * 2
     if c.dedup == "near":  # a document has about 4,000 bytes of text, and a signature
@@ -202,12 +220,13 @@ def print_needs(folder, files, c, workers):
     free = shutil.disk_usage(place).free
     memory = 0.1 + workers * 0.15  # as bench.py data measures it
     if size:
-        print(f"{len(files):,} files, about {size / 1e6:,.0f} MB of text, {tokens / 1e6:,.0f} million tokens")
-        print(f"disk: about {tokens * 2 / 1e9:.2f} GB for the shards and {scanned / 1e9:.2f} GB more until they are "
-              f"written; {free / 1e9:.2f} GB are free")
+        print(f"{len(files):,} files, about {size / 1e6:,.0f} MB of text, "
+              f"{tokens / 1e6:,.0f} million tokens")
+        print(f"disk: about {tokens * 2 / 1e9:.2f} GB for the shards and {scanned / 1e9:.2f} GB more "
+              f"until they are written; {free / 1e9:.2f} GB are free")
     else:
-        print(f"disk: {free / 1e9:.2f} GB are free; a token takes 2 bytes, and until the shards are written twice that "
-              "and more")
+        print(f"disk: {free / 1e9:.2f} GB are free; a token takes 2 bytes, and until the shards are "
+              "written twice that and more")
     print(f"memory: about {memory:.1f} GB for {workers} workers, and a byte a document", flush=True)
     if size and free < tokens * 2 + scanned:
         print(f"warning: that may not fit on the disk of {place}", file=sys.stderr)
@@ -222,11 +241,13 @@ def resolve(work, chunks, c):
     path = work / "fate.npy"
     if path.exists():
         return np.load(path)
-    fate = np.zeros(sum(len(hashes) for _, hashes in chunk_arrays(chunks, "hashes")), dtype=np.uint8)
+    count = sum(len(hashes) for _, hashes in chunk_arrays(chunks, "hashes"))
+    fate = np.zeros(count, dtype=np.uint8)
     if c.dedup != "none":
         dedup.drop_exact(chunk_arrays(chunks, "hashes"), fate, work)
     if c.dedup == "near":
-        dedup.drop_near(chunk_arrays(chunks, "signatures"), fate, work, c.permutations, c.threshold)
+        signatures = chunk_arrays(chunks, "signatures")
+        dedup.drop_near(signatures, fate, work, c.permutations, c.threshold)
     with write_result(path) as file:
         np.save(file, fate)
     return fate
@@ -261,11 +282,16 @@ def splits_of(hashes, fate, val_fraction):
 # What is printed at the end
 
 
+def list_counts(counts):
+    """The counts that are not 0, as in "1,200 too_short, 3 too_long"."""
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+
+
 def nothing_left(documents, text_key):
     """Why no document is left."""
-    reasons = [f"{count:,} {reason}" for reason, count in documents["dropped"].items() if count]
+    reasons = [list_counts(documents["dropped"])]
     reasons += [f"{name}: {fault}" for name, fault in documents["damaged_files"].items()]
-    text = ", ".join(reasons) or "the files are empty"
+    text = ", ".join(filter(None, reasons)) or "the files are empty"
     if "no_text" in documents["dropped"]:
         text += f"; --text_key names another key than {text_key!r}"
     return text
@@ -274,10 +300,10 @@ def nothing_left(documents, text_key):
 def report(folder, documents, changed, seconds):
     """Print what was read, and what the dataset holds."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
-    dropped = ", ".join(f"{count:,} {name}" for name, count in documents["dropped"].items() if count)
-    changes = ", ".join(f"{count:,} {name}" for name, count in documents["changes"].items() if count)
-    print(f"{documents['read']:,} documents read, {documents['kept']:,} kept; dropped: {dropped or 'none'}; "
-          f"changed: {changes or 'none'}")
+    dropped = list_counts(documents["dropped"]) or "none"
+    changes = list_counts(documents["changes"]) or "none"
+    print(f"{documents['read']:,} documents read, {documents['kept']:,} kept; "
+          f"dropped: {dropped}; changed: {changes}")
     train, val = (manifest["splits"][split]["tokens"] for split in ("train", "val"))
     print(f"{train:,} tokens for training, {val:,} for validation, in {seconds:.0f} s")
     print_dataset(folder, changed)

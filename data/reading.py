@@ -33,8 +33,9 @@ from tokenizer import END_OF_TEXT
 
 BLOCK = 1 << 16  # bytes read at a time, and so the most that is lost where a packed file breaks off
 MARK = END_OF_TEXT.encode()
-FOREIGN = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's other begins as UTF-16's does
-ENDINGS = tuple(f".{kind}{packed}" for kind in ("txt", "jsonl") for packed in ("", ".gz", ".zst")) + (".parquet",)
+# byte order marks; UTF-32's other one begins as UTF-16's does
+FOREIGN = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 class Reject(Exception):
@@ -67,7 +68,8 @@ class InputFile:
 
     @property
     def ending(self):
-        return next((ending for ending in ENDINGS if self.path.name.lower().endswith(ending)), ".txt")
+        name = self.path.name.lower()
+        return next((ending for ending in ENDINGS if name.endswith(ending)), ".txt")
 
     @property
     def seekable(self):
@@ -91,7 +93,8 @@ def find_files(folder, endings=ENDINGS):
             subfolders.clear()
             continue
         entered.add(os.path.realpath(place))
-        subfolders.sort()  # which of two ways into a folder is used must not depend on the file system
+        # which of two ways into a folder is used must not depend on the file system
+        subfolders.sort()
         paths += [Path(place, name) for name in names if name.lower().endswith(endings)]
     return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
@@ -105,7 +108,9 @@ def list_files(path):
         if not path.name.lower().endswith(ENDINGS):
             fail(f"--input={path}: a file of documents ends in one of {' '.join(ENDINGS)}")
         return [InputFile(path.name, path.stat().st_size, path)]
-    files = [InputFile(f.relative_to(path).as_posix(), f.stat().st_size, f) for f in find_files(path)]
+    files = []
+    for file in find_files(path):
+        files.append(InputFile(file.relative_to(path).as_posix(), file.stat().st_size, file))
     if not files:
         fail(f"--input={path}: the folder has no file that ends in one of {' '.join(ENDINGS)}")
     return files
@@ -124,7 +129,8 @@ def split_stream(stream, separator, limit, start=0):
     at, dropped = start, 0  # `rest` itself begins at offset at + dropped
     overlap = len(separator) - 1  # a separator may begin in one block and end in the next
     while block := stream.read(BLOCK):
-        new = max(0, len(rest) - overlap)  # the first place where a separator may begin that was not there before
+        # the first place where a separator may begin that was not there before
+        new = max(0, len(rest) - overlap)
         rest += block
         if rest.find(separator, new) >= 0:
             *pieces, rest = rest.split(separator)
@@ -189,7 +195,8 @@ def parquet_documents(file, text_key, limit):
     arrow, parquet = need("pyarrow"), need("pyarrow.parquet")
     with parquet.ParquetFile(file.path) as opened:
         if text_key not in opened.schema_arrow.names:
-            raise Damaged(f"it has no column {text_key!r}, but {', '.join(opened.schema_arrow.names)}")
+            names = ", ".join(opened.schema_arrow.names)
+            raise Damaged(f"it has no column {text_key!r}, but {names}")
         at = 0
         for batch in opened.iter_batches(64, columns=[text_key], use_threads=False):
             for text in bytes_of(batch.column(0), arrow).to_pylist():
@@ -206,9 +213,11 @@ def bytes_of(column, arrow):
     """A column of text in any of Arrow's forms as bytes, UTF-8 or not; a column of anything else as it is."""
     if arrow.types.is_dictionary(column.type):
         return bytes_of(column.dictionary, arrow).take(column.indices)
-    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary")
-    tests = [getattr(arrow.types, f"is_{name}", None) for name in names]  # the views are newer than the others
-    is_text = any(test and test(column.type) for test in tests)
+    is_text = False
+    for name in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view",
+                 "fixed_size_binary"):
+        test = getattr(arrow.types, f"is_{name}", None)  # older versions lack the views
+        is_text = is_text or bool(test and test(column.type))
     return column.cast(arrow.large_binary()) if is_text else column
 
 
@@ -228,7 +237,9 @@ def hub_files(dataset, name, revision, plan):
     try:
         if not re.fullmatch("[0-9a-f]{40}", revision):
             revision = hub.HfApi().dataset_info(dataset, revision=revision or None).sha
-        rows = datasets.load_dataset(dataset, name or None, split="train", streaming=True, revision=revision)
+        rows = datasets.load_dataset(
+            dataset, name or None, split="train", streaming=True, revision=revision
+        )
     except Exception as error:  # the network, the Hub and the library have no exception in common
         fail(f"the Hub's dataset {dataset} cannot be read here ({type(error).__name__}: {error}); "
              "with its files on this machine: --input=FOLDER")
@@ -247,8 +258,8 @@ def hub_documents(file, text_key, limit):
         except StopIteration:
             return
         except Exception as error:  # of the network: it does not mean that the corpus ends here
-            fail(f"{file.name}: the Hub broke off ({type(error).__name__}: {error}): run the same command again, "
-                 "which resumes from here")
+            fail(f"{file.name}: the Hub broke off ({type(error).__name__}: {error}): "
+                 "run the same command again, which resumes from here")
         text = row.get(text_key)
         if not isinstance(text, str):
             yield at, Reject("no_text")
@@ -288,7 +299,8 @@ def need(package):
     try:
         return importlib.import_module(package)
     except ImportError:
-        fail(f"this needs the package {package.partition('.')[0]}: pip install -c constraints.txt '.[data]'")
+        name = package.partition(".")[0]
+        fail(f"this needs the package {name}: pip install -c constraints.txt '.[data]'")
 
 
 def json_text(line, text_key):

@@ -52,13 +52,16 @@ def scan(work, files, c, share, shares, workers):
                 return in_share and not chunk_path(work, number, chunk).exists()
 
             listing = work / f"{number:06d}.json"
-            if listing.exists() and not any(map(wanted, range(json.loads(listing.read_bytes())["chunks"]))):
-                continue
+            if listing.exists():
+                count = json.loads(listing.read_bytes())["chunks"]
+                if not any(map(wanted, range(count))):
+                    continue
             for chunk, documents in read_chunks(file, wanted, CHUNK, c.text_key, limit):
                 submit(number, chunk, documents, file.kind)
                 progress.reach(sum(f.size for f in files[:number]) + file.done)
             if file.fault:
-                print(f"\nwarning: {file.name}: {file.fault}; what comes before is used", file=sys.stderr)
+                warning = f"{file.name}: {file.fault}; what comes before is used"
+                print(f"\nwarning: {warning}", file=sys.stderr)
             with write_result(listing) as out:
                 out.write(json.dumps({"chunks": file.chunks, "fault": file.fault}).encode())
     progress.end()
@@ -80,7 +83,8 @@ def scanners(work, c, workers, done):
         yield lambda *chunk: done(scan_chunk(tokenizer, work, c, *chunk))
         return
     running = collections.deque()
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker)
 
     def submit(*chunk):
         if len(running) >= 2 * workers:
@@ -92,8 +96,8 @@ def scanners(work, c, workers, done):
         while running:
             done(running.popleft().result())
     except concurrent.futures.process.BrokenProcessPool:
-        fail("a worker was killed, most often for memory: run the same command again with fewer --workers; "
-             "nothing that was done is lost")
+        fail("a worker was killed, most often for memory: run the same command again with fewer "
+             "--workers; nothing that was done is lost")
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -106,7 +110,8 @@ def limit_threads():
 def start_worker():
     """Set up a process of the pool."""
     limit_threads()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
+    # Ctrl-C reaches all processes: the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -138,7 +143,10 @@ def scan_chunk(tokenizer, work, c, number, chunk, documents, kind):
     size = 0
     end = np.array([tokenizer.eos], dtype=np.uint16)
     for document in documents:
-        raw = document if isinstance(document, bytes) else str(document).encode("utf-8", "surrogatepass")
+        if isinstance(document, bytes):
+            raw = document
+        else:
+            raw = str(document).encode("utf-8", "surrogatepass")
         digests.append(hashlib.blake2b(raw, digest_size=16).digest())
         size += len(raw)
         changes = sum(stats[step] for step in CHANGES)
@@ -161,7 +169,8 @@ def scan_chunk(tokenizer, work, c, number, chunk, documents, kind):
         "stats": np.frombuffer(json.dumps(stats).encode(), dtype=np.uint8),
         "read": np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16),
         "hashes": np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2),
-        "sizes": np.array(sizes, dtype=np.int64).reshape(-1, 2),  # of each document: tokens, bytes of text
+        # of each document: tokens, bytes of text
+        "sizes": np.array(sizes, dtype=np.int64).reshape(-1, 2),
         "tokens": np.concatenate([*tokens, end[:0]]),
     }
     if c.dedup == "near":
@@ -206,11 +215,13 @@ class Progress:
     def line(self, now):
         elapsed = max(now - self.started, 1e-9)
         size = self.bytes / 1e6
-        line = f"{self.name}: {self.documents:,} documents, {size:,.0f} MB, {size / elapsed:.1f} MB/s"
+        line = f"{self.name}: {self.documents:,} documents, {size:,.0f} MB"
+        line += f", {size / elapsed:.1f} MB/s"
         moved = self.at - (self.first or 0)
         if self.total and moved > 0:
             left = int((self.total - self.at) * elapsed / moved)
-            line += f", {self.at / self.total:.0%}, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+            hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+            line += f", {self.at / self.total:.0%}, {hours}:{minutes:02d}:{seconds:02d} left"
         return f"{line:78}"
 
     def end(self):
@@ -241,7 +252,8 @@ def all_chunks(work, files):
         count = json.loads(listing.read_bytes())["chunks"] if listing.exists() else 0
         chunks = [chunk_path(work, number, chunk) for chunk in range(count)]
         if not chunks or not all(path.exists() for path in chunks):
-            fail(f"{file.name} is not wholly scanned: run the parts that did not finish again, then --merge")
+            fail(f"{file.name} is not wholly scanned: run the parts that did not finish again, "
+                 "then --merge")
         paths += chunks
     return paths
 
@@ -253,7 +265,8 @@ def load_chunk(path, *names):
             return [chunk[name] for name in names]
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         path.unlink(missing_ok=True)
-        fail(f"{path} was damaged ({error}) and is removed: run the same command again, which scans it again")
+        fail(f"{path} was damaged ({error}) and is removed: run the same command again, "
+             "which scans it again")
 
 
 def chunk_arrays(chunks, *names):
@@ -275,7 +288,10 @@ def statistics(chunks, work, files):
         stats.update(json.loads(chunk_stats.tobytes()))
         read += len(digests)
         digest.update(digests.tobytes())
-    dropped = {key.partition(" ")[2]: stats[key] for key in sorted(stats) if key.startswith("dropped ")}
+    dropped = {}
+    for key in sorted(stats):
+        if key.startswith("dropped "):
+            dropped[key.removeprefix("dropped ")] = stats[key]
     damaged = {}
     for number, file in enumerate(files):
         fault = json.loads((work / f"{number:06d}.json").read_bytes())["fault"]

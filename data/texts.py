@@ -4,6 +4,7 @@ Texts that fit into memory: read them, pick a tokenizer, and make a dataset of t
 A corpus that does not fit goes through pipeline.py instead.
 """
 
+import codecs
 import json
 import os
 import shlex
@@ -66,7 +67,8 @@ def read_texts(path, text_key="text"):
     if not texts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         several = path.is_dir() or read > 1
-        fail(f"{path} has no text: {f'of {len(paths)} files, {reasons}' if several else 'it is empty'}")
+        why = f"of {len(paths)} files, {reasons}" if several else "it is empty"
+        fail(f"{path} has no text: {why}")
     source = {"name": os.path.basename(os.path.abspath(path)), "bytes": size, "sha256": digests[0]}
     if path.is_dir():
         source |= {"files": len(paths), "sha256": listing_sha256(path, paths, digests)}
@@ -82,17 +84,25 @@ def read_file_texts(file, text_key):
             text = decode_text(raw, str(file.path))
         except ValueError as error:
             fail(error)
-        has_mark = raw.startswith(b"\xef\xbb\xbf")  # a byte order mark, which is no part of the text
+        has_mark = raw.startswith(codecs.BOM_UTF8)  # which is no part of the text
         return [text], sha256(raw), int(has_mark)
     digest = file_sha256(file.path)
     texts = list(strict_texts(file, text_key))
-    halves = [i for i, text in enumerate(texts) if not isinstance(text, Reject) and not encodable(text)]
-    for i in halves:
-        texts[i] = mend_halves(texts[i])
+    halves = []  # numbers of the documents that hold half a character
+    for i, text in enumerate(texts):
+        if not isinstance(text, Reject) and not encodable(text):
+            texts[i] = mend_halves(text)
+            halves.append(i)
     if halves:
-        print(f"warning: {file.path}: half a character (a lone surrogate) became U+FFFD in {len(halves):,} of "
-              f"{len(texts):,} documents, first in document {halves[0] + 1:,}", file=sys.stderr)
+        print(f"warning: {file.path}: half a character (a lone surrogate) became U+FFFD "
+              f"in {len(halves):,} of {len(texts):,} documents, first in document {halves[0] + 1:,}",
+              file=sys.stderr)
     return texts, digest, len(halves)
+
+
+def print_texts(path, source, documents):
+    """Print what read_texts has found."""
+    print(f"{path}: {documents['kept']:,} of {documents['read']:,} texts, {source['bytes']:,} bytes")
 
 
 def listing_sha256(folder, paths, digests):
@@ -115,7 +125,8 @@ def strict_texts(file, text_key):
             with open_binary(file) as (stream, _):
                 yield decode_text(stream.read(), str(file.path))
             return
-        for number, (_, document) in enumerate(read_documents(file, text_key, sys.maxsize), 1):  # noqa: B007
+        for _, document in read_documents(file, text_key, sys.maxsize):
+            number += 1
             try:
                 if isinstance(document, Reject):
                     raise document
@@ -124,7 +135,8 @@ def strict_texts(file, text_key):
             except Reject as reject:
                 yield reject
     except UnicodeDecodeError as error:
-        fail(f"{file.path}, document {number:,}, is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+        byte = error.object[error.start]
+        fail(f"{file.path}, document {number:,}, is not UTF-8: byte 0x{byte:02x} at offset "
              f"{error.start:,} in it")
     except ValueError as error:
         fail(error)
@@ -146,7 +158,8 @@ def refuse_tables(path):
     packed = next((end for end in (".gz", ".zst") if path.name.lower().endswith(end)), "")
     kind = Path(path.name[: len(path.name) - len(packed)]).suffix.lower()
     if kind in (".ndjson", ".jsonlines"):
-        fail(f"--input={path}: name it .jsonl{packed}, so that it is read as one JSON object a line")
+        fail(f"--input={path}: name it .jsonl{packed}, so that it is read as one JSON object "
+             "a line")
     if kind not in (".json", ".csv", ".tsv"):
         return
 
@@ -162,8 +175,8 @@ def refuse_tables(path):
     how = f"python -c {shlex.quote(code)} > {shlex.quote(name[: -len(kind)] + '.jsonl')}"
     first = ", once it is unpacked" if packed else ""
     known = "; if each line is a JSON object already, name it .jsonl" if kind == ".json" else ""
-    fail(f"--input={path}: of a {kind} file a model would learn the syntax; make a .jsonl of it, the text under a key"
-         f"{first}: {how}{known}")
+    fail(f"--input={path}: of a {kind} file a model would learn the syntax; make a .jsonl of it, "
+         f"the text under a key{first}: {how}{known}")
 
 
 # -----------------------------------------------------------------------------
@@ -180,10 +193,12 @@ def pick_tokenizer(name, texts=()):
             tokenizer, where = gpt2_tokenizer()
             print(f"GPT-2's tokenizer, from {where}")
             return tokenizer
-        return CharTokenizer.from_text("".join(texts)) if name == "char" else load_tokenizer(name)
+        if name == "char":
+            return CharTokenizer.from_text("".join(texts))
+        return load_tokenizer(name)
     except SourceError as error:
-        fail(f"GPT-2's ranks cannot be found here ({'; '.join(error.tried)}): put {RANKS} into the folder or at the "
-             "address that MINICHAT_MIRROR names, or choose another tokenizer")
+        fail(f"GPT-2's ranks cannot be found here ({'; '.join(error.tried)}): put {RANKS} into the "
+             "folder or at the address that MINICHAT_MIRROR names, or choose another tokenizer")
     except FileNotFoundError as error:
         fail(f"tokenizer={name} is neither gpt2 nor char: {error}")
     except ValueError as error:
@@ -198,7 +213,8 @@ def write_texts(folder, texts, tokenizer, source, val_fraction=0.1, documents=No
     `source` names the texts in the manifest: a dict with at least "name". `documents` holds the manifest's counts;
     without it all texts count as kept.
     """
-    documents = documents or {"read": len(texts), "kept": len(texts), "changed": 0, "dropped": {}}
+    count = len(texts)
+    documents = documents or {"read": count, "kept": count, "changed": 0, "dropped": {}}
     if len(texts) == 1:
         cut = int(len(texts[0]) * (1 - val_fraction))
         train, val = encode_texts([texts[0][:cut], texts[0][cut:]], texts, tokenizer, source)
@@ -210,11 +226,13 @@ def write_texts(folder, texts, tokenizer, source, val_fraction=0.1, documents=No
         train, val = ids[:cut], ids[cut:]
 
     preprocessing = {"version": 1, "tokens": tokenizer.kind, "val_fraction": val_fraction}
-    changed = write_dataset(folder, {"train": train, "val": val}, tokenizer, source, preprocessing, documents)
-    print(f"{len(train):,} tokens for training, {len(val):,} for validation, of {tokenizer.vocab_size:,}")
+    splits = {"train": train, "val": val}
+    changed = write_dataset(folder, splits, tokenizer, source, preprocessing, documents)
+    print(f"{len(train):,} tokens for training, {len(val):,} for validation, "
+          f"of {tokenizer.vocab_size:,}")
     print_dataset(folder, changed)
-    print(f"next: {shlex.join(['python', 'train.py', f'--dataset={folder}'])} (and the sizes of a model, or a config "
-          "file)")
+    command = shlex.join(["python", "train.py", f"--dataset={folder}"])
+    print(f"next: {command} (and the sizes of a model, or a config file)")
 
 
 def encode_texts(parts, texts, tokenizer, source):
@@ -231,5 +249,5 @@ def unknown_in(texts, tokenizer):
         try:
             tokenizer.encode_array(text)
         except ValueError as error:
-            document = f", document {i:,} of {len(texts):,} ({text[:40]!r})" if len(texts) > 1 else ""
-            return f"{document}: {error}"
+            document = f", document {i:,} of {len(texts):,} ({text[:40]!r})"
+            return f"{document if len(texts) > 1 else ''}: {error}"

@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from anywhere
 import common  # noqa: E402, I001
 from configurator import Settings, configure, fail  # noqa: E402
 from sources import SourceError, gpt2_tokenizer  # noqa: E402
-from texts import read_texts  # noqa: E402
+from texts import print_texts, read_texts  # noqa: E402
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, MAX_VOCAB, BPETokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -34,34 +34,39 @@ val_fraction = 0.1      # the share at the end of the text that is held out for 
 def main(c):
     check_settings(c)
     texts, source, documents = read_texts(c.input)
-    print(f"{c.input}: {documents['kept']:,} of {documents['read']:,} texts, {source['bytes']:,} bytes")
+    print_texts(c.input, source, documents)
     texts, held_out = hold_out(texts, c)
     pattern = c.pattern or GPT2_PATTERN
     try:
-        tokenizer = BPETokenizer(learn(texts, c.vocab_size - len(c.specials), pattern), pattern, c.specials)
+        pieces = learn(texts, c.vocab_size - len(c.specials), pattern)
+        tokenizer = BPETokenizer(pieces, pattern, c.specials)
     except ValueError as error:
         fail(error)
     if tokenizer.vocab_size < c.vocab_size:
-        print(f"NOTE: the text has no more to merge: {tokenizer.vocab_size:,} tokens instead of {c.vocab_size:,}")
+        print(f"NOTE: the text has no more to merge: {tokenizer.vocab_size:,} tokens "
+              f"instead of {c.vocab_size:,}")
 
     compare(tokenizer, held_out)
     folder = Path(c.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
-    print(f"written to {folder / 'tokenizer.json'} ({tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256[:12]})")
-    words = ["python", "data/text/prepare.py", f"--input={c.input}", f"--tokenizer={folder}", "--out_dir=..."]
-    print(f"next: {shlex.join(words)}")
+    print(f"written to {folder / 'tokenizer.json'} ({tokenizer.vocab_size:,} tokens, "
+          f"sha256 {tokenizer.sha256[:12]})")
+    words = ["python", "data/text/prepare.py", f"--input={c.input}", f"--tokenizer={folder}"]
+    print(f"next: {shlex.join([*words, '--out_dir=...'])}")
 
 
 def check_settings(c):
     """End the script where a setting is missing or out of range."""
     if not c.input or not c.out_dir:
-        fail("--input and --out_dir are needed: the text to learn from, and where tokenizer.json goes")
+        fail("--input and --out_dir are needed: the text to learn from, and where tokenizer.json "
+             "goes")
     if not c.specials or len(set(c.specials)) != len(c.specials):
         fail(f"specials are distinct names, at least one to end a document, such as {END_OF_TEXT}")
     least = 256 + len(c.specials)
     if not least <= c.vocab_size <= MAX_VOCAB:
-        fail(f"vocab_size={c.vocab_size} must lie between {least} (the bytes and special tokens) and {MAX_VOCAB}")
+        fail(f"vocab_size={c.vocab_size} must lie between {least} (the bytes and special tokens) "
+             f"and {MAX_VOCAB}")
 
 
 def hold_out(texts, c):
@@ -89,7 +94,8 @@ def learn(texts, size, pattern):
         trainer.train_from_iterator(iter(texts), size, pattern=pattern)
     except ValueError as error:
         fail(f"--pattern={pattern}: {error}")
-    return [bytes(piece) for piece, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])  # (piece, id)
+    return [bytes(piece) for piece, _ in ranks]
 
 
 def compare(tokenizer, text):
@@ -97,14 +103,17 @@ def compare(tokenizer, text):
     size = len(text.encode())
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text, "byte-level BPE gives back every text"
-    print(f"held out: {size:,} bytes in {len(ids):,} tokens, {size / len(ids):.3f} bytes per token; decoded, the same")
+    print(f"held out: {size:,} bytes in {len(ids):,} tokens, {size / len(ids):.3f} bytes per token; "
+          "decoded, the same")
     try:
         gpt2, _ = gpt2_tokenizer()
     except SourceError as error:
-        print("(GPT-2's ranks cannot be found here, so no comparison:", *error.tried, sep="\n  ", end=")\n")
+        lines = ["(GPT-2's ranks cannot be found here, so no comparison:", *error.tried]
+        print("\n  ".join(lines) + ")")
         return
     count = len(gpt2.encode(text))
-    print(f"GPT-2's {gpt2.vocab_size:,} tokens on the same text: {count:,}, {size / count:.3f} bytes per token")
+    print(f"GPT-2's {gpt2.vocab_size:,} tokens on the same text: {count:,}, "
+          f"{size / count:.3f} bytes per token")
 
 
 if __name__ == "__main__":

@@ -48,10 +48,11 @@ def dataset_faults(folder):
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         splits = dict(manifest["splits"])
-        promised = manifest["tokenizer"]["sha256"]
+        tokenizer_sha256 = manifest["tokenizer"]["sha256"]
         shards = {}
         for split in splits:
-            shards[split] = [(shard["file"], shard["tokens"], shard["sha256"]) for shard in splits[split]["shards"]]
+            entries = splits[split]["shards"]
+            shards[split] = [(shard["file"], shard["tokens"], shard["sha256"]) for shard in entries]
         kept = manifest["documents"]["kept"]
     except (FileNotFoundError, NotADirectoryError):
         yield f"{folder} has no manifest.json: it is not a dataset that a prepare.py made"
@@ -66,16 +67,18 @@ def dataset_faults(folder):
     except (OSError, ValueError) as error:
         yield str(error)
         return
-    if tokenizer.sha256 != promised:
-        yield f"{folder / 'tokenizer.json'} is another tokenizer than the shards were made with (sha256 differs)"
+    if tokenizer.sha256 != tokenizer_sha256:
+        path = folder / "tokenizer.json"
+        yield f"{path} is another tokenizer than the shards were made with (sha256 differs)"
 
     ends = 0  # of documents, in all shards
     broken = 0
     names = set()
     for split, files in shards.items():
         total = sum(tokens for _, tokens, _ in files)
-        if total != splits[split]["tokens"]:
-            yield f"{folder}: the shards of {split} have {total:,} tokens together, not {splits[split]['tokens']:,}"
+        promised = splits[split]["tokens"]
+        if total != promised:
+            yield f"{folder}: the shards of {split} have {total:,} tokens together, not {promised:,}"
         for name, tokens, digest in files:
             names.add(name)
             fault, shard_ends = shard_fault(folder / name, tokens, digest, tokenizer)
@@ -95,8 +98,9 @@ def shard_fault(path, tokens, digest, tokenizer):
     if not path.is_file():
         return f"{path} is missing", 0
     size = path.stat().st_size
-    if size != HEADER_BYTES + 2 * tokens:
-        return f"{path} has {size:,} bytes, not the {HEADER_BYTES + 2 * tokens:,} of {tokens:,} tokens", 0
+    promised = HEADER_BYTES + 2 * tokens
+    if size != promised:
+        return f"{path} has {size:,} bytes, not the {promised:,} of {tokens:,} tokens", 0
     sha = hashlib.sha256()
     highest = ends = 0
     with open(path, "rb") as file:

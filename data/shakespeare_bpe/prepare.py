@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # the project and data/, so that it runs from anywhere
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # the project and data/
 
 import common  # noqa: E402, I001
 from configurator import Settings, configure  # noqa: E402

@@ -16,12 +16,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE.parent)]  # the project and data/, so that it runs from anywhere
+sys.path[:0] = [str(ROOT), str(HERE.parent)]  # the project and data/
 
 import common  # noqa: E402, I001
 from configurator import Settings, configure, fail  # noqa: E402
 from sources import shakespeare  # noqa: E402
-from texts import read_texts  # noqa: E402
+from texts import print_texts, read_texts  # noqa: E402
 from tokenizer import CharTokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def main(c):
 
     if c.input:
         texts, source, documents = read_texts(c.input)
-        print(f"{c.input}: {documents['kept']:,} of {documents['read']:,} texts, {source['bytes']:,} bytes")
+        print_texts(c.input, source, documents)
     else:
         text, source = shakespeare()
         texts = [text]
@@ -53,7 +53,8 @@ def main(c):
     preprocessing = {"version": 1, "tokens": "characters", "val_fraction": c.val_fraction}
     changed = common.write_dataset(folder, splits, tokenizer, source, preprocessing, documents)
 
-    print(f"{len(tokenizer.chars):,} distinct characters and {len(tokenizer.special_tokens)} special tokens")
+    specials = len(tokenizer.special_tokens)
+    print(f"{len(tokenizer.chars):,} distinct characters and {specials} special tokens")
     print(f"{cut:,} tokens for training, {len(ids) - cut:,} for validation")
     common.print_dataset(folder, changed)
     print(f"next: {next_command(folder)}")

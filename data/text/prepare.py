@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # the project and data/, so that it runs from anywhere
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # the project and data/
 
 import common  # noqa: E402, I001
 from configurator import Settings, configure, fail  # noqa: E402
-from texts import pick_tokenizer, read_texts, write_texts  # noqa: E402
+from texts import pick_tokenizer, print_texts, read_texts, write_texts  # noqa: E402
 
 # -----------------------------------------------------------------------------
 input = ""          # a UTF-8 text file, .jsonl or .parquet, or a folder of such files
@@ -36,9 +36,10 @@ def main(c):
     if not c.input:
         fail("--input is missing: a UTF-8 text file, a .jsonl or .parquet, or a folder of such files")
     texts, source, documents = read_texts(c.input, c.text_key)
-    print(f"{c.input}: {documents['kept']:,} of {documents['read']:,} texts, {source['bytes']:,} bytes")
+    print_texts(c.input, source, documents)
     folder = Path(c.out_dir) if c.out_dir else HERE
-    write_texts(folder, texts, pick_tokenizer(c.tokenizer, texts), source, c.val_fraction, documents)
+    tokenizer = pick_tokenizer(c.tokenizer, texts)
+    write_texts(folder, texts, tokenizer, source, c.val_fraction, documents)
 
 
 if __name__ == "__main__":
