@@ -21,7 +21,7 @@ import torch
 from configurator import fail
 from device import use_sdpa
 from files import read_lines
-from parallel import one_fate
+from training.ranks import all_fail_together
 from training.monitor import cpu_name, git
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +113,7 @@ def send_result(pipe, variables, function, args):
     os.environ.update(variables)
     threads = torch.get_num_threads() // int(variables["WORLD_SIZE"])
     torch.set_num_threads(max(1, threads))
-    with one_fate():
+    with all_fail_together():
         pipe.send(function(*args))
 
 

@@ -101,7 +101,7 @@ def bench_data(c):
 def make_corpora(c, folder):
     """A corpus of each size from the documents of c.input. -> their paths"""
     sys.path.insert(0, str(ROOT / "data"))  # where the preparing scripts' own modules lie
-    from reading import read_texts
+    from texts import read_texts
 
     texts = read_texts(c.input)[0]
     if c.english:

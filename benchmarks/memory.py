@@ -22,7 +22,8 @@ from configurator import fail
 from device import memory_gb, pick_device
 from model import GPT, GPTConfig
 from optim import Optimizers
-from parallel import Layout, checkpoint_activations, local, own_device
+from parallel import Layout, checkpoint_activations
+from training.ranks import own_device
 
 
 def large_model(shape, tokens):
@@ -138,20 +139,19 @@ def updates_once(stage, shape, tokens, device_name):
                                layout=plan.Layout(layout.dp, layout.zero))
     model = layout.place(unplaced)
     del unplaced
-    opt = Optimizers(model, learning_rate=1e-3, whole=layout.whole, part=layout.part)
+    opt = Optimizers(model, learning_rate=1e-3, **layout.optimizer_options())
+    layout.accumulation = 2
     for _ in range(2):  # the first makes the optimizer's state
         forget_peak(device)
         before_gb = memory_gb(device)
-        for last in (False, True):
-            layout.before_forward(model, last)
-            _, loss = layout.module(x, x, loss_only=True)
-            (loss / 2).backward()
-        layout.reduce(model)
+        for micro in range(layout.passes):
+            layout.forward_backward(x, x, micro)
+        layout.reduce_gradients()
         opt.step()
         held = held_bytes(model, opt)
         opt.zero_grad()
     stays = held["weights"] + held["optimizer"]
-    if layout.module is not model:  # DDP's buckets, which hold the gradients
+    if layout.ddp:  # its buckets hold the gradients
         stays += held["gradients"]
     peak = stays + 1e9 * (memory_gb(device) - before_gb)
     return {**held, "theory": theory, "peak": peak, "plan": planned["total"]}

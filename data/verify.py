@@ -1,9 +1,9 @@
 """
-Whether a dataset is what its manifest says: every shard's size, sha256 and token range, the tokenizer, the documents.
+Check that a dataset is what its manifest says: each shard's size, sha256 and token range, the tokenizer, the documents.
 
     python data/verify.py data/shakespeare_char data/my_book
 
-One line for each fault, exit code 2 where there is one.
+Prints one line for each fault; the exit code is 2 where there is one.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from anywhere
 
 import common  # noqa: E402, I001
-from configurator import configure, fail  # noqa: E402
+from configurator import Settings, configure, fail  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -28,12 +28,31 @@ HEADER_BYTES = 4 * common.HEADER_INTS
 CHUNK = 1 << 24  # tokens read at a time
 
 
-def faults(folder):
-    """Yield a line for each thing in `folder` that is not as manifest.json says."""
+def main(c):
+    if not c.folders:
+        fail("which dataset? python data/verify.py DIR ...")
+    broken = 0
+    for folder in map(Path, c.folders):
+        lines = list(dataset_faults(folder))
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+        if lines:
+            broken += 1
+        else:
+            print(f"{folder}: as its manifest says (dataset {common.manifest_hash(folder)[:12]})")
+    raise SystemExit(2 if broken else 0)
+
+
+def dataset_faults(folder):
+    """Yields a line for each thing in `folder` that is not as manifest.json says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        splits, promised = dict(manifest["splits"]), manifest["tokenizer"]["sha256"]
-        shards = {split: [(s["file"], s["tokens"], s["sha256"]) for s in splits[split]["shards"]] for split in splits}
+        splits = dict(manifest["splits"])
+        tokenizer_sha256 = manifest["tokenizer"]["sha256"]
+        shards = {}
+        for split in splits:
+            entries = splits[split]["shards"]
+            shards[split] = [(shard["file"], shard["tokens"], shard["sha256"]) for shard in entries]
         kept = manifest["documents"]["kept"]
     except (FileNotFoundError, NotADirectoryError):
         yield f"{folder} has no manifest.json: it is not a dataset that a prepare.py made"
@@ -48,22 +67,29 @@ def faults(folder):
     except (OSError, ValueError) as error:
         yield str(error)
         return
-    if tokenizer.sha256 != promised:
-        yield f"{folder / 'tokenizer.json'} is another tokenizer than the shards were made with (sha256 differs)"
+    if tokenizer.sha256 != tokenizer_sha256:
+        path = folder / "tokenizer.json"
+        yield f"{path} is another tokenizer than the shards were made with (sha256 differs)"
 
-    ends = found = 0
+    ends = 0  # of documents, in all shards
+    broken = 0
+    names = set()
     for split, files in shards.items():
-        if (total := sum(tokens for _, tokens, _ in files)) != splits[split]["tokens"]:
-            yield f"{folder}: the shards of {split} have {total:,} tokens together, not {splits[split]['tokens']:,}"
+        total = sum(tokens for _, tokens, _ in files)
+        promised = splits[split]["tokens"]
+        if total != promised:
+            yield f"{folder}: the shards of {split} have {total:,} tokens together, not {promised:,}"
         for name, tokens, digest in files:
-            fault, seen = shard_fault(folder / name, tokens, digest, tokenizer)
-            ends += seen
-            found += fault is not None
+            names.add(name)
+            fault, shard_ends = shard_fault(folder / name, tokens, digest, tokenizer)
+            ends += shard_ends
             if fault:
+                broken += 1
                 yield fault
-    for path in common.other_shards(folder, {name for files in shards.values() for name, _, _ in files}):
+    for path in common.other_shards(folder, names):
         yield f"{path} is in no manifest"
-    if not found and ends != (kept if kept > 1 else 0):  # a single document has no mark at its end
+    expected = kept if kept > 1 else 0  # a single document has no token at its end
+    if not broken and ends != expected:
         yield f"{folder} has {ends:,} ends of documents, the manifest says {kept:,} documents"
 
 
@@ -72,9 +98,11 @@ def shard_fault(path, tokens, digest, tokenizer):
     if not path.is_file():
         return f"{path} is missing", 0
     size = path.stat().st_size
-    if size != HEADER_BYTES + 2 * tokens:
-        return f"{path} has {size:,} bytes, not the {HEADER_BYTES + 2 * tokens:,} of {tokens:,} tokens", 0
-    sha, highest, ends = hashlib.sha256(), 0, 0
+    promised = HEADER_BYTES + 2 * tokens
+    if size != promised:
+        return f"{path} has {size:,} bytes, not the {promised:,} of {tokens:,} tokens", 0
+    sha = hashlib.sha256()
+    highest = ends = 0
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
         sha.update(header)
@@ -82,7 +110,8 @@ def shard_fault(path, tokens, digest, tokenizer):
             sha.update(raw)
             ids = np.frombuffer(raw, dtype="<u2")
             highest = max(highest, int(ids.max()))
-            ends += int((ids == tokenizer.eos).sum()) if tokenizer.eos is not None else 0
+            if tokenizer.eos is not None:
+                ends += int((ids == tokenizer.eos).sum())
     if header != common.shard_header(tokens):
         return f"{path} is not a token shard of {tokens:,} tokens: its header says otherwise", ends
     if sha.hexdigest() != digest:
@@ -92,20 +121,6 @@ def shard_fault(path, tokens, digest, tokenizer):
     return None, ends
 
 
-def main():
-    configure(globals(), paths="folders")
-    if not folders:
-        fail("which dataset? python data/verify.py DIR ...")
-    broken = 0
-    for folder in map(Path, folders):
-        lines = list(faults(folder))
-        broken += bool(lines)
-        for line in lines:
-            print(f"error: {line}", file=sys.stderr)
-        if not lines:
-            print(f"{folder}: as its manifest says (dataset {common.manifest_hash(folder)[:12]})")
-    raise SystemExit(2 if broken else 0)
-
-
 if __name__ == "__main__":
-    common.run(main)
+    c = Settings(configure(globals(), paths="folders"))
+    common.run(main, c)

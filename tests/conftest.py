@@ -1,4 +1,4 @@
-"""What several test files share: a small dataset, a small run, and a way to run the scripts."""
+"""Fixtures that several test files share: a small dataset, a small run, and a way to run the scripts."""
 
 import io
 import os
@@ -11,8 +11,8 @@ import hypothesis
 import pytest
 import setuptools  # noqa: F401  before anything imports distutils, which torch.compile's import of it forbids
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes run tests beside each other
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each that compiles starts others
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes run tests at once
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process that compiles starts others
 
 from data.common import write_dataset  # noqa: E402
 from tokenizer import CharTokenizer  # noqa: E402
@@ -20,7 +20,7 @@ from tokenizer import CharTokenizer  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 TINY_TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer\n" * 40
 
-# no example has to be ready within hypothesis' 200 ms: a busy machine is no fault of the code
+# no example has to finish within hypothesis' 200 ms: a busy machine is no fault of the code
 hypothesis.settings.register_profile("any machine", deadline=None,
                                      suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("any machine")
@@ -28,19 +28,21 @@ hypothesis.settings.load_profile("any machine")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """-n auto: a process a core, of those that this one may use; each holds a gigabyte or two."""
+    """-n auto: a process for each core that this one may use, 8 at most: each holds a gigabyte or two."""
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 8)
 
 
 def pytest_collection_modifyitems(items):
-    """Long ones first, so that no worker is left with one at the end; before them those that share the longest fixture,
-    which a worker that has nothing left to do would otherwise take from the one that has it."""
+    """Run the slow tests first, so that no worker is left with one at the end.
+
+    Before them come the tests that share the longest fixture. A worker that has nothing left to do would otherwise
+    take one of them, and build the fixture again."""
     items.sort(key=lambda item: ("table" not in item.fixturenames, not item.get_closest_marker("slow")))
 
 
 @pytest.fixture(scope="session")
 def run_script(tmp_path_factory):
-    """run_script("sample.py", "--seed=1", ..., input=b"") runs one on the CPU, from a folder that is not the project's.
+    """run_script("sample.py", "--seed=1", ..., input=b"") runs a script on the CPU, from outside the project's folder.
 
     -> subprocess.CompletedProcess with stdout and stderr as text.
     """
@@ -58,7 +60,7 @@ def run_script(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory):
-    """A character dataset as prepare.py writes one. Read it only: it is there for the whole session."""
+    """A character dataset as prepare.py writes one. Do not change it: the whole session shares it."""
     folder = tmp_path_factory.mktemp("tiny_dataset")
     tokenizer = CharTokenizer.from_text(TINY_TEXT)
     ids = tokenizer.encode_array(TINY_TEXT)
@@ -69,7 +71,7 @@ def tiny_dataset(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_dataset):
-    """Arguments of train.py for a model that is trained in no time: 6 steps, checkpoints at 3 and 6."""
+    """Arguments of train.py for a model that trains in a moment: 6 steps, checkpoints at 3 and 6."""
     return [
         f"--dataset={tiny_dataset}", "--device=cpu", "--dtype=float32", "--compile=false", "--threads=1",
         "--block_size=16", "--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=4", "--learning_rate=1e-2",
@@ -79,7 +81,7 @@ def tiny_settings(tiny_dataset):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, run_script, tiny_settings):
-    """The run folder that train.py leaves. Read it only, or copy it."""
+    """The run folder that train.py leaves. Do not change it; copy it."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     done = run_script("train.py", *tiny_settings, f"--out_dir={folder}")
     assert done.returncode == 0, done.stderr
@@ -88,7 +90,7 @@ def tiny_run(tmp_path_factory, run_script, tiny_settings):
 
 @pytest.fixture
 def call_script(monkeypatch, capsys):
-    """call_script("sample.py", ..., stdin=b"") is run_script in this process, which saves importing torch.
+    """call_script("sample.py", ..., stdin=b"") is run_script within this process, which saves importing torch.
 
     -> (exit code, stdout, stderr); an exception that a user would see as a traceback is raised.
     """

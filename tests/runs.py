@@ -1,9 +1,9 @@
 """
 Runs of train.py for tests, in a fraction of a second each, and the comparison of what they leave.
 
-`Trainer` is a process that has imported torch once and forks for each run, which executes train.py as __main__ with its
-own command line. Faults are injected by code that is executed before it. A test file takes the fixtures by
-pytest_plugins = ["runs"], and imports the rest; PYTEST_DONT_REWRITE, as that import comes first.
+`Trainer` is a process that has imported torch once and forks for each run. The fork executes train.py as __main__ with
+its own command line. Faults are injected by code that runs before it. A test file gets the fixtures by
+pytest_plugins = ["runs"], and imports the rest. That import comes first, hence PYTEST_DONT_REWRITE.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ TIMINGS = {"wall_s", "tok_per_s", "mfu", "mem_gb", "rss_gb", "gpu_util", "gpu_po
 TINY = dict(batch_size=4, block_size=16, n_layer=1, n_head=2, n_embd=32, max_iters=12, warmup_iters=2, min_lr=1e-3,
             learning_rate=1e-2, eval_interval=4, eval_iters=2, device="cpu", dtype="float32", threads=1,
             save_minutes=0)
-# all that a resume could get wrong
+# everything that a resume could get wrong
 HARD = dict(dropout=0.1, batch_size=2, gradient_accumulation_steps=2, context_start=4, save_interval=2,
             keep_checkpoints=1)
 
@@ -71,7 +71,7 @@ for line in sys.stdin:
 
 
 class Trainer:
-    """Runs train.py; every call is a process of its own."""
+    """Runs train.py, each time in a process of its own."""
 
     def __init__(self, logs):
         self.logs, self.count = logs, 0
@@ -81,8 +81,10 @@ class Trainer:
         )
 
     def start(self, *argv, before="", env=None, tty=None, ranks=0, **settings):
-        """-> the process's id. Settings are --key=value, over TINY's. On so many ranks: processes that torchrun's
-        variables and a store as its agent has tell of each other. What they say is in one file."""
+        """Start a run. -> the process's id. Settings are --key=value and override TINY.
+
+        Several ranks are processes that find each other by torchrun's variables and a store like its agent's. They
+        print to one file."""
         before = textwrap.dedent(before)
         if ranks:
             self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -107,7 +109,7 @@ class Trainer:
         return True
 
     def wait(self):
-        """-> its exit code (a signal's number below 0), stdout and stderr."""
+        """Wait for a run. -> its exit code (for a signal, minus its number), stdout and stderr"""
         code = int(self.server.stdout.readline())
         read = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (self.out, self.err)]
         return SimpleNamespace(code=code, out=read[0], err=read[1])
@@ -127,7 +129,7 @@ def train(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory):
-    """A dataset as prepare.py makes it, from some 12,000 characters that follow from arithmetic alone."""
+    """A dataset as prepare.py makes it, of about 12,000 characters that are computed, not random."""
     words = "the cat sat on a mat and saw red dogs run over green hills while old men sing low songs".split()
     text, x = [], 1
     for _ in range(2500):
@@ -164,7 +166,7 @@ def losses(out):
 
 
 def outcome(out):
-    """What must not depend on how often a run was interrupted, in a form that `same` compares bit by bit."""
+    """All that must not depend on how often a run was interrupted, in a form that `same` compares bit by bit."""
     step, folder = list(checkpoint.steps(out).items())[-1]
     state = checkpoint.verify(folder)
     tensors = {f"model/{name}": t for name, t in load_file(folder / "model.safetensors").items()}
@@ -176,7 +178,7 @@ def outcome(out):
 
 
 def differences(a, b):
-    """The parts in which two outcomes are not the same to the last bit."""
+    """The parts in which two outcomes differ, if only by a bit."""
     parts = [part for part in ("step", "scaler", "val_loss", "metrics") if a[part] != b[part]]
     names = a["tensors"].keys() | b["tensors"].keys()
     if a["tensors"].keys() != b["tensors"].keys():
@@ -189,7 +191,7 @@ def differences(a, b):
 
 
 def digest(folder):
-    """Path -> sha256 of all files below, and the folders."""
+    """SHA-256 of every file below a folder, by path, and the folders."""
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
             for p in sorted(Path(folder).rglob("*"))}
 

@@ -1,4 +1,4 @@
-"""Each step of cleaning: what it repairs, what it counts, and that it leaves good text alone."""
+"""Each step of cleaning: what it repairs and counts, and that it leaves good text alone."""
 
 import json
 import unicodedata
@@ -80,7 +80,8 @@ def test_what_is_clean_stays_as_it_is(text):
     assert once.encode().decode() == once and unicodedata.is_normalized("NFC", once)
     assert not any(unicodedata.category(c) == "Cc" and c not in "\t\n" for c in once)
     twice = clean(once.encode(), "txt", "text", 0, 10**6, stats)
-    # of two byte order marks, one goes each time; and what a control character kept apart may look like mojibake now
+    # Each time one of two byte order marks is removed. Characters that a control character separated may now look
+    # like mojibake.
     if not once.startswith("\ufeff") and not stats["mojibake"]:
         assert twice == once and not stats["controls"] + stats["nfc"]
 

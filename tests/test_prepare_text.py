@@ -1,4 +1,4 @@
-"""A text of one's own as a dataset: any tokenizer, one file or many, and where GPT-2's ranks come from."""
+"""A user's text as a dataset: any tokenizer, one file or many, and where GPT-2's ranks come from."""
 
 import io
 import os
@@ -14,7 +14,9 @@ from test_pipeline import manifest
 from test_reading import write_corpus
 from test_tokenizer import BPE, RANKS, needs_ranks
 
-import data.common as common
+import sources
+from common import BESIDE
+from files import sha256
 from loader import Tokens
 from reading import ENDINGS
 from tokenizer import CharTokenizer, load_tokenizer
@@ -47,7 +49,7 @@ def stream(folder, split):
 
 
 def test_one_file(prepare, tmp_path):
-    """Cut by characters, before anything is encoded, as nanoGPT does."""
+    """It is cut by characters before anything is encoded, as nanoGPT does."""
     for tokenizer in (tmp_path / "bpe.json", "char"):
         done = prepare(input="text.txt", tokenizer=tokenizer)
         assert done.returncode == 0, done.stderr
@@ -63,17 +65,17 @@ def test_documents_of_a_folder_end(prepare, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "b.txt").write_text("the second", encoding="utf-8")
-    (folder / "a.txt").write_text(f"the {common.BESIDE} <|endoftext|>", encoding="utf-8")
+    (folder / "a.txt").write_text(f"the {BESIDE} <|endoftext|>", encoding="utf-8")
     done = prepare(input="texts", tokenizer=tmp_path / "bpe.json", val_fraction=0.2)
     assert done.returncode == 0, done.stderr
     ids = stream(tmp_path / "made", "train") + stream(tmp_path / "made", "val")
-    first = BPE.encode(f"the {common.BESIDE} <|endoftext|>")
+    first = BPE.encode(f"the {BESIDE} <|endoftext|>")
     assert ids == [*first, BPE.eos, *BPE.encode("the second"), BPE.eos] and BPE.eos not in first
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_any_kind_of_file(ending, prepare, tmp_path):
-    """The documents of a file that has several, one text as it stands of a packed .txt; in a folder, each of them."""
+    """A packed .txt is one text as it is, any other file has documents; a folder may hold all kinds."""
     texts = ["the first", "the <|endoftext|> second 🙂", "the third"]
     path = write_corpus(tmp_path, texts, ending)
     done = prepare(input=path.name, tokenizer=tmp_path / "bpe.json", val_fraction=0.3)
@@ -122,7 +124,7 @@ def test_mistakes_are_named_and_nothing_is_written(settings, named, prepare, tmp
 
 
 def test_what_cannot_be_encoded_is_named_with_its_document(prepare, tmp_path):
-    """By number and beginning where there are several; in a single text, by its place in that text."""
+    """Several documents: by number and beginning. A single text: by the place in it."""
     CharTokenizer("abc ").save(tmp_path / "abc.json")
     (tmp_path / "many.jsonl").write_text('{"text": "abc"}\n{"text": ""}\n{"text": "cab x"}\n')
     done = prepare(input="many.jsonl", tokenizer=tmp_path / "abc.json")
@@ -159,23 +161,23 @@ def test_ranks_come_from_the_address_or_else_a_package(monkeypatch, tmp_path, ca
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    monkeypatch.setattr(common, "RANKS_SHA256", common.sha256(ranks))
-    monkeypatch.setattr(common, "download_package", lambda *args: archive.getvalue())
-    monkeypatch.setattr(common, "download_url", lambda url: ranks)
-    assert common.download_ranks() == ranks and capsys.readouterr().out == ""
-    monkeypatch.setattr(common, "download_url", lambda url: b"<html>please log in")
-    assert common.download_ranks() == ranks and "another file; trying" in capsys.readouterr().out
+    monkeypatch.setattr(sources, "RANKS_SHA256", sha256(ranks))
+    monkeypatch.setattr(sources, "download_package", lambda *args: archive.getvalue())
+    monkeypatch.setattr(sources, "download_url", lambda url: ranks)
+    assert sources.download_ranks() == ranks and capsys.readouterr().out == ""
+    monkeypatch.setattr(sources, "download_url", lambda url: b"<html>please log in")
+    assert sources.download_ranks() == ranks and "another file; trying" in capsys.readouterr().out
 
     def unreachable(*args):
         raise OSError("stubbed away")
 
-    monkeypatch.setattr(common, "download_url", unreachable)
-    assert common.download_ranks() == ranks and "stubbed away; trying" in capsys.readouterr().out
-    monkeypatch.setattr(common, "download_package", unreachable)
+    monkeypatch.setattr(sources, "download_url", unreachable)
+    assert sources.download_ranks() == ranks and "stubbed away; trying" in capsys.readouterr().out
+    monkeypatch.setattr(sources, "download_package", unreachable)
     monkeypatch.delenv("MINICHAT_MIRROR", raising=False)
     monkeypatch.setenv("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(common.SourceError, match="stubbed away"):
-        common.gpt2_tokenizer()
+    with pytest.raises(sources.SourceError, match="stubbed away"):
+        sources.gpt2_tokenizer()
 
 
 def test_ranks_that_are_not_to_be_had(prepare, tmp_path):
@@ -187,7 +189,7 @@ def test_ranks_that_are_not_to_be_had(prepare, tmp_path):
 
 @needs_ranks
 def test_gpt2_from_the_mirror_trains_and_samples(tmp_path, run_script):
-    """Through every script: GPT-2's vocabulary, a few steps, text that is whole characters."""
+    """Through every script: GPT-2's vocabulary, a few steps, and text of whole characters."""
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 5, encoding="utf-8")
     made, out = tmp_path / "made", tmp_path / "out"
@@ -212,7 +214,7 @@ def test_shakespeare_is_nanogpts(tmp_path, run_script):
 
 @needs_ranks
 def test_shakespeare_has_a_bpe_of_its_own(tmp_path, run_script):
-    """Learned from the training part alone, the same at every call, and it gives the text back."""
+    """It is learned from the training part alone, is the same at every call, and gives the text back."""
     pytest.importorskip("rustbpe")
     made = []
     for folder in (tmp_path / "a", tmp_path / "b"):

@@ -1,4 +1,4 @@
-"""Files to documents: every format gives the same ones, in chunks that do not depend on how they are read."""
+"""Files to documents: every format gives the same documents, in chunks that do not depend on how they are read."""
 
 import gzip
 import io
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import reading
 from reading import MARK, Damaged, Reject, find_files, list_files, read_chunks, read_documents, split_stream
+from texts import read_texts
 
 TEXTS = ["first\nof two lines", "second – ünïcode 文字", "<|endoftext", "x" * 300, "last"]
 LIMIT = 200
@@ -43,7 +44,7 @@ def write_corpus(folder, texts, ending):
 
 
 def texts_of(documents):
-    """As texts, what was rejected by its reason."""
+    """Documents as texts, rejected ones as their reason."""
     decoded = [d if isinstance(d, (str, Reject)) else d.decode() for d in documents]
     return [str(d) if isinstance(d, Reject) else json.loads(d)["text"] if d.startswith("{") else d for d in decoded]
 
@@ -70,7 +71,7 @@ def test_chunks_hold_each_document_once_whatever_is_wanted(ending, size, tmp_pat
 
 @given(st.lists(st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"")), max_size=8), st.integers(1, 9))
 def test_a_stream_is_cut_where_it_should_be(pieces, block):
-    """Against bytes.split, at any size of the blocks it is read in."""
+    """Against bytes.split, at any block size."""
     for separator in (b"\n", MARK):
         data, limit = separator.join(pieces), 12
         expected, at = [], 0
@@ -115,7 +116,7 @@ def test_what_is_damaged_is_said_and_what_comes_before_is_used(ending, damage, t
     file = list_files(path)[0]
     found = [d for _, documents in read_chunks(file, lambda i: True, 10**5, "text", 10**6) for d in documents]
     assert file.fault and file.chunks >= 1
-    if damage == "truncated" and ending != ".parquet":  # whose index is at its end
+    if damage == "truncated" and ending != ".parquet":  # a .parquet has its index at the end
         assert len(found) > 50 and texts_of(found[:50]) == texts[:50]
 
 
@@ -164,7 +165,7 @@ def test_nothing_to_read_is_one_line(name, named, tmp_path, capsys):
 @pytest.mark.parametrize("ending", [ending for ending in reading.ENDINGS if ending != ".parquet"])
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_a_mark_of_byte_order_is_no_part_of_the_first_document(ending, size, tmp_path):
-    """At a file's beginning; in the middle it is a character."""
+    """At the beginning of a file; elsewhere it is a character."""
     texts = ["\ufeffinside", "\ufeffsecond", "third"] if ending.startswith(".jsonl") else ["first", "\ufeffsecond"]
     path = write_corpus(tmp_path, texts, ending)
     plain = write_corpus(tmp_path, texts, ending.partition(".gz")[0].partition(".zst")[0]).read_bytes()
@@ -173,7 +174,7 @@ def test_a_mark_of_byte_order_is_no_part_of_the_first_document(ending, size, tmp
                       [d for _, many in read_chunks(list_files(path)[0], lambda i: True, size, "text", LIMIT)
                        for d in many]):
         assert texts_of(documents) == texts
-    found, _, counts = reading.read_texts(path)
+    found, _, counts = read_texts(path)
     whole = "".join(f"<|endoftext|>\n{text}\n" for text in texts).removeprefix("<|endoftext|>\n")
     assert found == ([whole] if ending.startswith(".txt") else texts) and counts["read"] == len(found)
 
@@ -191,7 +192,7 @@ def test_another_encoding_is_named(ending, encoding, tmp_path, capsys):
     assert [d for _, documents in read_chunks(file, lambda i: True, 4, "text", LIMIT) for d in documents] == []
     assert file.fault.startswith(f"it is {name}") and file.chunks == 1
     with pytest.raises(SystemExit):
-        reading.read_texts(path)
+        read_texts(path)
     line = capsys.readouterr().err
     assert f"{path} is {name}, not UTF-8" in line and line.count("\n") == 1
 
@@ -214,7 +215,7 @@ def test_text_in_any_form_of_a_parquet_column(form, tmp_path):
     pq.write_table(pa.table({"text": FORMS[form]()}), path, row_group_size=2)
     found = [d for _, d in read_documents(list_files(path)[0], "text", LIMIT)]
     assert texts_of(found) == [*TEXTS[:3], "too_long", "last"]
-    assert reading.read_texts(path)[0] == TEXTS
+    assert read_texts(path)[0] == TEXTS
 
 
 def test_a_column_in_memory_may_have_forms_that_no_file_has():
@@ -230,7 +231,7 @@ def test_half_a_character_is_replaced_counted_and_said(tmp_path, capsys):
     lines = ['{"text": "a"}', r'{"text": "b \udfff c"}', r'{"text": "\ud83d\ude42"}', r'{"text": "\ud83d"}']
     (folder / "x.jsonl").write_text("\n".join(lines))
     (folder / "y.txt").write_text("z")
-    texts, _, documents = reading.read_texts(folder)
+    texts, _, documents = read_texts(folder)
     assert texts == ["a", "b \ufffd c", "🙂", "\ufffd", "z"] and documents["changed"] == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "x.jsonl" in line and "in 2 of 4 documents, first in document 2" in line
@@ -243,25 +244,25 @@ def test_half_a_character_is_replaced_counted_and_said(tmp_path, capsys):
 ])  # fmt: skip
 @posix
 def test_tables_are_refused_with_what_makes_texts_of_them(name, raw, texts, tmp_path, capsys, monkeypatch):
-    """The command that the line names is run, and its file read."""
+    """The command in the error is run, and the file that it makes is read."""
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(raw, encoding="utf-8")
     for path in (name, f"{name}.gz"):
         packed(raw.encode(), Path(path))
         with pytest.raises(SystemExit) as end:
-            reading.read_texts(path)
+            read_texts(path)
         line = capsys.readouterr().err
         assert end.value.code == 2 and line.count("\n") == 1 and path in line and ".jsonl" in line
     command = line[line.index("python -c"):].strip().partition("; if each line")[0]
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
-    assert reading.read_texts(Path(name).stem + ".jsonl")[0] == texts
+    assert read_texts(Path(name).stem + ".jsonl")[0] == texts
 
 
 def test_another_name_of_jsonl_is_named(tmp_path, capsys):
     (tmp_path / "x.ndjson").write_text('{"text": "a"}')
     with pytest.raises(SystemExit):
-        reading.read_texts(tmp_path / "x.ndjson")
+        read_texts(tmp_path / "x.ndjson")
     assert "name it .jsonl" in capsys.readouterr().err
-    for name in ("page.html", "notes.md", "README"):  # text is what its owner takes for text
+    for name in ("page.html", "notes.md", "README"):  # anything else may be text
         (tmp_path / name).write_text("<p>")
-        assert reading.read_texts(tmp_path / name)[0] == ["<p>"]
+        assert read_texts(tmp_path / name)[0] == ["<p>"]

@@ -1,5 +1,5 @@
-"""A run outlives what happens around it: a second trainer, logs that vanish, an evaluation that fails, an output that
-nobody reads, a terminal that is closed, a memory that is full."""
+"""A run survives what happens around it: a second trainer, logs that vanish, an evaluation that fails, output that
+nobody reads, a closed terminal, full memory."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def broken(error):
 
 
 # -----------------------------------------------------------------------------
-# One trainer a folder
+# One trainer per folder
 
 
 @pytest.mark.parametrize("init_from", ["scratch", "resume", "auto"])
@@ -64,7 +64,7 @@ def test_a_lock_that_a_dead_process_left_blocks_nobody(tiny, tmp_path):
 
 
 def test_of_two_that_begin_at_once_one_does_not_mix_with_the_other(tiny, finished, tmp_path):
-    """The first has come and gone between the second's look at the folder and its lock."""
+    """The first has come and gone between the second's check of the folder and its lock."""
     copy = f"shutil.copytree({str(finished)!r}, {str(tmp_path / 'run')!r}, dirs_exist_ok=True)"
     before = AT + f"at(2, 'files.FolderLock.take', lambda: {copy})"
     done = tiny(tmp_path / "run", before=before)
@@ -80,7 +80,7 @@ def test_a_file_system_without_locks_is_a_warning(tiny, tmp_path):
 
 
 def test_a_lock_whose_file_was_replaced_is_taken_again(tmp_path):
-    """The holder removes the file while another waits to open it: that one must not hold a file that is gone."""
+    """The holder removes the file while another opens it: the other must not hold a file that is gone."""
     first, second = FolderLock(tmp_path), FolderLock(tmp_path)
     first.take()
     opened = os.open(first.path, os.O_RDWR)
@@ -142,7 +142,7 @@ FAULTS = {
 @pytest.mark.parametrize("n, step", [(2, 8), (3, 12)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_fails_in_an_evaluation_loses_nothing(fault, n, step, tiny, finished, tmp_path):
-    """The checkpoint is there, and a resume makes up for the evaluation: the same bits, records included."""
+    """The checkpoint exists, and a resume repeats the evaluation: the same bits, records included."""
     error, code = FAULTS[fault]
     what = f"broken({error})" if error else "os.kill(os.getpid(), signal.SIGKILL)"
     done = tiny(tmp_path, before=AT + f"at({n}, 'eval.evaluate', lambda: {what})")

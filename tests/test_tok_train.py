@@ -1,4 +1,4 @@
-"""A tokenizer trained here: any size, the same each time, nothing lost, and what it gains is what is printed."""
+"""A tokenizer trained here: any size, the same each time, nothing lost, and a true figure for what it gains."""
 
 import os
 import random
@@ -17,7 +17,7 @@ TEXT = " ".join("".join(CHOOSE.choices(SYLLABLES, k=CHOOSE.randint(1, 3))) for _
 
 @pytest.fixture
 def learn(run_script, tmp_path):
-    """learn(**settings) -> what data/tok_train.py says; nothing but a mirror is reachable for it."""
+    """learn(**settings) runs data/tok_train.py, which can reach nothing but a mirror. -> CompletedProcess"""
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     nothing = {"https_proxy": "http://127.0.0.1:9", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}

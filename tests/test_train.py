@@ -1,4 +1,4 @@
-"""train.py as a user runs it: stopped, with NaN, refused, resumed, repeated, in nanoGPT's way, and with mistakes."""
+"""train.py as a user runs it: stopped, resumed, repeated, with NaN, with nanoGPT's settings, and with mistakes."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ pytest_plugins = ["runs"]
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["in the step", "while logging", "while saving"])
 def test_stopped_by_a_signal(signum, moment, tiny, unbroken, tmp_path):
-    """Whenever the signal comes, the step is finished and saved, the exit code says which it was, and it resumes."""
+    """Whenever the signal comes, the step is finished and saved, the exit code names it, and the run resumes."""
     where = {"in the step": "optim.Optimizers.step", "while logging": "monitor.Run.metrics",
              "while saving": "checkpoint.model_tensors"}[moment]
     fault = f"""
@@ -108,7 +108,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(how, tiny, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
-    """Loss and gradient are finite, the update is not. With a sample, which NaN would break."""
+    """Loss and gradient are finite, but the update is not. The run also draws a sample, which NaN would break."""
     done = tiny(tmp_path, learning_rate=1e39, warmup_iters=0, eval_interval=1, sample_tokens=5)
     assert done.code == 1
     assert done.err.startswith("error: a weight is not finite at step 1;") and done.err.count("\n") == 1
@@ -125,7 +125,7 @@ def test_too_high_a_learning_rate(tiny, tmp_path):
 
 
 def test_fp16_skips_a_step_whose_gradient_overflows(tiny, tmp_path):
-    """Both optimizers skip it, the scale is halved, and the run goes on."""
+    """Both optimizers skip it, the scale is halved, and the run continues."""
     before = NAN.format(step=3, fault=GRADIENT) + textwrap.dedent("""
         import optim
         step = optim.Muon.step
@@ -165,7 +165,7 @@ def test_resuming_a_finished_run_changes_nothing(init_from, tiny, finished):
 
 
 def test_a_finished_run_can_be_extended(tiny, unbroken, tmp_path):
-    """With the schedule written out, 8 + 4 steps are 12 steps."""
+    """With lr_decay_iters set explicitly, 8 + 4 steps equal 12 steps."""
     assert tiny(tmp_path, max_iters=8, lr_decay_iters=12).code == 0
     done = tiny(tmp_path, max_iters=12, lr_decay_iters=12, init_from="resume")
     assert done.code == 0
@@ -174,7 +174,7 @@ def test_a_finished_run_can_be_extended(tiny, unbroken, tmp_path):
 
 
 def test_from_the_weights_of_another_run(tiny, finished, tmp_path):
-    """Step 0, its own optimizer state and data order, but the loss is not that of a new model."""
+    """It begins at step 0 with a new optimizer state and data order, but its loss is not the loss of a new model."""
     done = tiny(tmp_path / "run", init_from=finished, seed=7, max_iters=2)
     assert done.code == 0, done.err
     assert checkpoints(tmp_path / "run") == [2]
@@ -186,13 +186,13 @@ def test_from_the_weights_of_another_run(tiny, finished, tmp_path):
 
 @pytest.mark.parametrize(("key", "then", "now"), [("n_embd", 32, 64), ("n_head", 2, 4), ("pos", "learned", "rope")])
 def test_weights_that_would_mean_something_else_are_refused(key, then, now, tiny, finished, tmp_path):
-    """Also where the shapes are the same."""
+    """Even where the shapes are equal."""
     error = one_error(tiny(tmp_path / "run", init_from=finished, **{key: now}), tmp_path / "run")
     assert f"that model has {key}={then}, this one {now}" in error
 
 
 def test_from_a_model_for_a_longer_context(tiny, tmp_path):
-    """Its positions stretched; the length of the first training counts, and a run that begins with it has it, too."""
+    """Rotary positions are stretched. rope_factor counts from the length of the first training, and is inherited."""
     rotary = dict(pos="rope", max_iters=2)
     assert tiny(tmp_path / "short", **rotary).code == 0
     longer = dict(init_from=tmp_path / "short", max_iters=2, block_size=64, batch_size=1, rope_scaling="yarn", pos="")
@@ -222,7 +222,7 @@ def test_a_checkpoint_from_before_a_field_goes_on_with_its_default(tiny, unbroke
 
 
 def test_weights_for_other_characters_are_refused(tiny, finished, tmp_path):
-    """The same ids would be another text, whatever the shapes."""
+    """The same ids would mean another text, whatever the shapes."""
     other = Path(shutil.copytree(finished, tmp_path / "other"))
     tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["chars"] = tokenizer["chars"][::-1]
@@ -257,7 +257,7 @@ def test_another_run_is_not_resumed(settings, then, now, tiny, finished):
 
 
 def test_a_run_goes_on_in_other_micro_batches(tiny, finished, tmp_path):
-    """On a smaller GPU, say: an update has the same sequences, and comes to the same but for rounding."""
+    """For example on a smaller GPU: an update has the same sequences, and its result is equal up to rounding."""
     for name, settings in {"as it was": {}, "cut": dict(batch_size=2, gradient_accumulation_steps=2)}.items():
         shutil.copytree(finished, tmp_path / name)
         done = tiny(tmp_path / name, init_from="resume", max_iters=16, **settings)
@@ -282,7 +282,7 @@ def test_another_dataset_is_not_resumed(tiny, finished, words, tmp_path):
 
 def test_what_may_change_is_recorded(tiny, finished, words, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    shutil.copytree(words, tmp_path / "data")  # the same dataset in another place
+    shutil.copytree(words, tmp_path / "data")  # the same dataset in another folder
     changes = dict(max_iters=14, learning_rate=5e-3, dropout=0.1)
     done = tiny(tmp_path / "run", init_from="resume", dataset=tmp_path / "data", **changes)
     assert done.code == 0 and done.err.count("\n") == 1 and "learning_rate" in done.err
@@ -296,7 +296,7 @@ def test_what_may_change_is_recorded(tiny, finished, words, tmp_path):
 
 
 def test_another_machine_is_recorded(tiny, tmp_path):
-    """dtype=auto and threads=0 are the same words there, but not the same numbers."""
+    """dtype=auto and threads=0 are spelled the same there, but resolve to other values."""
     machine = "import device, torch\ndevice.native_bfloat16 = lambda: {}\ntorch.set_num_threads({})"
     settings = dict(dtype="auto", threads=0)
     assert tiny(tmp_path, before=machine.format(True, 1), max_iters=4, **settings).code == 0
@@ -340,7 +340,7 @@ def test_the_learning_rate_is_the_schedules(finished):
 
 
 def test_accumulation_changes_nothing_but_memory(tiny, words, tmp_path):
-    """4 x 1, 2 x 2 and 1 x 4 sequences: the same tokens, the same mean loss to rounding, at each step."""
+    """4 x 1, 2 x 2 and 1 x 4 sequences: at each step the same tokens, and the same mean loss up to rounding."""
     runs, seen = {}, {}
     tokens = Tokens(words, "train")
     for micro in (1, 2, 4):
@@ -375,7 +375,7 @@ def test_the_loss_is_the_mean_over_micro_batches(tiny, tmp_path):
 
 
 def test_dropout_is_drawn_from_seed_step_and_micro_step(tiny, tmp_path):
-    """Another mask each time, and the same ones when the run is repeated or begins in the middle."""
+    """Masks differ between steps, and are the same when the run is repeated or resumed in the middle."""
     before = """
         import model, torch
         forward = model.GPT.forward
@@ -395,7 +395,7 @@ def test_dropout_is_drawn_from_seed_step_and_micro_step(tiny, tmp_path):
 
 
 def test_a_context_that_grows(tiny, tmp_path):
-    """The same tokens a step in shorter rows at first: 4, 8 and 16, then all of block_size."""
+    """Every step has the same number of tokens, first in shorter rows: 4, 8 and 16, then block_size."""
     before = """
         import model
         forward = model.GPT.forward
@@ -412,7 +412,7 @@ def test_a_context_that_grows(tiny, tmp_path):
 
 
 def test_the_readmes_advice_for_one_gpu(tiny, tmp_path):
-    """As it stands there, after the configuration for OpenWebText; the model is small and the context short."""
+    """The command of the README, on top of the OpenWebText configuration, with a small model and a short context."""
     words = re.search(r"`(--tokens_per_step=\d+ --batch_size=0)`", (ROOT / "README.md").read_text(encoding="utf-8"))
     small = dict(batch_size="", block_size=256, n_layer=1, n_head=1, n_embd=8, max_iters=1, eval_interval=1)
     done = tiny(tmp_path / "run", "config/owt_124m.py", *words[1].split(), **small)
@@ -447,7 +447,7 @@ def test_the_time_between_steps_counts(tiny, tmp_path):
     """)
     assert done.code == 0, done.err
     found = records(tmp_path)
-    # step 3 is evaluated: its line is shown within what is set aside
+    # step 3 is evaluated: its line is shown within the time that does not count
     assert [r["step_ms"] for r in found] == [1000, 11000, 11000, 1000, 11000, 11000]
     assert [r["wall_s"] for r in found] == [1, 12, 23, 24, 10035, 10046]
     assert [r["tok_per_s"] for r in found] == [round(64 / seconds) for seconds in (1, 11, 11, 1, 11, 11)]
@@ -455,7 +455,7 @@ def test_the_time_between_steps_counts(tiny, tmp_path):
 
 
 def test_what_is_asked_of_the_gpu_is_told_to_torch(tiny, tmp_path):
-    """Here, where there is none, the names are patched; of attention's kernels none can be asked for."""
+    """There is no GPU here, so the functions are patched; without that, a CUDA kernel of attention is refused."""
     done = tiny(tmp_path / "run", max_iters=1, tf32=True, sdpa="flash", before="""
         import device
         device.use_tf32 = lambda enabled, where: print("tf32", enabled, where)
@@ -495,7 +495,7 @@ def test_log_interval_changes_no_number(tiny, finished, tmp_path):
 
 
 def test_saving_by_the_clock(tiny, tmp_path):
-    """--save_minutes: with the clock of the test, which goes two minutes a look."""
+    """--save_minutes, with a clock that advances two minutes each time it is read."""
     clock = "import itertools, time\nminutes = itertools.count(0, 120)\ntime.monotonic = lambda: float(next(minutes))"
     settings = dict(eval_interval=100, keep_checkpoints=100, max_iters=6)
     assert tiny(tmp_path / "5", before=clock, save_minutes=5, **settings).code == 0
@@ -534,7 +534,7 @@ def test_evaluate_only(tiny, finished, tmp_path):
 
 
 def test_samples_at_evaluation(tiny, finished, tmp_path):
-    """They are shown and noted, the same in each run of that seed, and change nothing in the training."""
+    """They are shown and recorded, are equal in each run of a seed, and change nothing in the training."""
     done = tiny(tmp_path, sample_tokens=20, sample_start="the ")
     samples = [e for e in records(tmp_path, "events.jsonl") if e["event"] == "sample"]
     assert [e["step"] for e in samples] == [4, 8, 12]
@@ -544,7 +544,7 @@ def test_samples_at_evaluation(tiny, finished, tmp_path):
 
 
 def test_progress_bar_on_a_terminal(train, words, tmp_path):
-    """One line that is written over, but where there was an evaluation; never wider than the terminal."""
+    """One line is rewritten, except after an evaluation; it is never wider than the terminal."""
     master, slave = pty.openpty()
     train.start(dataset=words, out_dir=tmp_path, tty=os.ttyname(slave), env={"COLUMNS": "170"})
     shown = b""
@@ -568,7 +568,7 @@ def test_progress_bar_on_a_terminal(train, words, tmp_path):
 def test_the_same_command_gives_the_same_bits(tiny, finished, tmp_path):
     assert tiny(tmp_path).code == 0
     assert differences(outcome(tmp_path), outcome(finished)) == []
-    assert tiny(tmp_path / "other", seed=2).code == 0  # and another seed other ones
+    assert tiny(tmp_path / "other", seed=2).code == 0  # another seed gives other numbers
     assert "model" in differences(outcome(tmp_path / "other"), outcome(finished))
 
 
@@ -582,7 +582,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("optimizer", GOLDEN)
 def test_golden_curve(optimizer, tiny, tmp_path):
-    """Losses of a fixed seed, and the val loss, as they were: initialisation, data, model, optimizer and schedule."""
+    """Losses of a fixed seed are as recorded: this covers initialisation, data, model, optimizer and schedule."""
     stack = dict(pos="rope", qk_norm="rms", norm="rmsnorm", activation="relu2", tie_weights=False, lr_schedule="wsd")
     settings = dict(dtype="float32", max_iters=24, log_interval=2, eval_interval=24)
     done = tiny(tmp_path, optimizer=optimizer, **settings, **(stack if optimizer == "muon" else {}))
@@ -624,7 +624,7 @@ def test_compile_falls_back_with_one_warning(how, tiny, finished, tmp_path):
 
 
 def test_the_cause_of_a_failure_to_compile_is_named(tiny, finished, tmp_path):
-    """What torch.compile raises is about itself; the reason is within."""
+    """torch.compile raises an error of its own; the cause is inside it."""
     done = tiny(tmp_path, compile=True, before="""
         import torch
         def compile(model, dynamic):
@@ -640,7 +640,7 @@ def test_the_cause_of_a_failure_to_compile_is_named(tiny, finished, tmp_path):
 @pytest.mark.parametrize("error", ["torch.OutOfMemoryError('CUDA out of memory. Tried 9 GB')",
                                    "RuntimeError(\"DefaultCPUAllocator: can't allocate memory\")"])
 def test_full_memory_is_no_trouble_of_the_compiler(error, tiny, tmp_path):
-    """In the first passes, which compile; also where the compiler has wrapped it."""
+    """It shows in the first passes, which compile; also where the compiler has wrapped the error."""
     done = tiny(tmp_path, compile=True, before=f"""
         import torch
         def compile(model, dynamic):
@@ -688,7 +688,7 @@ def test_an_evaluation_that_does_not_compile_runs_all_the_same(tiny, finished, t
 
 @pytest.mark.slow
 def test_compiled(tiny, finished, tmp_path):
-    """The same losses to rounding, checkpoints without torch.compile's prefix, and it resumes uncompiled."""
+    """The losses are equal up to rounding, checkpoints lack torch.compile's prefix, and the run resumes uncompiled."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler here")
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
@@ -813,11 +813,11 @@ FREE = "import device\ndevice.free_memory = lambda *_: {}"
 
 
 def test_the_largest_micro_batch_that_fits(tiny, tmp_path):
-    """Of tokens_per_step, which it divides; the run is that of any other, and goes on with what it has."""
+    """It divides tokens_per_step. The run equals one with any other micro-batch, and resumes with the one it has."""
     config = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
     costs = plan.costs_of(GPT(config))
     takes = [plan.step_memory(costs, n, T=16, micro_steps=12 // n, cuda=False)["total"] for n in (4, 6)]
-    limit = sum(takes) / 2 / (1 - plan.reserve)  # 4 fit, and the next that divides 12 does not
+    limit = sum(takes) / 2 / (1 - plan.reserve)  # 4 fit, and the next divisor of 12 does not
     settings = dict(tokens_per_step=12 * 16, vocab_size=50, max_iters=4, batch_size=0)
     done = tiny(tmp_path / "fits", before=FREE.format(int(limit)), **settings)
     assert done.code == 0 and "192 tokens = 4 x 16 x 3" in done.out, done.err
@@ -834,7 +834,7 @@ def test_the_largest_micro_batch_that_fits(tiny, tmp_path):
 
 
 def test_a_step_that_memory_does_not_hold(tiny, tmp_path):
-    """It is said before, and what a GPU raises is one line."""
+    """The run warns beforehand, and an out-of-memory error of a GPU becomes one line."""
     full = """
         import optim, torch
         def step(self):
@@ -849,7 +849,7 @@ def test_a_step_that_memory_does_not_hold(tiny, tmp_path):
 
 
 def test_a_bug_keeps_its_traceback(tiny, tmp_path):
-    """Only what setting up refuses is a user's mistake: an error in the loop is ours, and must be findable."""
+    """Only errors of the setup are a user's mistake: an error in the loop is ours, and must be findable."""
     bug = "import optim\ndef step(self):\n    raise ValueError('a bug')\noptim.Optimizers.step = step"
     done = tiny(tmp_path, before=bug)
     assert done.code == 1 and "Traceback" in done.err and "a bug" in done.err

@@ -1,4 +1,4 @@
-"""A dataset that was changed is seen, and what was changed is named."""
+"""A changed dataset is noticed, and the change is named."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from tokenizer import CharTokenizer
 
 @pytest.fixture
 def verify(tiny_dataset, tmp_path, run_script):
-    """verify(change) -> what data/verify.py says of a dataset after change(folder)."""
+    """verify(change) runs data/verify.py on a dataset after change(folder). -> CompletedProcess"""
     folder = tmp_path / "dataset"
     shutil.copytree(tiny_dataset, folder)
 
@@ -26,7 +26,7 @@ def verify(tiny_dataset, tmp_path, run_script):
 
 
 def edit(folder, change):
-    """Change the manifest as `change(manifest)` does."""
+    """Change the manifest by `change(manifest)`."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_bytes())
     change(manifest)
@@ -41,7 +41,7 @@ def flip(folder):
 
 
 def too_high(folder):
-    """A token above the vocabulary, vouched for by the manifest."""
+    """Write a token above the vocabulary, and a manifest that has the digest of that shard."""
     path = folder / "val_000000.bin"
     ids = np.frombuffer(path.read_bytes()[1024:], dtype="<u2").copy()
     ids[3] = 60_000

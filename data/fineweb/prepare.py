@@ -4,22 +4,52 @@ FineWeb-Edu's sample of 10 billion tokens (Penedo et al. 2024, arXiv:2406.17557)
     python data/fineweb/prepare.py
     python data/fineweb/prepare.py --hub_name=sample-100BT --out_dir=data/fineweb100
 
-The keys are those of data/openwebtext/prepare.py. Its documents are without near duplicates already, within each crawl.
+It does what data/openwebtext/prepare.py does, with the same keys. The documents of each crawl have been freed of near
+duplicates already.
 """
 
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # so that it runs from anywhere
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # the project and data/
 
 import common  # noqa: E402, I001
-from openwebtext import prepare  # noqa: E402
+from configurator import Settings, configure  # noqa: E402
+from pipeline import prepare_corpus  # noqa: E402
+
+# -----------------------------------------------------------------------------
+# the corpus
+input = ""            # a file or folder of .jsonl, .txt (each also .gz, .zst) or .parquet; empty: the Hub's dataset
+hub = "HuggingFaceFW/fineweb-edu"  # the Hub's dataset
+hub_name = "sample-10BT"  # its configuration, where it has several
+hub_revision = ""     # its branch or commit; empty: the latest commit, which is recorded
+text_key = "text"     # where a document has its text
+
+# the dataset
+out_dir = ""          # where the dataset goes; empty: the folder of this script
+tokenizer = "gpt2"    # gpt2 | a file or folder of another dataset's or run's tokenizer
+val_fraction = 0.0005  # share of the documents that is held out, chosen by their hashes
+
+# which documents
+min_chars = 100       # characters that a document has at least
+max_chars = 5000000   # characters that a document has at most
+dedup = "near"        # near (and exact) | exact | none
+threshold = 0.8       # near: share of 5-word shingles in common from which on two documents are duplicates
+permutations = 128    # near: values of a MinHash signature, 4 bytes each; more estimate the share closer
+
+# the work
+workers = 0           # processes; 0: one for each core
+part = ""             # scan a share of the corpus and stop: 0/4, 1/4, ...
+merge = False         # make the dataset of the parts, all scanned before
+fresh = False         # forget what an unfinished run has done, or make a finished dataset again
+# -----------------------------------------------------------------------------
 
 
-def main():
-    prepare.main(hub="HuggingFaceFW/fineweb-edu", hub_name="sample-10BT", out_dir=str(HERE))
+def main(c):
+    prepare_corpus(c, HERE)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    c = Settings(configure(globals()))
+    common.run(main, c)

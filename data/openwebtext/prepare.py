@@ -4,21 +4,20 @@ OpenWebText, or any corpus of documents, as GPT-2's tokens: cleaned, without dup
     python data/openwebtext/prepare.py                                      # from the Hugging Face Hub
     python data/openwebtext/prepare.py --input=FOLDER --out_dir=data/mine   # .jsonl, .txt (.gz, .zst) or .parquet
 
-Killed at any point, the same command goes on. Over several machines that see one folder: `--part=0/4` ... `--part=3/4`,
-and then `--merge`. Memory grows by a byte a document, no more; what the disk must hold is printed first.
+Killed at any point, the same command resumes. To share the work between machines that see one folder, run
+`--part=0/4` ... `--part=3/4` and then `--merge`. Memory grows by a byte a document, no more; what the disk must hold is
+printed first.
 """
 
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # so that it runs from anywhere
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # the project and data/
 
 import common  # noqa: E402, I001
-import pipeline  # noqa: E402
-from configurator import configure, fail  # noqa: E402
-from reading import hub_files, list_files  # noqa: E402
-from text.prepare import pick_tokenizer  # noqa: E402
+from configurator import Settings, configure  # noqa: E402
+from pipeline import prepare_corpus  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # the corpus
@@ -44,23 +43,14 @@ permutations = 128    # near: values of a MinHash signature, 4 bytes each; more 
 workers = 0           # processes; 0: one for each core
 part = ""             # scan a share of the corpus and stop: 0/4, 1/4, ...
 merge = False         # make the dataset of the parts, all scanned before
-fresh = False         # forget what an unfinished run has done, or make a finished dataset anew
+fresh = False         # forget what an unfinished run has done, or make a finished dataset again
 # -----------------------------------------------------------------------------
 
 
-def main(**defaults):
-    globals().update(defaults)
-    settings = configure(globals())
-    pipeline.check_settings(settings)
-    folder = Path(out_dir) if out_dir else HERE
-    if tokenizer == "char":
-        fail("tokenizer=char is for data/text/prepare.py: a large corpus takes gpt2 or what tok_train.py makes")
-    if input:
-        files, source = list_files(input), {"name": Path(input).resolve().name}
-    else:
-        files, source = hub_files(hub, hub_name, hub_revision, folder / "scan" / "plan.json")
-    pipeline.prepare(folder, files, source, pick_tokenizer(tokenizer, []), settings)
+def main(c):
+    prepare_corpus(c, HERE)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    c = Settings(configure(globals()))
+    common.run(main, c)

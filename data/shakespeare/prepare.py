@@ -3,32 +3,43 @@ Tiny Shakespeare in GPT-2's tokens: 301,966 for training and 36,059 for validati
 
     python data/shakespeare/prepare.py
 
-The text is looked for as data/shakespeare_char/prepare.py does, GPT-2's ranks as data/text/prepare.py does.
+To add a dataset of your own, copy this file to data/NAME/prepare.py and change what stands under 1, 2 and 3 in main().
+Then `python data/NAME/prepare.py` writes the dataset, and `python train.py --dataset=NAME` trains on it. A text that is
+in a file already needs no script: data/text/prepare.py takes --input. A corpus that does not fit into memory is for
+data/openwebtext/prepare.py.
 """
 
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE.parent)]  # so that it runs from anywhere
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # the project and data/
 
 import common  # noqa: E402, I001
-from configurator import configure  # noqa: E402
-from shakespeare_char.prepare import shakespeare  # noqa: E402
-from text.prepare import build, pick_tokenizer  # noqa: E402
+from configurator import Settings, configure  # noqa: E402
+from sources import shakespeare  # noqa: E402
+from texts import pick_tokenizer, write_texts  # noqa: E402
 
 # -----------------------------------------------------------------------------
 out_dir = ""        # where the dataset goes; empty: the folder of this script
 # -----------------------------------------------------------------------------
 
 
-def main():
-    configure(globals())
+def main(c):
+    folder = Path(c.out_dir) if c.out_dir else HERE
+
+    # 1. The texts, a list of str. A single one is split in two; of several, each becomes a document.
+    #    `source` names them in the manifest: {"name": "my_book"} will do.
     text, source = shakespeare()
-    documents = {"read": 1, "kept": 1, "changed": 0, "dropped": {}}
-    build(Path(out_dir) if out_dir else HERE, [text], pick_tokenizer("gpt2", [text]), source, documents, 0.1)
+    texts = [text]
+
+    # 2. The tokenizer: "gpt2", "char", or the folder of one that data/tok_train.py made.
+    tokenizer = pick_tokenizer("gpt2", texts)
+
+    # 3. The share at the end that is held out for validation.
+    write_texts(folder, texts, tokenizer, source, val_fraction=0.1)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    c = Settings(configure(globals()))
+    common.run(main, c)

@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare in a byte-level BPE of its own, trained on what is for training.
+Tiny Shakespeare in a byte-level BPE of its own, learned from the training part alone.
 
     python data/shakespeare_bpe/prepare.py
 
@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE.parent)]  # so that it runs from anywhere
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]  # the project and data/
 
 import common  # noqa: E402, I001
-from configurator import configure  # noqa: E402
-from shakespeare_char.prepare import shakespeare  # noqa: E402
-from text.prepare import build, pick_tokenizer  # noqa: E402
+from configurator import Settings, configure  # noqa: E402
+from sources import shakespeare  # noqa: E402
+from texts import pick_tokenizer, write_texts  # noqa: E402
 
 # -----------------------------------------------------------------------------
 out_dir = ""        # where the dataset goes; empty: the folder of this script
@@ -26,19 +25,24 @@ vocab_size = 1024   # tokens in all
 # -----------------------------------------------------------------------------
 
 
-def main():
-    configure(globals())
-    folder = Path(out_dir) if out_dir else HERE
+def main(c):
+    folder = Path(c.out_dir) if c.out_dir else HERE
     text, source = shakespeare()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "input.txt").write_bytes(text.encode())
-    learn = [sys.executable, HERE.parent / "tok_train.py", f"--input={folder / 'input.txt'}", f"--out_dir={folder}",
-             f"--vocab_size={vocab_size}"]
-    if code := subprocess.run(learn).returncode:  # it has said why
+    learn_tokenizer(folder, c.vocab_size)
+    write_texts(folder, [text], pick_tokenizer(str(folder)), source, val_fraction=0.1)
+
+
+def learn_tokenizer(folder, vocab_size):
+    """Learn a tokenizer from input.txt, less its last tenth, which is held out here as well. Writes tokenizer.json."""
+    command = [sys.executable, HERE.parent / "tok_train.py", f"--input={folder / 'input.txt'}"]
+    command += [f"--out_dir={folder}", f"--vocab_size={vocab_size}"]
+    code = subprocess.run(command).returncode
+    if code:  # it has printed why
         sys.exit(code)
-    documents = {"read": 1, "kept": 1, "changed": 0, "dropped": {}}
-    build(folder, [text], pick_tokenizer(str(folder), [text]), source, documents, 0.1)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    c = Settings(configure(globals()))
+    common.run(main, c)
