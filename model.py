@@ -441,6 +441,28 @@ class GPT(nn.Module):
                         for xs, ts in pieces)
         return total / (targets != -1).sum()
 
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Continue token ids (B, T) by max_new_tokens each -> (B, T + max_new_tokens).
+
+        The plain way: the whole context, its last block_size tokens, is read again for every new token (infer.py's
+        engine keeps a cache). Call eval() first. temperature 0 takes the most likely token; top_k=None or 0 draws among
+        all. Draws take torch's global random numbers, or those of a `generator` on the model's device.
+        """
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :], last_only=True)
+            logits = logits[:, -1].float()  # (B, vocab_size), without the rows that only pad the table
+            if temperature == 0:
+                next_ids = logits.argmax(-1, keepdim=True)  # (B, 1)
+            else:
+                if top_k:
+                    least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, float("-inf"))
+                probs = F.softmax(logits / temperature, dim=-1)
+                next_ids = torch.multinomial(probs, 1, generator=generator)
+            idx = torch.cat((idx, next_ids), dim=1)
+        return idx
+
     # -------------------------------------------------------------------------
     # What it costs, counted from the layers it has
 
