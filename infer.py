@@ -13,7 +13,8 @@ one row, so each weight is read once; attention is per request. On CUDA a step o
 replayed, attention of all requests being one kernel over their tables of blocks. A request has its own cache and random
 numbers: what it draws does not depend on what is computed beside it, but for rounding.
 
-GPT.generate in model.py is the plain way, which reads the whole context for every token: the tests hold the engine to it.
+GPT.generate in model.py is the plain way, which reads the whole context for every token. The tests hold the engine to
+what it generates.
 """
 
 import operator
