@@ -1,11 +1,12 @@
 """
 The loss of a large vocabulary, without its logits.
 
-In fp32 GPT-2's logits take 201 kB a token: 13 GB for 64 x 1,024 tokens, and their gradient as much again. Here the last
-hidden states and the table go in, and the loss comes out together with both gradients. For some rows at a time the
-logits are made, turned into their own gradient in the same memory, multiplied, and overwritten by those of the next
-rows. Nothing is computed twice. Only the two gradients are kept for the backward pass, which scales them (Liger Kernel,
-Hsu et al. 2024, arXiv:2410.10989; Cut Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009).
+In fp32 GPT-2's logits take 201 kB a token: 13 GB for 64 x 1,024 tokens, and their gradient takes as much again. Here
+the last hidden states and the table go in, and the loss comes out together with both gradients. It works on a few rows
+at a time: it computes their logits, turns them into their own gradient in the same memory, multiplies that with the
+table and the hidden states, and overwrites it with the logits of the next rows. Nothing is computed twice. Only the two
+gradients are kept for the backward pass, which scales them (Liger Kernel, Hsu et al. 2024, arXiv:2410.10989; Cut
+Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009).
 
 It is one operator to autograd, to torch.compile and to DDP, so every layout of parallel.py computes the same thing.
 It imports torch alone.
@@ -16,21 +17,21 @@ import functools
 import torch
 from torch import Tensor
 
-# Logits that are held at once, by type of device. A CPU gains nothing by more. A GPU's products want some thousand
-# rows: 2,668 (GPT-2's vocabulary) x 768 are 126 tiles of 128 x 128, for the 132 multiprocessors of an H100. Not
-# measured on one.
+# How many logits are held at once, by type of device. More gain nothing on a CPU. A GPU's matrix products want a few
+# thousand rows: 2,668 rows (with GPT-2's vocabulary) x 768 are 126 tiles of 128 x 128, for the 132 multiprocessors of
+# an H100. This was computed, not measured on one.
 PIECE = {"cpu": 2**25, "cuda": 2**27}
 
 
 def linear_cross_entropy(x, table, targets, vocab_size, softcap=0.0, fuse=None, piece=0):
-    """Cross-entropy of the logits x table^T against targets, summed, in nats.
+    """Cross-entropy of the logits x table^T against targets, summed, in nats -> a scalar, fp32.
 
-    x (N, C) hidden states; table (padded vocabulary, C), whose rows from `vocab_size` on are no tokens; targets (N,)
-    ids, -1 where there is nothing to predict. With softcap the logits are softcap * tanh(logits / softcap). Products
-    are made in autocast's dtype, or else x's; the softmax, the sum and the table's gradient in fp32.
+    x (N, C) hidden states; table (padded vocabulary, C), whose rows from `vocab_size` on only pad it; targets (N,) ids,
+    -1 where there is nothing to predict. With softcap the logits are softcap * tanh(logits / softcap). Matrix products
+    are computed in autocast's dtype, otherwise in x's; the softmax, the sum and the table's gradient in fp32.
 
-    fuse: whether the operations between the products are compiled; none: within torch.compile on CUDA (a CPU is
-    quicker with PyTorch's own softmax). piece: logits held at once; 0: PIECE's. -> a scalar, fp32
+    fuse: compile the operations between the products; None: only within torch.compile on CUDA (PyTorch's own softmax is
+    faster on a CPU). piece: how many logits are held at once; 0: as PIECE says.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -41,31 +42,35 @@ def linear_cross_entropy(x, table, targets, vocab_size, softcap=0.0, fuse=None, 
 
 
 def rows_at_once(padded_vocab_size, kind, softcap=0.0, piece=0):
-    """Rows whose logits are held at once on a device of this type. A soft-cap's slope takes as much room again."""
+    """How many rows of logits are held at once on a device of this type."""
     piece = piece or PIECE.get(kind, PIECE["cpu"])
-    return max(1, piece // padded_vocab_size // (2 if softcap else 1))
+    rows = piece // padded_vocab_size
+    if softcap:
+        rows = rows // 2  # the slope of the soft-cap takes as much memory again
+    return max(1, rows)
 
 
 @torch.library.custom_op("minichat::linear_cross_entropy", mutates_args=())
 def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: int, softcap: float, dtype: torch.dtype,
                        gradients: bool, fuse: bool, piece: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, its gradient with respect to x (N, C), and that with respect to the table (empty ones without
-    `gradients`). `dtype` is that of the products."""
+    """-> (summed loss, its gradient with respect to x (N, C), its gradient with respect to the table). Without
+    `gradients` the last two are empty. `dtype` is that of the matrix products."""
     turn_into_gradient = compiled() if fuse else logits_to_gradient_
     with torch.autocast(x.device.type, enabled=False):
         weight = table.to(dtype)
         pieces = -(-len(x) // rows_at_once(len(table), x.device.type, softcap, piece))
-        rows = -(-len(x) // pieces)  # in each piece; the last one may have fewer
+        rows = -(-len(x) // pieces)  # of each piece; the last one may have fewer
         buffer = torch.empty(rows, len(table), dtype=dtype, device=x.device)
         loss = torch.zeros((), dtype=at_least_fp32(dtype), device=x.device)
         grad_x = torch.empty_like(x) if gradients else x.new_empty(0)
         grad_table = torch.empty_like(table, dtype=at_least_fp32(table.dtype)) if gradients else table.new_empty(0)
         for first in range(0, len(x), rows):
-            xs, ts = x[first : first + rows].to(dtype), targets[first : first + rows]
+            xs = x[first : first + rows].to(dtype)  # (rows, C)
+            ts = targets[first : first + rows]  # (rows,)
             counts = ts != -1
             logits = torch.mm(xs, weight.T, out=buffer[: len(xs)])  # (rows, padded vocabulary)
             loss += turn_into_gradient(logits, ts.clamp(min=0), counts, vocab_size, softcap)
-            if gradients:
+            if gradients:  # by now the buffer holds the gradient of these logits
                 counts = counts[:, None].to(dtype)
                 grad_x[first : first + rows] = (logits @ weight) * counts
                 add_product(grad_table, logits.T, xs * counts, begin=first == 0)
@@ -74,8 +79,11 @@ def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: in
 
 @loss_and_gradients.register_fake
 def _(x, table, targets, vocab_size, softcap, dtype, gradients, fuse, piece):
-    grad_x, grad_table = (torch.empty_like(t) if gradients else t.new_empty(0) for t in (x, table))
-    return x.new_empty((), dtype=at_least_fp32(dtype)), grad_x, grad_table
+    """Shapes and dtypes of the results, which is all that torch.compile asks for."""
+    loss = x.new_empty((), dtype=at_least_fp32(dtype))
+    if not gradients:
+        return loss, x.new_empty(0), table.new_empty(0)
+    return loss, torch.empty_like(x), torch.empty_like(table)
 
 
 def save_gradients(ctx, inputs, output):
@@ -85,32 +93,33 @@ def save_gradients(ctx, inputs, output):
 
 
 def scale_gradients(ctx, grad, *_):
-    """`grad` is that of the summed loss, a scalar. In place, as the table's gradient is as large as the table; where
-    torch.compile traces this, it plans the memory."""
+    """The backward pass; `grad` is the gradient of the summed loss, a scalar. It scales in place, because the table's
+    gradient is as large as the table. Where torch.compile traces this, it plans the memory itself."""
     grad_x, grad_table = ctx.saved_tensors
     if torch.compiler.is_compiling():
         scaled = grad_x * grad, grad_table * grad
     else:
         scaled = grad_x.mul_(grad), grad_table.mul_(grad)
-    return *scaled, *[None] * 7
+    return *scaled, *[None] * 7  # the other seven arguments have no gradient
 
 
 loss_and_gradients.register_autograd(scale_gradients, setup_context=save_gradients)
 
 
 def logits_to_gradient_(logits, targets, counts, vocab_size, softcap):
-    """Logits (N, padded vocabulary) become, in place, the gradient of the summed loss: softmax - one-hot. -> the loss
+    """Turn logits (N, padded vocabulary), in place, into the gradient of their summed loss, softmax - one-hot. -> loss
 
-    targets (N,) are token ids; of a row that does not count (N,) the loss is 0, and the caller drops its gradient.
+    targets (N,) are token ids. Rows whose `counts` (N,) is false add nothing to the loss; the caller drops their
+    gradient.
     """
-    work = logits.to(at_least_fp32(logits.dtype))  # in fp32 the same tensor
+    work = logits.to(at_least_fp32(logits.dtype))  # fp32 logits: the same tensor
     at_target = torch.arange(len(work), device=work.device), targets
     if softcap:
         work.div_(softcap).tanh_()
-        slope = work.square().neg_().add_(1)  # of tanh
+        slope = work.square().neg_().add_(1)  # of tanh: 1 - tanh^2
         work.mul_(softcap)
     work[:, vocab_size:] = float("-inf")
-    torch.log_softmax(work, -1, out=work)  # the kernel reads an element before it writes that element
+    torch.log_softmax(work, -1, out=work)  # in place: the kernel reads each element before it writes it
     log_probability = work[at_target]  # (N,)
     loss = -torch.where(counts, log_probability, 0.0).sum()
     work.exp_()
@@ -122,8 +131,8 @@ def logits_to_gradient_(logits, targets, counts, vocab_size, softcap):
 
 
 def fused_logits_to_gradient_(logits, targets, counts, vocab_size, softcap):
-    """The same for torch.compile, which makes one kernel of it: only sums over a row, and no element is looked up that
-    the kernel may have overwritten."""
+    """The same for torch.compile, which makes one kernel of it: it has only sums over rows, and reads no element by
+    index that the kernel may have overwritten."""
     z = logits.to(at_least_fp32(logits.dtype))
     if softcap:
         tanh = torch.tanh(z / softcap)
@@ -142,7 +151,7 @@ def fused_logits_to_gradient_(logits, targets, counts, vocab_size, softcap):
 
 
 def add_product(total, a, b, begin):
-    """total += a b; for the first piece (`begin`) total = a b. The total is in fp32 or wider."""
+    """total += a b, in fp32 or wider; for the first piece (`begin`) total = a b."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0.0 if begin else 1.0, out=total)
     elif begin:

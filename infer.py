@@ -13,7 +13,8 @@ one row, so each weight is read once; attention is per request. On CUDA a step o
 replayed, attention of all requests being one kernel over their tables of blocks. A request has its own cache and random
 numbers: what it draws does not depend on what is computed beside it, but for rounding.
 
-`stream` is the plain way, which reads the whole context for every token: what the tests hold the engine to.
+GPT.generate in model.py is the plain way, which reads the whole context for every token. The tests hold the engine to
+what it generates.
 """
 
 import operator
@@ -70,15 +71,17 @@ def stretch(model, trained, rope_scaling, rope_factor):
 
 
 # -----------------------------------------------------------------------------
-# The plain way
+# The plain way, token by token
 
 
 @torch.no_grad()
 def stream(model, prompt, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
            seed=0, eos=None):
-    """Yield up to max_new_tokens token ids that follow `prompt` (at least one id), ending before `eos`.
+    """Yield up to max_new_tokens token ids that follow `prompt` (at least one id), and stop before `eos`.
 
-    The same seed gives the same tokens. Past block_size the model sees the last block_size tokens.
+    Like GPT.generate it reads the last block_size tokens again for every new one. It stays beside generate because it
+    yields each token at once, and draws with every option of Sampling and a seed of its own, on the CPU: the same seed
+    gives the same tokens on every device, and the same tokens as the engine's.
     """
     prompt = token_ids(prompt)
     check_prompt(prompt, model.config)

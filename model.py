@@ -1,20 +1,25 @@
 """
-The GPT: one decoder-only transformer in one file, every architecture choice a field of GPTConfig.
+The GPT: one decoder-only transformer in one file. Every architecture choice is one field of GPTConfig and one branch.
 
-What it can be, and where each idea comes from:
-- GPT-2 as it is with the defaults (Radford et al. 2019): learned positions, LayerNorm before each
-  sub-layer, biases, GELU (tanh form), tied head
-- rotary positions, `pos="rope"` (Su et al. 2021, arXiv:2104.09864), rotating the halves of a head as Llama does, and
-  three ways to stretch them over a longer context, `rope_scaling` (see rope_frequencies)
-- grouped and multi-query attention, `n_kv_head` (Ainslie et al. 2023, arXiv:2305.13245; Shazeer 2019, arXiv:1911.02150)
-- RMSNorm with or without gain (Zhang & Sennrich 2019, arXiv:1910.07467), and a norm right after the embedding
-- QK-norm (Henry et al. 2020, arXiv:2010.04245; per channel gain as in Qwen3)
-- ReLU squared (So et al. 2021, arXiv:2109.08668) and SwiGLU (Shazeer 2020, arXiv:2002.05202)
-- soft-capped logits (Gemma 2, arXiv:2408.00118), residual projections and head that start at zero (modded-nanogpt)
-- attention by PyTorch's SDPA, by flash-attn where it is installed, or spelled out
-- a loss that never holds the logits (cross_entropy.py)
+With the defaults it is GPT-2 (Radford et al. 2019). What it can be instead, and why:
+- `pos="rope"`: rotary positions, so that attention depends on the distance of two tokens (Su et al. 2021,
+  arXiv:2104.09864); it rotates the two halves of a head, as Llama does
+- `rope_scaling`: stretches rotary positions over a longer context (rope_frequencies says how)
+- `n_kv_head`: query heads share keys and values, so the cache is smaller (multi-query, Shazeer 2019, arXiv:1911.02150;
+  grouped-query, Ainslie et al. 2023, arXiv:2305.13245)
+- `norm`: RMSNorm, with or without gain, is cheaper than LayerNorm (Zhang & Sennrich 2019, arXiv:1910.07467)
+- `norm_embed`: one more norm right after the embedding (modded-nanogpt)
+- `qk_norm`: normalised queries and keys keep the attention logits small (Henry et al. 2020, arXiv:2010.04245), with a
+  gain per channel as in Qwen3
+- `activation`: squared ReLU (So et al. 2021, arXiv:2109.08668) or SwiGLU (Shazeer 2020, arXiv:2002.05202) in place of
+  GELU
+- `logit_softcap`: bounds the logits (Gemma 2, arXiv:2408.00118)
+- `zero_init`: every block starts as the identity (modded-nanogpt)
+- `tie_weights`, `bias`, `dropout`: as in nanoGPT
+- `attn`: PyTorch's SDPA, flash-attn where it is installed, or plain matrix products
 
-The model is pure: it knows no device, rank, file or dataset. It imports torch and cross_entropy.py alone.
+The loss never holds all logits (cross_entropy.py). The model is pure: it knows no device, rank, file or dataset. It
+imports torch and cross_entropy.py alone.
 """
 
 import math
@@ -45,8 +50,8 @@ class GPTConfig:
     bias: bool = True             # biases in linear layers and LayerNorms
     pos: str = "learned"          # positions: learned | rope
     rope_theta: float = 10000.0   # base of the rotary frequencies
-    rope_scaling: str = "none"    # how they fit a context longer than the first trained at: none | linear | ntk | yarn
-    rope_factor: float = 1.0      # how many times as long: block_size / rope_factor was the first
+    rope_scaling: str = "none"    # stretches rope over a longer context than trained at: none | linear | ntk | yarn
+    rope_factor: float = 1.0      # by how much: the model was first trained at block_size / rope_factor tokens
     norm: str = "layernorm"       # layernorm | rmsnorm | rmsnorm_nogain
     norm_eps: float = 1e-5        # added to the variance in every norm
     norm_embed: bool = False      # a norm right after the embedding
@@ -58,7 +63,7 @@ class GPTConfig:
     attn: str = "auto"            # auto | sdpa | flash | math
 
     def __post_init__(self):
-        """Raises ValueError, naming the fields, for a combination that has no meaning."""
+        """Raises ValueError, naming the fields, for values that have no meaning together."""
         choices = {
             "pos": ("learned", "rope"),
             "rope_scaling": ("none", "linear", "ntk", "yarn"),
@@ -112,7 +117,7 @@ class GPTConfig:
 
     @property
     def mlp_dim(self):
-        """Hidden width: 4 n_embd, or two thirds of it for SwiGLU, whose three matrices then cost what two do."""
+        """Hidden width: 4 n_embd. SwiGLU has three matrices, so two thirds of that cost the same."""
         if self.activation == "swiglu":
             return -(-(8 * self.n_embd) // (3 * 16)) * 16
         return 4 * self.n_embd
@@ -123,7 +128,9 @@ class Norm(nn.Module):
 
     def __init__(self, config, dim):
         super().__init__()
-        self.kind, self.eps, self.shape = config.norm, config.norm_eps, (dim,)
+        self.kind = config.norm
+        self.eps = config.norm_eps
+        self.shape = (dim,)
         self.weight = nn.Parameter(torch.ones(dim)) if self.kind != "rmsnorm_nogain" else None
         self.bias = nn.Parameter(torch.zeros(dim)) if self.kind == "layernorm" and config.bias else None
 
@@ -134,56 +141,72 @@ class Norm(nn.Module):
 
 
 def rope_base(config):
-    """rope_theta, or for "ntk" the base with which the slowest pair turns rope_factor times as slowly."""
+    """rope_theta; for "ntk" the larger base that makes the slowest pair turn rope_factor times as slowly."""
     if config.rope_scaling != "ntk":
         return config.rope_theta
     return config.rope_theta * config.rope_factor ** (config.head_dim / (config.head_dim - 2))
 
 
 def rope_frequencies(config):
-    """By what angle each pair of a head's dimensions turns at each position, fp64 (head_dim / 2,), and what queries and
-    keys are multiplied by.
+    """The angle by which each pair of a head's dimensions turns per position, fp64 (head_dim / 2,), and the factor by
+    which queries and keys are multiplied.
 
-    A context s = rope_factor times as long as the one first trained at has distances that the model never saw, so:
+    A context s = rope_factor times as long as the one first trained at has distances that the model never saw:
     - linear: all pairs turn s times as slowly (position interpolation, Chen et al. 2023, arXiv:2306.15595)
-    - ntk: with a larger base the slowest pair does, the quickest turns as before (NTK-aware, bloc97 2023)
-    - yarn: pairs that turned at least 32 times within the first context stay, those that turned less than once are s
-      times as slow, between them it goes over; and attention is sharper by (0.1 ln s + 1)^2 (Peng et al. 2023,
-      arXiv:2309.00071; as in their code, and transformers', it goes over linearly by the number of the pair)
+    - ntk: a larger base slows the slowest pair by s and leaves the fastest as it was (NTK-aware, bloc97 2023)
+    - yarn: slows each pair by how often it turned within the first context (yarn_frequencies), and sharpens attention
+      by (0.1 ln s + 1)^2
     """
-    D, base, s = config.head_dim, rope_base(config), config.rope_factor
-    frequency = base ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    D = config.head_dim
+    frequency = rope_base(config) ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
     if config.rope_scaling == "linear":
-        return frequency / s, 1.0
+        return frequency / config.rope_factor, 1.0
     if config.rope_scaling == "yarn":
-        first = config.block_size / s
-        quick, slow = (D * math.log(first / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1))
-        quick, slow = max(math.floor(quick), 0), min(math.ceil(slow), D - 1)  # pairs that turn so often
-        slowed = ((torch.arange(D // 2) - quick) / max(slow - quick, 0.001)).clamp(0, 1).double()
-        return frequency * (1 - slowed) + frequency / s * slowed, 0.1 * math.log(s) + 1
+        return yarn_frequencies(config, frequency), 0.1 * math.log(config.rope_factor) + 1
     return frequency, 1.0
 
 
+def yarn_frequencies(config, frequency):
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): pairs that turned at least 32 times within the first context keep
+    their frequency, pairs that turned less than once are s times as slow. In between the share of the slow frequency
+    grows linearly with the index of the pair, as in their code and in transformers. fp64 (head_dim / 2,) -> the same.
+    """
+    D, s = config.head_dim, config.rope_factor
+    trained = config.block_size / s  # tokens of the first context
+
+    def pair_turning(times):
+        """Index of the pair that turns so often within the first context, as a real number."""
+        return D * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    last_fast = max(math.floor(pair_turning(32)), 0)
+    first_slow = min(math.ceil(pair_turning(1)), D - 1)
+    index = torch.arange(D // 2)
+    slow_share = ((index - last_fast) / max(first_slow - last_fast, 0.001)).clamp(0, 1).double()
+    return frequency * (1 - slow_share) + frequency / s * slow_share
+
+
 def rope_tables(config, positions=None):
-    """Cosine and signed sine of the rotary angles of `positions` (T,), those of the context by default, for apply_rope.
-    -> two tensors (T, head_dim), fp32."""
+    """Cosine and signed sine of the rotary angles at `positions` (T,), by default the whole context, for apply_rope.
+    -> two tensors (T, head_dim), fp32"""
     frequency, scale = rope_frequencies(config)
-    positions = torch.arange(config.block_size) if positions is None else positions
+    if positions is None:
+        positions = torch.arange(config.block_size)
     angle = torch.outer(positions.double(), frequency)
-    cos, sin = (angle.cos() * scale).float(), (angle.sin() * scale).float()
+    cos = (angle.cos() * scale).float()  # (T, head_dim / 2)
+    sin = (angle.sin() * scale).float()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + D/2]) of each head. x (B, T, H, D), cos and sin (T, 1, D) -> (B, T, H, D)."""
+    """Rotates the pairs (x[i], x[i + D/2]) of each head. x (B, T, H, D), cos and sin (T, 1, D) -> (B, T, H, D)."""
     return x * cos.to(x.dtype) + x.roll(x.size(-1) // 2, -1) * sin.to(x.dtype)
 
 
 class Attention(nn.Module):
     """Causal self-attention. (B, T, n_embd) -> (B, T, n_embd).
 
-    How many heads there are is read off the width that c_attn returns, so a tensor-parallel shard, which holds
-    some of the heads, is this same module.
+    The number of heads is derived from the width that c_attn returns, so a tensor-parallel shard, which holds some of
+    the heads, is this same module.
     """
 
     def __init__(self, config):
@@ -192,7 +215,8 @@ class Attention(nn.Module):
         self.group = config.n_head // config.kv_heads  # query heads that share one key/value head
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.kv_heads) * config.head_dim, config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, config.bias)
-        self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
+        self.qk_norm = config.qk_norm
+        self.norm_eps = config.norm_eps
         if config.qk_norm == "rms_gain":
             self.q_gain = nn.Parameter(torch.ones(config.head_dim))
             self.k_gain = nn.Parameter(torch.ones(config.head_dim))
@@ -203,13 +227,13 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv = self.c_attn(x)  # (B, T, (n_q + 2 n_kv) * head_dim)
         heads = qkv.size(-1) // self.head_dim
-        n_kv = max(1, heads // (self.group + 2))  # 1: a shard of fewer query heads than share one key/value head
+        n_kv = max(1, heads // (self.group + 2))  # a shard may have fewer query heads than a group has
         n_q = heads - 2 * n_kv
 
-        # queries and keys are normalised and rotated together: half as many kernels
+        # normalise and rotate queries and keys together: half as many kernels
         qk, v = qkv.view(B, T, heads, self.head_dim).split((n_q + n_kv, n_kv), dim=2)
         if self.qk_norm != "none":
-            qk = F.rms_norm(qk, (self.head_dim,), eps=self.norm_eps).to(v.dtype)  # autocast gives fp32
+            qk = F.rms_norm(qk, (self.head_dim,), eps=self.norm_eps).to(v.dtype)  # autocast returns fp32
         if self.qk_norm == "rms_gain":
             gain = torch.cat((self.q_gain.expand(n_q, -1), self.k_gain.expand(n_kv, -1)))
             qk = qk * gain.to(qk.dtype)
@@ -226,27 +250,26 @@ class Attention(nn.Module):
 
 
 def takes_flash(device, dtype, head_dim):
-    """Whether flash attention's kernels, flash-attn's and SDPA's, run on this device, in this dtype, at this size of
-    head: https://github.com/Dao-AILab/flash-attention#nvidia-cuda-support"""
+    """Whether the flash kernels, flash-attn's and SDPA's, run on this device with this dtype and head size:
+    https://github.com/Dao-AILab/flash-attention#nvidia-cuda-support"""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     return head_dim <= 256 and head_dim % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def shares_heads(device, dtype, head_dim):
-    """Whether SDPA takes fewer key heads than query heads and makes no T x T weights: on CUDA only by its flash kernel.
-    """
+    """Whether SDPA takes fewer key heads than query heads without T x T weights. On CUDA only its flash kernel does."""
     return device.type != "cuda" or takes_flash(device, dtype, head_dim)
 
 
 def prefers_sdpa(device):
-    """Whether SDPA is quicker here than flash-attn 2: on Hopper from torch 2.11 on, by its kernels for that GPU."""
+    """Whether SDPA is faster here than flash-attn 2: from torch 2.11 on it has kernels of its own for Hopper."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return version >= (2, 11) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def pick_attention(attn, device, dtype, T, head_dim):
-    """config.attn on a device, in a dtype, for T tokens -> ("flash" | "sdpa" | "math", why)."""
+    """Which kernel config.attn means on this device, in this dtype, for T tokens -> ("flash" | "sdpa" | "math", why)"""
     if attn != "auto":
         return attn, "asked for"
     if flash_attn_func is not None and takes_flash(device, dtype, head_dim):
@@ -254,7 +277,8 @@ def pick_attention(attn, device, dtype, T, head_dim):
             return "sdpa", "quicker on this GPU than flash-attn"
         return "flash", "flash-attn is installed"
     if dtype in (torch.float16, torch.bfloat16) and device.type == "cpu" and T <= 512:
-        return "math", "quicker than SDPA's CPU kernel in half precision"  # longer, T x T weights take too much memory
+        # for more tokens the T x T weights would take too much memory
+        return "math", "quicker than SDPA's CPU kernel in half precision"
     return "sdpa", "PyTorch picks the kernel"
 
 
@@ -266,7 +290,8 @@ def attend(q, k, v, attn="auto", dropout=0.0):
         return flash_attn_func(q, k, v, dropout_p=dropout, causal=True, deterministic=exact)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
     if kind == "math":
-        T, group = q.size(2), q.size(1) // k.size(1)
+        T = q.size(2)
+        group = q.size(1) // k.size(1)  # query heads that share one key/value head
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
         scores = (q * q.size(-1) ** -0.5) @ k.mT + future  # (B, n_q, T, T)
@@ -297,8 +322,8 @@ class MLP(nn.Module):
         if self.activation == "relu2":
             h = F.relu(h)
             if h.dtype == torch.float16:
-                h = h.clamp(max=255.0)  # whose square float16 still holds
-            h = h * h  # the backward pass of square() takes several times as long on a CPU
+                h = h.clamp(max=255.0)  # float16 still holds the square of 255
+            h = h * h  # not square(): its backward pass takes several times as long on a CPU
         elif self.activation == "swiglu":
             h = F.silu(self.c_gate(x)) * h
         elif self.activation == "gelu_tanh":
@@ -325,8 +350,9 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """The last layer: hidden states (..., n_embd) -> logits (..., padded vocabulary). With targets (N,) and hidden
-    states (N, n_embd) -> the summed loss, as linear_cross_entropy takes its `options`."""
+    """The last layer: hidden states (..., n_embd) -> logits (..., padded vocabulary).
+
+    With targets (N,) and hidden states (N, n_embd) -> the summed loss; `options` are linear_cross_entropy's."""
 
     def forward(self, x, targets=None, **options):
         if targets is None:
@@ -335,7 +361,7 @@ class Head(nn.Linear):
 
 
 class GPT(nn.Module):
-    """forward = embed, blocks, head; a pipeline stage holds some of these under the same names."""
+    """forward is embed, blocks, head. A pipeline stage holds some of these under the same names."""
 
     def __init__(self, config):
         super().__init__()
@@ -361,9 +387,9 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's initialisation: N(0, 0.02), and residual projections scaled by 1/sqrt(2 n_layer), as there are two
-        a layer (Radford et al. 2019, section 2.3). Biases are 0, gains 1. With zero_init the residual projections and
-        an untied head start at 0, so that every block begins as the identity (modded-nanogpt)."""
+        """GPT-2's initialisation: N(0, 0.02), with residual projections, two a layer, scaled by 1/sqrt(2 n_layer)
+        (Radford et al. 2019, section 2.3). Biases start at 0, gains at 1. With zero_init residual projections and an
+        untied head start at 0, so every block begins as the identity (modded-nanogpt)."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
@@ -378,11 +404,12 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def embed(self, idx, positions=None):
-        """Token ids (B, T), int32 or int64, at `positions` (T,) or 0, 1, ... -> residual stream (B, T, n_embd)."""
+        """Token ids (B, T), int32 or int64, at `positions` (T,) or 0, 1, ... -> residual stream (B, T, n_embd).
+        Raises ValueError for more than block_size tokens."""
         T = idx.size(1)
         if positions is None and T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
-        x = self.transformer.wte(idx)
+        x = self.transformer.wte(idx)  # (B, T, n_embd)
         if self.config.pos == "learned":
             x = x + (self.transformer.wpe.weight[:T] if positions is None else self.transformer.wpe(positions))
         if self.config.norm_embed:
@@ -390,13 +417,13 @@ class GPT(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
     def rope(self, T):
-        """Cosines and sines for the positions 0..T-1, or None with learned positions."""
+        """Cosines and sines (T, 1, head_dim) of the positions 0 .. T-1, or None with learned positions."""
         if self.config.pos != "rope":
             return None
         return self.rope_cos[:T, None], self.rope_sin[:T, None]
 
     def head(self, x):
-        """Residual stream (..., n_embd) -> logits (..., vocab_size), the padding cut off."""
+        """Residual stream (..., n_embd) -> logits (..., vocab_size), without those of the padding."""
         logits = self.lm_head(self.transformer.ln_f(x))[..., : self.config.vocab_size]
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
@@ -405,9 +432,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, *, loss_only=False, last_only=False, cache=None):
         """Token ids to logits and loss.
 
-        idx (B, T) ids; targets (B, T) ids, -1 where there is nothing to predict. A cache (infer.py) holds what was
-        before: `positions` (T,) of idx, their `rope`, attend(layer, q, k, v) in place of attend here, and `rows`, those
-        of T whose logits are wanted.
+        idx (B, T) ids; targets (B, T) ids, -1 where there is nothing to predict.
+        cache (inference/kvcache.py): the keys and values of earlier tokens. It has `positions` (T,) of idx, their
+        `rope`, attend(layer, q, k, v) in place of `attend` above, and `rows`, the places in T whose logits are wanted.
         Returns (logits, loss): logits (B, T, vocab_size), or (B, 1, vocab_size) with last_only; loss is the mean in
         nats per target, or None without targets. With loss_only the logits are None and never held whole in fp32.
         """
@@ -428,54 +455,82 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     def loss(self, x, targets, fuse=None):
-        """Mean cross-entropy of (B, T, n_embd) against (B, T), in nats per target. The logits are never held whole.
-        `fuse` is linear_cross_entropy's."""
-        x, targets, c = x.flatten(0, 1), targets.flatten(), self.config
+        """Mean cross-entropy of the residual stream (B, T, n_embd) against targets (B, T), in nats per target. The
+        logits are never held whole. `fuse` is linear_cross_entropy's."""
+        x = x.flatten(0, 1)  # (B * T, n_embd)
+        targets = targets.flatten()  # (B * T,)
+        config = self.config
         if isinstance(self.lm_head, Head):
-            total = self.lm_head(self.transformer.ln_f(x), targets, vocab_size=c.vocab_size, softcap=c.logit_softcap,
-                                 fuse=fuse)
-        else:  # packed or quantized for inference (inference/quantize.py), where there is no gradient
-            rows = rows_at_once(c.padded_vocab_size, x.device.type)
+            total = self.lm_head(self.transformer.ln_f(x), targets, vocab_size=config.vocab_size,
+                                 softcap=config.logit_softcap, fuse=fuse)
+        else:  # packed or quantized for inference (inference/quantize.py): no gradient is needed
+            rows = rows_at_once(config.padded_vocab_size, x.device.type)
             pieces = zip(x.split(rows), targets.split(rows), strict=True)
             total = sum(F.cross_entropy(self.head(xs).float(), ts, ignore_index=-1, reduction="sum")
                         for xs, ts in pieces)
         return total / (targets != -1).sum()
 
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Continue token ids (B, T) by max_new_tokens each -> (B, T + max_new_tokens).
+
+        The plain way: the whole context, its last block_size tokens, is read again for every new token (infer.py's
+        engine keeps a cache). Call eval() first. temperature 0 takes the most likely token; top_k=None or 0 draws among
+        all. Draws take torch's global random numbers, or those of a `generator` on the model's device.
+        """
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :], last_only=True)
+            logits = logits[:, -1].float()  # (B, vocab_size), without the rows that only pad the table
+            if temperature == 0:
+                next_ids = logits.argmax(-1, keepdim=True)  # (B, 1)
+            else:
+                if top_k:
+                    least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, float("-inf"))
+                probs = F.softmax(logits / temperature, dim=-1)
+                next_ids = torch.multinomial(probs, 1, generator=generator)
+            idx = torch.cat((idx, next_ids), dim=1)
+        return idx
+
     # -------------------------------------------------------------------------
-    # What it costs, counted from the layers it has
+    # What it costs, counted from its layers
 
     def num_params(self, padding=False):
-        """Parameters, a tied head once, without the rows that only pad the vocabulary."""
+        """Number of parameters, a tied head counted once; with `padding` also the rows that only pad the vocabulary."""
         n = sum(p.numel() for p in self.parameters())
+        if padding:
+            return n
         tables = 1 if self.config.tie_weights else 2
-        pad = tables * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return n if padding else n - pad
+        return n - tables * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
 
     def forward_flops(self, context, head=True):
-        """FLOPs of one token that attends to `context` tokens (itself included): 2 for each weight of a matrix that
-        it passes, and 2 for each of q.k and weight.v (Kaplan et al. 2020, arXiv:2001.08361, table 1)."""
+        """FLOPs of one token that attends to `context` tokens, itself included: 2 for each weight of the matrices, and
+        4 for each context token and attention channel (Kaplan et al. 2020, arXiv:2001.08361, table 1)."""
         layers = [m for m in self.modules() if isinstance(m, nn.Linear) and (head or m is not self.lm_head)]
+        products = 2 * sum(m.in_features * m.out_features for m in layers)
+        # q.k and weight.v
         attention = 4 * context * self.config.n_layer * self.config.n_head * self.config.head_dim
-        return 2 * sum(m.in_features * m.out_features for m in layers) + attention
+        return products + attention
 
     def train_flops(self, T):
         """FLOPs per token of a training step on sequences of T: forward, and twice that backward. Causal attention
-        sees (T + 1) / 2 tokens on average; recomputation does not count, so this is what MFU divides by."""
+        sees (T + 1) / 2 tokens on average. Recomputed activations do not count, as in the definition of MFU."""
         return 3 * self.forward_flops((T + 1) / 2)
 
     def prefill_flops(self, T):
-        """FLOPs to read a prompt of T tokens and give the logits after its last one."""
+        """FLOPs to read a prompt of T tokens and compute the logits after its last one."""
         body = T * self.forward_flops((T + 1) / 2, head=False)
         return body + 2 * self.lm_head.in_features * self.lm_head.out_features
 
     def decode_flops(self, context):
-        """FLOPs to give the logits of one more token, `context` tokens (itself included) being in the cache."""
+        """FLOPs to compute the logits of one more token, with `context` tokens in the cache, itself included."""
         return self.forward_flops(context)
 
     def param_bytes(self):
-        """Bytes of all parameters in the dtypes they have, padding included."""
+        """Bytes of all parameters in their dtypes, padding included."""
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
     def kv_cache_bytes(self, tokens, dtype=torch.float32):
         """Bytes of the keys and values of `tokens` tokens."""
-        return 2 * self.config.n_layer * self.config.kv_heads * self.config.head_dim * tokens * dtype.itemsize
+        per_token = 2 * self.config.n_layer * self.config.kv_heads * self.config.head_dim
+        return per_token * tokens * dtype.itemsize

@@ -21,7 +21,7 @@ from benchmarks.common import forget_peak, in_processes, machine, table
 from configurator import fail
 from device import memory_gb, pick_device
 from model import GPT, GPTConfig
-from optim import Optimizers
+from optim import Optimizers, local
 from parallel import Layout, checkpoint_activations
 from training.ranks import own_device
 

@@ -190,6 +190,11 @@ def test_greedy_is_the_argmax_of_what_the_model_sees(model):
     assert tokens == list(stream(model, [4, 7], 25, temperature=0, seed=10))
 
 
+def test_greedy_is_what_the_model_generates(model):
+    expected = model.generate(torch.tensor([[4, 7]]), 25, temperature=0)
+    assert list(stream(model, [4, 7], 25, temperature=0)) == expected[0, 2:].tolist()
+
+
 def test_a_prompt_longer_than_the_context(model):
     prompt = [int(i) for i in torch.arange(50) % 20]
     assert list(stream(model, prompt, 5, temperature=0)) == list(stream(model, prompt[-8:], 5, temperature=0))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_engine import make, some_prompts
+from test_engine import greedy, make, some_prompts
 
 import infer
 import model as model_file
@@ -63,7 +63,7 @@ def test_flash_attns_kernel_is_asked_in_its_own_terms(monkeypatch):
         return torch.stack(out)
 
     model, prompts = make(pos="rope", n_kv_head=2), some_prompts()
-    expected = [list(stream(model, prompt, 9, temperature=0)) for prompt in prompts]
+    expected = [greedy(model, prompt, 9) for prompt in prompts]
     monkeypatch.setattr(infer, "paged_kernel", lambda device, dtype, head_dim: kernel)
     engine = Engine(model, max_tokens=1024, batched=True)
     assert [r.tokens for r in engine.generate(prompts, max_new_tokens=9, temperature=0)] == expected
@@ -168,7 +168,7 @@ def test_graphs_are_captured_and_replayed_on_the_engines_device_in_one_pool(monk
 def test_a_replayed_graph_says_what_the_plain_way_says(toggles):
     model = make(**toggles).cuda()
     prompts = some_prompts()
-    expected = [list(stream(model, prompt, 12, temperature=0)) for prompt in prompts]
+    expected = [greedy(model, prompt, 12) for prompt in prompts]
     engine = Engine(model, block=4)
     assert [r.tokens for r in engine.generate(prompts, max_new_tokens=12, temperature=0)] == expected
     assert all(each.graph is not None for each in engine.passes.values()) and engine.passes

@@ -484,6 +484,70 @@ def test_padding_of_the_vocabulary_is_in_nothing(tie_weights):
 
 
 # -----------------------------------------------------------------------------
+# Generation, the plain way
+
+
+@pytest.fixture
+def opinionated():
+    """A model whose padded rows would win every draw, were they tokens."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+        model.transformer.wte.weight[SMALL["vocab_size"] :] *= 50
+    return model
+
+
+def nanogpt_generate(model, idx, max_new_tokens, temperature=1.0, top_k=None):
+    """generate of nanoGPT's model.py, line by line."""
+    for _ in range(max_new_tokens):
+        idx_cond = idx if idx.size(1) <= model.config.block_size else idx[:, -model.config.block_size :]
+        logits, _ = model(idx_cond)
+        logits = logits[:, -1, :] / temperature
+        if top_k is not None:
+            v, _ = torch.topk(logits, min(top_k, logits.size(-1)))
+            logits[logits < v[:, [-1]]] = -float("Inf")
+        probs = F.softmax(logits, dim=-1)
+        idx_next = torch.multinomial(probs, num_samples=1)
+        idx = torch.cat((idx, idx_next), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"temperature": 1.5, "top_k": 500}])
+def test_generate_draws_what_nanogpt_draws(opinionated, options):
+    """From the same global seed, past the end of the context."""
+    idx = torch.tensor([[3, 1, 4], [15, 9, 2]])
+    torch.manual_seed(7)
+    with torch.no_grad():
+        expected = nanogpt_generate(opinionated, idx, 40, **options)
+    torch.manual_seed(7)
+    found = opinionated.generate(idx, 40, **options)
+    assert found.dtype == torch.long and found.shape == (2, 43) and torch.equal(found, expected)
+    assert torch.equal(found[:, :3], idx) and found.max() < SMALL["vocab_size"]
+
+
+def test_greedy_generation_takes_the_most_likely_token(opinionated):
+    state = torch.get_rng_state()
+    found = opinionated.generate(torch.tensor([[3, 1, 4]]), 30, temperature=0)
+    assert torch.equal(torch.get_rng_state(), state), "greedy draws nothing"
+    for end in range(3, 33):
+        with torch.no_grad():
+            logits, _ = opinionated(found[:, max(0, end - SMALL["block_size"]) : end])
+        assert found[0, end] == logits[0, -1].argmax()
+    assert torch.equal(opinionated.generate(torch.tensor([[3, 1, 4]]), 30, temperature=2.0, top_k=1), found)
+
+
+def test_generate_with_a_generator_leaves_the_global_random_numbers_alone(opinionated):
+    idx = torch.tensor([[3, 1, 4]])
+    state = torch.get_rng_state()
+    found = [opinionated.generate(idx, 20, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert torch.equal(opinionated.generate(idx, 0), idx)
+
+
+# -----------------------------------------------------------------------------
 # How it starts
 
 

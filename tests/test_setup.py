@@ -225,6 +225,13 @@ def test_constraints_are_exact_and_cover_every_dependency():
             assert wanted.specifier.contains(version, prereleases=True), f"{wanted} does not allow {version}"
 
 
+def test_all_brings_every_optional_part_but_flash_attn():
+    extras = PROJECT["optional-dependencies"]
+    wanted = {need for name, needs in extras.items() if name not in ("dev", "all") for need in needs}
+    assert len(extras["all"]) == len(set(extras["all"])), "listed twice"
+    assert set(extras["all"]) == {need for need in wanted if Requirement(need).name != "flash-attn"}
+
+
 def test_scripts_import_only_base_dependencies_at_module_level():
     rooms = ["training", "inference", "serving", "reporting", "benchmarks"]
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]

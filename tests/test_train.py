@@ -411,9 +411,10 @@ def test_a_context_that_grows(tiny, tmp_path):
     assert [r["tokens"] for r in records(tmp_path)] == [64 * step for step in range(1, 9)]
 
 
-def test_the_readmes_advice_for_one_gpu(tiny, tmp_path):
-    """The command of the README, on top of the OpenWebText configuration, with a small model and a short context."""
-    words = re.search(r"`(--tokens_per_step=\d+ --batch_size=0)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+def test_the_advice_for_one_gpu(tiny, tmp_path):
+    """As the page gives it, on top of the OpenWebText configuration, with a small model and a short context."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    words = re.search(r"`(--tokens_per_step=\d+ --batch_size=0)`", page)
     small = dict(batch_size="", block_size=256, n_layer=1, n_head=1, n_embd=8, max_iters=1, eval_interval=1)
     done = tiny(tmp_path / "run", "config/owt_124m.py", *words[1].split(), **small)
     assert done.code == 0 and "step        491,520 tokens = " in done.out, done.err
