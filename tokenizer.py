@@ -59,7 +59,7 @@ def code_points(text):
 
 
 class Tokenizer:
-    """What all kinds share. Each has its own `encode_array`, `to_json` and `pieces` (the bytes of each token, by id)."""
+    """What all kinds share. Each has its own `encode_array`, `to_json` and `pieces`, the bytes of each token by id."""
 
     def encode(self, text, special=False):
         """Ids of `text` as a list of int. Raises ValueError naming the first character that has no id, and its place.
@@ -317,9 +317,8 @@ def _from_json(raw):
         fields = json.loads(raw.decode())
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    kind = None
-    if isinstance(fields, dict) and fields.get("format") == 1:
-        kind = fields.get("kind")
+    known = isinstance(fields, dict) and fields.get("format") == 1
+    kind = fields.get("kind") if known else None
     if kind not in (CharTokenizer.kind, BPETokenizer.kind):
         raise ValueError('expected an object with "format": 1 and "kind": "char" or "bpe"')
     specials = fields.get("specials")
@@ -447,6 +446,5 @@ def meta_vocab_size(folder):
     itos = meta.get("itos")
     if "vocab_size" not in meta and isinstance(itos, (dict, list, tuple)):
         size = len(itos)
-    if not isinstance(size, int) or isinstance(size, bool):
-        return None
-    return size if 0 < size <= MAX_VOCAB else None
+    is_number = isinstance(size, int) and not isinstance(size, bool)
+    return size if is_number and 0 < size <= MAX_VOCAB else None
