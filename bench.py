@@ -56,11 +56,12 @@ import plan
 from benchmarks import gpu
 from benchmarks.common import forget_peak, machine, table, timed
 from configurator import configure, fail, read_file, read_keys
+from dataset import Tokens, find_dataset
 from device import DTYPES, memory_gb, pick_device
 from export import write_gguf
 from infer import Engine, load, stream
 from inference.quantize import convert
-from loader import Loader, Tokens, find_dataset
+from loader import Loader
 from model import GPT, GPTConfig
 from optim import Optimizers
 from parallel import Layout, checkpoint_activations, local, one_fate, own_device

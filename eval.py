@@ -24,13 +24,14 @@ import torch
 
 from checkpoint import run_of
 from configurator import configure, fail
+from dataset import open_datasets, open_tokens
 from device import autocast, inference_kernels, memory_is_full, pick_device, pick_dtype
-from files import read_lines
+from files import read_lines, sha256
 from infer import Engine, load, stretch
 from inference.quantize import convert
 from inference.sampling import sampling_from
 from inference.tasks import last_word, multiple_choice, open_items, passkey, score_tokens
-from loader import fixed_batches, open_datasets, open_tokens, sha256
+from loader import fixed_batches
 from training.monitor import plain
 
 # -----------------------------------------------------------------------------

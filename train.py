@@ -29,6 +29,7 @@ import checkpoint
 import parallel
 import plan
 from configurator import configure, fail, nearest, read_keys
+from dataset import DataError, open_datasets, open_tokens, verify_shards
 from device import (
     SDPA,
     allocate_in_segments,
@@ -49,17 +50,7 @@ from eval import evaluate
 from export import read_model
 from files import FolderLock
 from infer import stream
-from loader import (
-    DataError,
-    Loader,
-    context_length,
-    data_step,
-    fixed_batches,
-    keyed,
-    open_datasets,
-    open_tokens,
-    verify_shards,
-)
+from loader import Loader, context_length, data_step, fixed_batches, keyed
 from model import GPT, GPTConfig, pick_attention
 from optim import Optimizers, lr_at
 from tokenizer import load_tokenizer, meta_vocab_size

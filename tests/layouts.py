@@ -21,8 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import held_bytes, machine  # noqa: E402
+from dataset import Tokens  # noqa: E402
 from eval import evaluate  # noqa: E402
-from loader import Loader, Tokens  # noqa: E402
+from loader import Loader  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import Optimizers  # noqa: E402
 from parallel import Layout, local, one_fate, world  # noqa: E402

@@ -13,9 +13,10 @@ from test_tokenizer import RANKS, needs_ranks
 
 import checkpoint
 from data.common import write_dataset
+from dataset import Tokens
 from export import NoOptimizer, bytes_to_unicode, merges_of
 from infer import Engine, load
-from loader import Loader, Tokens
+from loader import Loader
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 

@@ -22,6 +22,7 @@ ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat 
 FLOORS = [
     "configurator files device cross_entropy",
     "model tokenizer training.ranks reporting.isoflop",
+    "dataset",
     "loader optim checkpoint plan training.guard training.probe training.track training.monitor inference.sampling "
     "inference.kvcache inference.quantize",
     "training.tensor_parallel training.pipeline_parallel infer export inference.tasks reporting.history",
@@ -46,7 +47,6 @@ LONGER = {  # file: why it is one file all the same
     "train.py": "a hundred lines of settings above the story",
     "checkpoint.py": "plain and sharded, at once and behind the steps, and how one becomes the other",
     "configurator.py": "where settings come from, the range of each number, and prints that never fail",
-    "loader.py": "which shards a dataset has, the order of their tokens, and batches in that order",
     "bench.py": "nine benchmarks, each by itself",
     "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
     "export.py": "two ways in and two ways out, each by itself",

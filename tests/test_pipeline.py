@@ -15,7 +15,7 @@ import pytest
 from test_reading import write_corpus
 from test_tokenizer import BPE, RANKS, needs_ranks
 
-from loader import Tokens
+from dataset import Tokens
 from reading import InputFile, read_chunks
 from tokenizer import load_tokenizer
 

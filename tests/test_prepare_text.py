@@ -15,7 +15,7 @@ from test_reading import write_corpus
 from test_tokenizer import BPE, RANKS, needs_ranks
 
 import data.common as common
-from loader import Tokens
+from dataset import Tokens
 from reading import ENDINGS
 from tokenizer import CharTokenizer, load_tokenizer
 
