@@ -47,7 +47,6 @@ from device import (
 )
 from device import peak_flops as peak_of
 from eval import evaluate
-from export import read_model
 from files import FolderLock
 from infer import stream
 from loader import Loader, context_length, data_step, fixed_batches, keyed
@@ -68,6 +67,7 @@ from training.monitor import (
     plain,
     show,
 )
+from training.pretrained import read_model
 from training.probe import Update, attention
 from training.track import TRACKERS, Tracker
 

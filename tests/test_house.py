@@ -25,8 +25,8 @@ FLOORS = [
     "dataset",
     "loader optim checkpoint plan training.guard training.probe training.track training.monitor inference.sampling "
     "inference.kvcache inference.quantize",
-    "training.tensor_parallel training.pipeline_parallel infer export inference.tasks reporting.history",
-    "parallel eval reporting.tables reporting.page",
+    "training.tensor_parallel training.pipeline_parallel training.pretrained infer inference.tasks reporting.history",
+    "parallel eval export reporting.tables reporting.page",
     "training.start training.saver training.measure reporting.alarm benchmarks.common",
     "train benchmarks.*",
     "sample bench ablate report doctor",
@@ -49,7 +49,6 @@ LONGER = {  # file: why it is one file all the same
     "configurator.py": "where settings come from, the range of each number, and prints that never fail",
     "bench.py": "nine benchmarks, each by itself",
     "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
-    "export.py": "two ways in and two ways out, each by itself",
     "plan.py": "memory, time and the layouts there are, each formula beside its source",
     "parallel.py": "data, tensor and pipeline parallelism meet on one grid and in every step",
 }
