@@ -21,7 +21,7 @@ from configurator import read_file, read_keys  # noqa: E402
 ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
     "configurator files device cross_entropy",
-    "model tokenizer training.ranks reporting.isoflop",
+    "model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop",
     "dataset",
     "loader optim checkpoint plan training.guard training.probe training.track training.monitor inference.sampling "
     "inference.kvcache inference.quantize",
@@ -45,7 +45,7 @@ MOST_LINES = 450
 LONGER = {  # file: why it is one file all the same
     "model.py": "the whole architecture, every choice of it in sight of the others",
     "train.py": "a hundred lines of settings above the story",
-    "checkpoint.py": "plain and sharded, at once and behind the steps, and how one becomes the other",
+    "checkpoint.py": "how a checkpoint is written, verified, found, read and removed: each relies on the others",
     "configurator.py": "where settings come from, the range of each number, and prints that never fail",
     "bench.py": "nine benchmarks, each by itself",
     "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
