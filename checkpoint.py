@@ -325,7 +325,7 @@ def verify(folder, only=None):
         return state
     for path in folder.glob("*.safetensors"):  # DCP would read all of them
         if path.name not in digests:
-            raise CheckpointError(f"{path} is not of this checkpoint")
+            raise CheckpointError(f"{path} does not belong to this checkpoint")
     for name, digest in digests.items():
         verify_file(folder / name, digest)
     return state
@@ -536,9 +536,10 @@ def best_step(folders):
 def prune(out_dir, keep):
     """Remove all checkpoints except the last `keep` (at least one) and the best."""
     folders = steps(out_dir)
-    kept = {*list(folders)[-max(1, keep):], best_step(folders)}
+    last = list(folders)[-max(1, keep):]
+    best = best_step(folders)
     for step, folder in folders.items():
-        if step not in kept:
+        if step not in last and step != best:
             discard(folder)
 
 

@@ -99,7 +99,7 @@ def parse_mix(dataset):
     names = [part[1] for part in parts]
     weights = [Fraction(part[2]) for part in parts]
     if min(weights) <= 0 or len(set(names)) < len(names):
-        raise DataError(f"dataset={dataset!r}: weights are above 0, and each dataset stands there once")
+        raise DataError(f"dataset={dataset!r}: weights must be above 0, and no dataset may be named twice")
     return [(name, weight / sum(weights)) for name, weight in zip(names, weights, strict=True)]
 
 

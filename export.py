@@ -29,9 +29,9 @@ from tokenizer import GPT2_PATTERN
 from training.pretrained import CHARACTERS, TABLES, TRANSPOSED, bytes_to_unicode, read_model
 
 # -----------------------------------------------------------------------------
-paths: tuple[str, ...] = ()  # from where and to where, as bare words; to a name that ends in .gguf: for llama.cpp
-ckpt = "latest"         # of a run that goes out: latest | best | a step
-tokenizer = ""          # of what comes in: a file or folder (nanoGPT's data folder); empty: what lies beside it
+paths: tuple[str, ...] = ()  # from where and to where, as bare words; a target NAME.gguf is for llama.cpp
+ckpt = "latest"         # which checkpoint of a run: latest | best | a step
+tokenizer = ""          # of a model from elsewhere: a file or folder (nanoGPT's data folder); empty: the one beside it
 dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat16 | q8_0 (8 bits, a scale for each 32)
 # -----------------------------------------------------------------------------
 
@@ -66,13 +66,12 @@ def family_of(config, families, project):
     own = {**vars(config), "n_kv_head": "n_head" if config.kv_heads == config.n_head else config.kv_heads}
     obstacles = {}
     for family, allowed in families.items():
-        odd_keys = [key for key, values in allowed.items() if own[key] not in values]
-        obstacles[family] = [f"{key}={getattr(config, key)}" for key in odd_keys]
+        keys = [key for key, values in allowed.items() if own[key] not in values]
+        obstacles[family] = [f"{key}={getattr(config, key)}" for key in keys]
     nearest = min(obstacles, key=lambda family: len(obstacles[family]))
-    odd = obstacles[nearest]
-    if odd:
-        raise ValueError(f"nothing of {project} can express this model; nearest is {nearest}, and in its way "
-                         f"{'is' if len(odd) == 1 else 'are'} {', '.join(odd)}")
+    if obstacles[nearest]:
+        raise ValueError(f"no model of {project} can express this one; the nearest is {nearest}, which does not have "
+                         f"{', '.join(obstacles[nearest])}")
     return nearest
 
 
@@ -219,9 +218,11 @@ def tokenizer_files(tokenizer):
 def words_and_merges(tokenizer):
     """A BPETokenizer's tokens, and the pairs that make them, as GPT-2's files spell them. Raises ValueError."""
     if tokenizer.pattern != GPT2_PATTERN:
-        raise ValueError("the tokenizer cuts texts in another way than GPT-2's, which no file there can express")
-    spell = bytes_to_unicode()
-    words = {piece: "".join(spell[byte] for byte in piece) for piece in tokenizer.pieces}
+        raise ValueError("the tokenizer splits texts in another way than GPT-2's, and these files cannot express that")
+    character = bytes_to_unicode()
+    words = {}
+    for piece in tokenizer.pieces:
+        words[piece] = "".join(character[byte] for byte in piece)
     return [*words.values()], [(words[a], words[b]) for a, b in merges_of(tokenizer.pieces)]
 
 
@@ -266,7 +267,7 @@ def write_gguf(model, tokenizer, target, dtype="float32"):
     beside = target.with_name(target.name + ".writing")  # gguf opens files by name
     family = family_of(config, LLAMA_CPP, "llama.cpp")
     if target.exists():
-        fail(f"{target} is there already: give another name")
+        fail(f"{target} already exists: give another name")
     short = DTYPES[dtype]
     writer = gguf.GGUFWriter(beside, family)
     add_sizes(writer, config, family)
@@ -356,8 +357,8 @@ def gguf_words(tokenizer):
     if wide:
         raise ValueError(f"the tokenizer has {wide[0]!r} as a token, and llama.cpp takes only ASCII characters as "
                          "tokens: train on the tokens of a BPE tokenizer instead (data/text/prepare.py)")
-    spell = bytes_to_unicode()
-    return [spell[ord(c)] for c in tokenizer.chars], []
+    character = bytes_to_unicode()
+    return [character[ord(c)] for c in tokenizer.chars], []
 
 
 # -----------------------------------------------------------------------------
@@ -393,7 +394,7 @@ def main(c):
     if to_llama_cpp and c.dtype not in DTYPES:
         fail(f"dtype={c.dtype!r} is not one of {', '.join(DTYPES)}")
     if not to_llama_cpp and c.dtype != "float32":
-        fail(f"dtype={c.dtype!r} is not one of float32, as this is no .gguf")
+        fail(f"dtype={c.dtype!r} is for a .gguf: here it is float32")
     try:
         model, tokenizer, state = read_model(c.paths[0], c.ckpt, c.tokenizer)
         if to_llama_cpp:

@@ -49,10 +49,8 @@ BORDER = re.compile(rf"(?<=[^{WHITE}])[{WHITE}]|(?<=[{LETTERS}])[!-@\[-`{{-~\u30
 
 
 def code_points(text):
-    """Unicode code points of `text`, in chunks. -> yields (position, uint32 (n,)).
-
-    Python allows a lone surrogate in a str. It passes, so that an error can name it like any other character.
-    """
+    """Unicode code points of `text`, in chunks. -> yields (position, uint32 (n,))."""
+    # Python allows a lone surrogate in a str; it passes here, so that an error can name it like any other character
     for start in range(0, len(text), CHUNK):
         raw = text[start : start + CHUNK].encode("utf-32-le", "surrogatepass")
         yield start, np.frombuffer(raw, dtype="<u4")
@@ -325,7 +323,8 @@ def _from_json(raw):
     if not _is_strings(specials):
         raise ValueError('expected "specials", a list of names')
     if kind == BPETokenizer.kind:
-        pieces, pattern = fields.get("pieces"), fields.get("pattern")
+        pieces = fields.get("pieces")
+        pattern = fields.get("pattern")
         if not _is_strings(pieces) or not isinstance(pattern, str):
             raise ValueError('expected "pieces", a list of tokens in base64, and "pattern", a regular expression')
         return BPETokenizer([base64.b64decode(piece, validate=True) for piece in pieces], pattern, specials)

@@ -85,12 +85,14 @@ def build(config, tensors):
         if name not in params or name not in tensors:
             where = "in the file alone" if name in tensors else "not in the file"
             raise ValueError(f"{name} is {where}: it holds another model")
-        p, tensor = params[name], tensors[name]
+        p = params[name]
+        tensor = tensors[name]
+        rows = len(p)  # to copy
+        rows_needed = len(tensor)
         if name in TABLES:
-            rows, needed = min(len(p), len(tensor)), config.vocab_size
-        else:
-            rows, needed = len(p), len(tensor)
-        if p.shape[1:] != tensor.shape[1:] or rows < needed:
+            rows = min(len(p), len(tensor))
+            rows_needed = config.vocab_size
+        if p.shape[1:] != tensor.shape[1:] or rows < rows_needed:
             raise ValueError(f"{name} is {tuple(tensor.shape)} in the file and {tuple(p.shape)} in the model")
         with torch.no_grad():
             p[:rows].copy_(tensor[:rows])
@@ -112,7 +114,7 @@ def from_nanogpt(path):
     except Exception as error:  # torch raises many kinds for a file that is damaged or asks to run something
         raise ValueError(f"{path} is refused ({str(error).splitlines()[0]})") from None
     if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
-        raise ValueError(f'{path} is no checkpoint of nanoGPT: it lacks "model" or "model_args"')
+        raise ValueError(f'{path} is not a checkpoint of nanoGPT: it lacks "model" or "model_args"')
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     sizes = {name: saved["model_args"][name] for name in names if name in saved["model_args"]}
     if GPT2_VOCAB < sizes.get("vocab_size", 0) <= NANOGPT_VOCAB:
@@ -158,7 +160,7 @@ def gpt2_activation(fields, folder):
     if activation is None and not unknown:
         unknown = [f"activation_function={fields['activation_function']}"]
     if unknown:
-        raise ValueError(f"{folder}: {', '.join(unknown)} is nothing that model.py knows")
+        raise ValueError(f"{folder}: model.py does not know {', '.join(unknown)}")
     return activation
 
 
@@ -216,12 +218,12 @@ def from_hub(name):
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        fail(f"{name} is neither a file nor a folder; to have it from the Hub: pip install huggingface-hub")
+        fail(f"{name} is neither a file nor a folder; to load it from the Hub: pip install huggingface-hub")
     try:
         files = ["config.json", "vocab.json", "tokenizer.json", "*.safetensors"]
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # no network, no such model: their errors have no class in common
-        fail(f"{name} is neither a file nor a folder, nor to be had from the Hub ({type(error).__name__}: {error})")
+        fail(f"{name} is neither a file nor a folder, and the Hub does not give it ({type(error).__name__}: {error})")
 
 
 # -----------------------------------------------------------------------------
@@ -266,7 +268,7 @@ def gpt2_vocabulary(path):
     """vocab.json -> BPETokenizer. Raises ValueError where the ids are not in the order of the merges."""
     ids = read_object(path)
     if not all(isinstance(i, int) for i in ids.values()):
-        raise ValueError(f"{path} is damaged: its ids are no whole numbers")
+        raise ValueError(f"{path} is damaged: its ids are not whole numbers")
     special = ids.pop(END_OF_TEXT, None)
     words = sorted(ids, key=ids.get)
     if special != len(words) or [ids[word] for word in words] != list(range(len(words))):
@@ -335,7 +337,10 @@ def bytes_to_unicode():
 def pieces_of(words):
     """Tokens as GPT-2's vocab.json spells them -> their bytes. Raises ValueError."""
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    pieces = []
     try:
-        return [bytes(byte_of[character] for character in word) for word in words]
+        for word in words:
+            pieces.append(bytes(byte_of[character] for character in word))
+        return pieces
     except KeyError as error:
         raise ValueError(f"{error} stands for no byte in GPT-2's spelling") from None
