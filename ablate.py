@@ -46,10 +46,10 @@ import torch
 
 import checkpoint
 from configurator import Key, configure, fail, nearest, read_file, read_keys, show
+from dataset import open_datasets, open_tokens
 from device import pick_device
 from eval import evaluate
 from infer import load
-from loader import open_datasets, open_tokens
 from plan import meta_model, model_fields
 from reporting.tables import divergence, figures
 from training.start import vocabulary

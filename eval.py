@@ -24,14 +24,14 @@ import torch
 
 from checkpoint import run_of
 from configurator import configure, fail
+from dataset import open_datasets, open_tokens
 from device import autocast, inference_kernels, memory_is_full, pick_device, pick_dtype
-from files import finite as plain
-from files import read_lines
+from files import finite, read_lines, sha256
 from infer import Engine, load, stretch
 from inference.quantize import convert
 from inference.sampling import sampling_from
 from inference.tasks import last_word, multiple_choice, open_items, passkey, score_tokens
-from loader import fixed_batches, open_datasets, open_tokens, sha256
+from loader import fixed_batches
 
 # -----------------------------------------------------------------------------
 what = "loss"       # the first word: loss | prompts | choice | lastword | context | passkey
@@ -398,7 +398,7 @@ def main():
         if full := memory_is_full(e):
             fail(f"{full}: a smaller --batch_size or --block_size takes less")
         raise
-    print(json.dumps({**plain(result), "step": state["step"]}))
+    print(json.dumps({**finite(result), "step": state["step"]}))
 
 
 if __name__ == "__main__":

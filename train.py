@@ -23,8 +23,9 @@ import torch
 
 import checkpoint
 from configurator import Settings, configure, fail
+from dataset import DataError
 from files import FolderLock, clock_face
-from loader import DataError, Loader, data_step
+from loader import Loader, data_step
 from model import GPT
 from optim import Optimizers, lr_at
 from parallel import Layout

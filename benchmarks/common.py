@@ -21,8 +21,8 @@ import torch
 from configurator import fail
 from device import use_sdpa
 from files import read_lines
-from training.ranks import all_fail_together
 from training.monitor import cpu_name, git
+from training.ranks import all_fail_together
 
 ROOT = Path(__file__).resolve().parents[1]
 # the parts of a training step, as metrics.jsonl names them

@@ -26,7 +26,8 @@ import torch
 
 from benchmarks.common import PARTS, ROOT, machine, new_folder, read_run, run_script, table
 from configurator import fail, read_file, read_keys
-from loader import Loader, Tokens, find_dataset
+from dataset import Tokens, find_dataset
+from loader import Loader
 
 # What nanoGPT's data/openwebtext/prepare.py does with a corpus that is on disk: tokens by datasets.map in `procs`
 # processes, then 1,024 slices into a memmap. Its arguments: corpus, folder, procs, our tokenizer.json (the same ranks)

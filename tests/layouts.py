@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import machine  # noqa: E402
 from benchmarks.memory import held_bytes  # noqa: E402
+from dataset import Tokens  # noqa: E402
 from eval import evaluate  # noqa: E402
-from loader import Loader, Tokens  # noqa: E402
+from loader import Loader  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import Optimizers, local, map_state  # noqa: E402
 from parallel import Layout  # noqa: E402

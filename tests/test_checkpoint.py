@@ -23,6 +23,7 @@ import infer
 from checkpoint import CheckpointError
 from model import GPT, GPTConfig
 from optim import Optimizers
+from training import saver
 
 pytest_plugins = ["runs"]
 
@@ -506,7 +507,7 @@ def test_a_pickle_beside_the_shards_is_not_read(trained, tmp_path):
 def test_a_damaged_shard_is_noticed(damage, trained, tmp_path):
     good, bad = (put_sharded(tmp_path, trained, step) for step in (1, 2))
     damage(the_shard(bad))
-    with pytest.raises(CheckpointError, match="step_00000002/shard-.*(damaged|missing|not of this checkpoint)"):
+    with pytest.raises(CheckpointError, match="step_00000002/shard-.*(damaged|missing|does not belong)"):
         checkpoint.consolidate(tmp_path)
     said = []
     assert checkpoint.latest_good(tmp_path, said.append)[0] == good and "set aside" in said[0]
@@ -549,7 +550,7 @@ def test_shards_are_of_the_moment_and_written_later(trained, tmp_path, monkeypat
         begin(final)
 
     monkeypatch.setattr(checkpoint, "begin", held_up)
-    behind, state = checkpoint.Background(), {"step": 1, "val_loss": None, "window": [1.0]}
+    behind, state = saver.Background(), {"step": 1, "val_loss": None, "window": [1.0]}
     behind.save(tmp_path, *trained, state, keep=2)
     state["window"].append(2.0)
     trained[1].step()
@@ -574,7 +575,7 @@ def flat(tree, name=""):
 
 
 def test_an_error_behind_is_raised_once_where_it_is_waited_for(trained, tmp_path, monkeypatch):
-    behind = checkpoint.Background()
+    behind = saver.Background()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "finish", lambda *args: 1 / 0)
         behind.save(tmp_path, *trained, {"step": 1, "val_loss": None}, 1)
@@ -589,7 +590,8 @@ def test_an_error_behind_is_raised_once_where_it_is_waited_for(trained, tmp_path
 # the thread that writes is held up until the run waits for it, which is as late as it can be
 LATE = """
 import checkpoint, errno, optim, os, signal, threading
-begin, wait, waited = checkpoint.begin, checkpoint.Background.wait, threading.Event()
+from training import saver
+begin, wait, waited = checkpoint.begin, saver.Background.wait, threading.Event()
 def held_up(final):
     assert waited.wait(60)
     begin(final)
@@ -598,7 +600,7 @@ def waits(self):
         waited.set()
     wait(self)
     waited.clear()
-checkpoint.begin, checkpoint.Background.wait = held_up, waits
+checkpoint.begin, saver.Background.wait = held_up, waits
 """
 STOP = """
 step, count = optim.Optimizers.step, []

@@ -18,10 +18,10 @@ import checkpoint
 import device
 from checkpoint import file_sha256, load_model_tensors, own_sha256
 from data.common import shard_header, write_dataset
+from dataset import Mix, Tokens, read_manifest
 from eval import code, evaluate, text_size
 from export import NoOptimizer
 from infer import load, stretch
-from loader import Mix, Tokens, read_manifest
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 

@@ -13,9 +13,10 @@ from test_tokenizer import RANKS, needs_ranks
 
 import checkpoint
 from data.common import write_dataset
+from dataset import Tokens
 from export import NoOptimizer, bytes_to_unicode, merges_of
 from infer import Engine, load
-from loader import Loader, Tokens
+from loader import Loader
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 
@@ -495,10 +496,10 @@ def test_mistakes_on_the_way_to_a_gguf_are_one_line(tmp_path, call_script):
     make_run(tmp_path / "cut", BPETokenizer(BPE.pieces, r"\w+|\W+"))
     (tmp_path / "there.gguf").write_text("")
     for words, named in (
-        (("run", "there.gguf"), "is there already"), (("wide", "m.gguf"), "'é'"),
+        (("run", "there.gguf"), "already exists"), (("wide", "m.gguf"), "'é'"),
         (("endless", "m.gguf"), "ends a text"),
         (("cut", "m.gguf"), "another way than GPT-2's"), (("run", "m.gguf", "--dtype=int8"), "q8_0"),
-        (("run", "folder", "--dtype=q8_0"), "no .gguf"), (("cut", "folder"), "another way than GPT-2's"),
+        (("run", "folder", "--dtype=q8_0"), "for a .gguf"), (("cut", "folder"), "another way than GPT-2's"),
         (("run", "none/m.gguf"), "none"),
     ):
         words = [str(tmp_path / word) if not word.startswith("--") else word for word in words]

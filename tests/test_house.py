@@ -18,11 +18,13 @@ from configurator import read_file, read_keys  # noqa: E402
 ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
     "files keys device cross_entropy",
-    "configurator model tokenizer training.ranks reporting.isoflop",
+    "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop",
+    "dataset",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
     "inference.sampling inference.kvcache inference.quantize",
-    "training.guard training.tensor_parallel training.pipeline_parallel infer export inference.tasks reporting.history",
-    "parallel eval reporting.tables reporting.page",
+    "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer inference.tasks "
+    "reporting.history",
+    "parallel eval export reporting.tables reporting.page",
     "training.origin training.start training.saver training.measure reporting.alarm benchmarks.common",
     "training.warmup",
     "train benchmarks.*",
@@ -43,12 +45,10 @@ MOST_LINES = 450
 LONGER = {  # file: why it is one file all the same
     "model.py": "the whole architecture, every choice of it in sight of the others",
     "train.py": "a hundred lines of settings above the story",
-    "checkpoint.py": "plain and sharded, at once and behind the steps, and how one becomes the other",
+    "checkpoint.py": "how a checkpoint is written, verified, found, read and removed: each relies on the others",
     "device.py": "what a machine offers a run: device, precision, kernels, a compiler, its speed, its memory",
     "doctor.py": "one machine, and the ranks on many: one report",
-    "loader.py": "which shards a dataset has, the order of their tokens, and batches in that order",
     "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
-    "export.py": "two ways in and two ways out, each by itself",
     "plan.py": "memory, time and the layouts there are, each formula beside its source",
 }
 

@@ -16,24 +16,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import loader
+import dataset as dataset_module
 from data.common import shard_header, write_dataset
-from loader import (
+from dataset import (
     DataError,
-    Loader,
-    MixedOrder,
-    Order,
     Tokens,
     find_dataset,
-    fixed_batches,
-    keyed,
     open_datasets,
     open_tokens,
     parse_mix,
-    permute,
     read_manifest,
     verify_shards,
 )
+from loader import Loader, MixedOrder, Order, fixed_batches, keyed, permute
 from tokenizer import CharTokenizer
 from training.start import vocabulary
 
@@ -397,7 +392,7 @@ def test_datasets_are_found_by_path_and_by_name(tiny_dataset, tmp_path, monkeypa
     shutil.copytree(tiny_dataset, root / "data" / "tiny")
     (root / "data" / "other").mkdir()
     (root / "data" / "other" / "prepare.py").touch()
-    monkeypatch.setattr(loader, "__file__", str(root / "loader.py"))
+    monkeypatch.setattr(dataset_module, "__file__", str(root / "dataset.py"))
     monkeypatch.chdir(tmp_path)
     assert find_dataset("tiny") == root / "data" / "tiny"
     refused(lambda: find_dataset("other"), "'other' is not prepared", root / "data" / "other" / "prepare.py")
@@ -451,7 +446,8 @@ def test_a_split_without_a_target(tmp_path, n_tokens):
 MEMORY = """
 import os, sys
 import numpy as np
-from loader import Loader, Order, Tokens
+from dataset import Tokens
+from loader import Loader, Order
 
 def megabytes():  # resident, as the system sees it
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
@@ -717,11 +713,11 @@ def test_all_datasets_share_the_files_that_are_open(tmp_path):
     for start in range(0, 297, 3):
         for tokens in several:
             assert tokens.read([start], 3)[0].tolist() == [start, start + 1, start + 2]
-    assert len(loader.OPEN.files) == loader.MOST_FILES
+    assert len(dataset_module.OPEN.files) == dataset_module.MOST_FILES
     owners = {tokens.owner for tokens in several}
     del several, tokens
     gc.collect()
-    assert not owners & {owner for owner, _ in loader.OPEN.files}
+    assert not owners & {owner for owner, _ in dataset_module.OPEN.files}
 
 
 def meta_pkl(folder, itos, **fields):
@@ -774,10 +770,10 @@ def test_a_dataset_that_says_nothing_is_gpt2s(tmp_path):
 FEW_FILES = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-import threading, loader
+import threading, dataset
 if sys.argv[2] == "late":  # more than the limit was thought to allow
-    loader.OPEN.most = 1000
-several = [loader.Tokens(folder, "train") for folder in sys.argv[3:]]
+    dataset.OPEN.most = 1000
+several = [dataset.Tokens(folder, "train") for folder in sys.argv[3:]]
 wrong = []
 def read(tokens):
     for start in range(0, 297, 3):
@@ -786,7 +782,7 @@ def read(tokens):
 threads = [threading.Thread(target=read, args=(tokens,)) for tokens in several]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-print(len(wrong), loader.OPEN.most, len(loader.OPEN.files))
+print(len(wrong), dataset.OPEN.most, len(dataset.OPEN.files))
 """
 
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dataset import read_manifest
 from device import rss_gb
-from loader import read_manifest
 from training import monitor
 from training.monitor import Hardware, Run, StepTimer, environment
 from training.profiler import Profiler, communication, covered, largest

@@ -16,7 +16,7 @@ from test_reading import write_corpus
 from test_tokenizer import BPE, RANKS, needs_ranks
 
 from configurator import Settings, configure, read_keys
-from loader import Tokens
+from dataset import Tokens
 from reading import InputFile, read_chunks
 from tokenizer import load_tokenizer
 

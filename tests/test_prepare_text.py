@@ -16,8 +16,8 @@ from test_tokenizer import BPE, RANKS, needs_ranks
 
 import sources
 from common import BESIDE
+from dataset import Tokens
 from files import sha256
-from loader import Tokens
 from reading import ENDINGS
 from tokenizer import CharTokenizer, load_tokenizer
 

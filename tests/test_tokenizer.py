@@ -232,18 +232,6 @@ def test_streaming_shows_what_is_broken_at_the_end():
         BPE.decode([262])
 
 
-@pytest.mark.parametrize("tokenizer", [BPE, CharTokenizer.from_text("the ")], ids=["bpe", "char"])
-def test_batches(tokenizer):
-    texts = ["the the", "", "t"]
-    rows = tokenizer.encode_batch(texts)
-    assert rows == [tokenizer.encode(text) for text in texts]
-    ids, mask = tokenizer.encode_batch(texts, pad=True)
-    assert ids.shape == mask.shape == (3, len(rows[0])) and mask.sum(1).tolist() == [len(row) for row in rows]
-    assert [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)] == rows
-    assert (ids[~mask] == tokenizer.eos).all() and (np.diff(mask.astype(int), axis=1) <= 0).all()  # on the right
-    assert tokenizer.encode_batch([], pad=True)[0].shape == (0, 0)
-
-
 def test_half_a_character_has_no_bytes():
     with pytest.raises(ValueError, match=r"U\+D83D at position 2"):
         BPE.encode("ab\ud83d")

@@ -288,7 +288,7 @@ def server(request, monkeypatch):
 def test_wandb_goes_offline_where_its_server_does_not_help(server, tmp_path):
     """In a process of its own, as wandb keeps what it has read of the environment."""
     pytest.importorskip("wandb")
-    code = ("import pathlib, sys, track\n"
+    code = ("import sys\nfrom training import track\n"
             "track.SECONDS = 1\n"
             "run = track.Tracker('wandb', sys.argv[1], {'a': 1}, 'p', 'n', 0, lambda text: print('warning', text))\n"
             "run.log({'step': 1, 'loss': 2.5})\n"

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 import checkpoint
 import plan
-from loader import Loader, Tokens
+from dataset import Tokens
+from loader import Loader
 from model import GPT, GPTConfig
 
 pytest_plugins = ["runs"]

@@ -10,10 +10,10 @@ from typing import Any
 
 import checkpoint
 from configurator import fail, nearest
-from export import read_model
 from loader import data_step
 from model import GPTConfig
 from training.guard import parse_steps, read_skipped
+from training.pretrained import read_model
 
 # these must be the same on resume, besides the model's shape: otherwise it would be another run
 MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "optimizer")

@@ -16,6 +16,7 @@ import torch
 import checkpoint
 import plan
 from configurator import fail
+from dataset import open_datasets, open_tokens, verify_shards
 from device import (
     SDPA,
     allocate_in_segments,
@@ -27,7 +28,6 @@ from device import (
     use_sdpa,
     use_tf32,
 )
-from loader import open_datasets, open_tokens, verify_shards
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer, meta_vocab_size
 from training import guard

@@ -1,12 +1,12 @@
 """
-Trackers: what metrics.jsonl gets goes to wandb, trackio or TensorBoard, too.
+Trackers: send what metrics.jsonl gets to wandb, trackio or TensorBoard as well.
 
     tracker=wandb         wandb_project, wandb_run_name; offline by itself where there is no key or no network
     tracker=trackio       the same names, in trackio's own folder: trackio show
     tracker=tensorboard   out_dir/tensorboard: tensorboard --logdir out
 
-A run never depends on one: what fails there is said once, and waits are bounded. A resumed run goes on under the same
-id, which lies in out_dir/tracker_id. The packages are in the pip extra `track`.
+A run never depends on its tracker: a failure is one warning, and every wait has a limit. A resumed run keeps its id,
+which is in out_dir/tracker_id. The packages are in the pip extra `track`.
 """
 
 import atexit
@@ -24,67 +24,76 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 TRACKERS = ("", "wandb", "trackio", "tensorboard")
-SECONDS = 5  # for a server to answer at all; what wandb waits for at the start and the end are a few times this
+SECONDS = 5  # how long a server may take to answer; at its start and end wandb may wait a few times as long
 
 
 class Tracker:
-    """One tracker of one run, or none: kind "" does nothing. `warn` is called at most once, and nothing is raised."""
+    """One tracker of one run, or none: kind "" does nothing. It calls `warn` at most once, and raises nothing."""
 
     def __init__(self, kind, run_dir, config, project, name, step=0, warn=print):
-        """`step` updates were done before: above 0 a run that goes on."""
-        self.kind, self.warn, self.where = kind, warn, ""
-        self.send = self.end = None  # send(values, step), end(failed)
+        """`step` updates were done before: above 0 it is a resumed run."""
+        self.kind = kind
+        self.warn = warn
+        self.where = ""  # where to look at it, for people
+        self.send = None  # send(values, step)
+        self.end = None  # end(failed)
         if not kind:
             return
         begin = {"wandb": begin_wandb, "trackio": begin_trackio, "tensorboard": begin_tensorboard}[kind]
-        begun = self.tried(lambda: begin(Path(run_dir), config, project, name, step))
+        begun = self.try_call(lambda: begin(Path(run_dir), config, project, name, step))
         if begun:
             self.send, self.end, self.where = begun
-            atexit.register(self.finish, failed=True)  # of an error that nobody expected
+            atexit.register(self.finish, failed=True)  # after an error that nobody expected
 
     def log(self, record):
-        """A record of metrics.jsonl."""
+        """Send a record of metrics.jsonl."""
         if self.send:
             values = flat(record)
             step = values.pop("step")
-            self.tried(lambda: self.send(values, step))
+            self.try_call(lambda: self.send(values, step))
 
     def finish(self, failed=False):
-        """The run has ended."""
-        if self.end:
-            end, self.send, self.end = self.end, None, None
-            self.tried(lambda: end(failed))
+        """Close the tracker at the end of the run, once."""
+        end = self.end
+        self.send = None
+        self.end = None
+        if end:
+            self.try_call(lambda: end(failed))
 
-    def tried(self, call):
+    def try_call(self, call):
+        """What `call` returns. After an error: None, with a warning, and no record is sent any more."""
         try:
             return call()
         except Exception as e:
             self.send = None
-            missing = isinstance(e, ModuleNotFoundError)
-            why = f"{e.name} is not installed: pip install -e '.[track]'" if missing else one_line(e)
-            self.warn(f"tracker={self.kind} does not work ({why}); everything is in metrics.jsonl")
+            reason = one_line(e)
+            if isinstance(e, ModuleNotFoundError):
+                reason = f"{e.name} is not installed: pip install -e '.[track]'"
+            self.warn(f"tracker={self.kind} does not work ({reason}); everything is in metrics.jsonl")
             return None
 
 
 def one_line(error):
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
+    """The first line of an error's message that is not empty, or else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def flat(record):
-    """A record of metrics.jsonl -> its finite numbers by one name each: grad_norms/embed, attn_entropy/layer_0."""
-    found = {}
+    """The finite numbers in a record of metrics.jsonl, by one name each: grad_norms/embed, attn_entropy/layer_0."""
+    numbers = {}
     for key, value in record.items():
         if isinstance(value, (list, tuple)):
-            value = {f"layer_{i}": one for i, one in enumerate(value)}
+            value = {f"layer_{i}": item for i, item in enumerate(value)}
         if isinstance(value, dict):
-            found |= {f"{key}/{name}": one for name, one in flat(value).items()}
+            numbers |= {f"{key}/{name}": item for name, item in flat(value).items()}
         elif isinstance(value, (int, float)) and math.isfinite(value):
-            found[key] = value
-    return found
+            numbers[key] = value
+    return numbers
 
 
 def id_of(run_dir, resumed):
-    """The id under which the tracker knows this run; a run that begins anew has a new one."""
+    """The id by which the tracker knows this run. A run that is not resumed gets a new one."""
     path = run_dir / "tracker_id"
     if not (resumed and path.exists()):
         path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
@@ -96,37 +105,50 @@ def id_of(run_dir, resumed):
 
 
 def begin_wandb(run_dir, config, project, name, step):
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which goes over the network in offline mode, too
+    """-> (send(values, step), end(failed), where to look at it). Raises whatever wandb does."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it uses the network in offline mode as well
     import wandb
 
-    mode, why = wandb_mode(wandb)
-    wanted = {"console": "off", "silent": True, "init_timeout": 4.0 * SECONDS, "login_timeout": 4.0 * SECONDS,
-              "finish_timeout": 4.0 * SECONDS}  # the last of newer versions
-    settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
-    common = {"project": project, "name": name, "id": id_of(run_dir, step), "dir": os.fspath(run_dir), "config": config,
-              "allow_val_change": True, "settings": settings}
+    mode, reason = wandb_mode(wandb)
+    options = {"project": project, "name": name, "id": id_of(run_dir, step), "dir": os.fspath(run_dir),
+               "config": config, "allow_val_change": True, "settings": wandb_settings(wandb)}
     try:
-        run = wandb.init(mode=mode, **common, **({"resume": "allow"} if mode == "online" else {}))
+        run = wandb.init(mode=mode, **options, **({"resume": "allow"} if mode == "online" else {}))
     except Exception as e:  # a wrong key, a server that is down
         if mode != "online":
             raise
-        mode, why = "offline", one_line(e)
+        mode = "offline"
+        reason = one_line(e)
         wandb.teardown()  # its process still holds the run's id
-        run = wandb.init(mode=mode, **common)
+        run = wandb.init(mode=mode, **options)
     run.define_metric("*", step_metric="step")
 
-    def send(values, step):  # as a value: wandb's own count would refuse the steps that a resumed run repeats
-        run.log({**values, "step": step})
+    def send(values, step):
+        run.log({**values, "step": step})  # a value: wandb's own count would refuse steps that a resumed run repeats
 
-    where = f"wandb {run.url}" if mode == "online" else f"wandb {mode} ({why}); wandb sync {Path(run.dir).parent}"
-    return send, lambda failed: run.finish(exit_code=int(failed)), where
+    def end(failed):
+        run.finish(exit_code=int(failed))
+
+    where = f"wandb {run.url}"
+    if mode != "online":
+        where = f"wandb {mode} ({reason}); wandb sync {Path(run.dir).parent}"
+    return send, end, where
+
+
+def wandb_settings(wandb):
+    """Silent, with bounded waits. finish_timeout is known to newer versions of wandb only."""
+    seconds = 4.0 * SECONDS
+    wanted = {"console": "off", "silent": True, "init_timeout": seconds, "login_timeout": seconds,
+              "finish_timeout": seconds}
+    known = {key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}
+    return wandb.Settings(**known)
 
 
 def wandb_mode(wandb):
-    """-> ("online" | "offline" | another that WANDB_MODE asks for, why)"""
+    """-> ("online", "offline" or another mode that WANDB_MODE asks for; the reason)"""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"], "as WANDB_MODE says"
-    settings = wandb.setup().settings  # with those of the environment and of its files
+    settings = wandb.setup().settings  # includes the environment's and those of its files
     if not has_key(settings):
         return "offline", "no key: wandb login"
     if not reachable(settings.base_url):
@@ -135,19 +157,19 @@ def wandb_mode(wandb):
 
 
 def has_key(settings):
-    """Whether wandb need not ask for a key: it is in its settings, the environment, or ~/.netrc."""
+    """Whether wandb finds a key without asking for one: in its settings, the environment, or ~/.netrc."""
     if settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         with contextlib.suppress(OSError, netrc.NetrcParseError, TypeError):
-            found = netrc.netrc(os.path.expanduser(path)).hosts
-            if urlsplit(settings.base_url).hostname in found:
+            hosts = netrc.netrc(os.path.expanduser(path)).hosts
+            if urlsplit(settings.base_url).hostname in hosts:
                 return True
     return False
 
 
 def reachable(url):
-    """Whether a server answers, whatever it says. In a thread, as looking up its name heeds no time limit."""
+    """Whether a server answers, whatever the answer. It asks in a thread: looking up a name knows no time limit."""
     answered = threading.Event()
 
     def ask():
@@ -155,7 +177,7 @@ def reachable(url):
             try:
                 urllib.request.urlopen(url, timeout=SECONDS).close()
             except urllib.error.HTTPError:
-                pass  # an answer, too
+                pass  # an error is an answer
             answered.set()
 
     threading.Thread(target=ask, daemon=True).start()
@@ -167,29 +189,38 @@ def reachable(url):
 
 
 def begin_trackio(run_dir, config, project, name, step):
+    """As begin_wandb. trackio's own lines are not shown."""
     import trackio
 
     with contextlib.redirect_stdout(io.StringIO()):
         run = trackio.init(project=project, name=f"{name}-{id_of(run_dir, step)}", config=config, resume="allow",
                            embed=False, auto_log_gpu=False, auto_log_cpu=False)
 
+    def send(values, step):
+        run.log(values, step=step)
+
     def end(failed):
         with contextlib.redirect_stdout(io.StringIO()):
             run.finish()
 
-    return lambda values, step: run.log(values, step=step), end, f"trackio; trackio show --project {project}"
+    return send, end, f"trackio; trackio show --project {project}"
 
 
 def begin_tensorboard(run_dir, config, project, name, step):
+    """As begin_wandb."""
     if not importlib.util.find_spec("tensorboard"):
         raise ModuleNotFoundError(name="tensorboard")  # torch's own error does not name it
     from torch.utils.tensorboard import SummaryWriter
 
     folder = run_dir / "tensorboard"
-    writer = SummaryWriter(os.fspath(folder), purge_step=step + 1 if step else None)  # what a resumed run repeats
+    purge_step = step + 1 if step else None  # a resumed run repeats the steps from here on
+    writer = SummaryWriter(os.fspath(folder), purge_step=purge_step)
 
     def send(values, step):
         for key, value in values.items():
             writer.add_scalar(key, value, step)
 
-    return send, lambda failed: writer.close(), f"tensorboard --logdir {folder}"
+    def end(failed):
+        writer.close()
+
+    return send, end, f"tensorboard --logdir {folder}"
