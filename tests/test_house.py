@@ -23,8 +23,8 @@ FLOORS = [
     "configurator files device cross_entropy",
     "model tokenizer training.ranks reporting.isoflop",
     "loader optim checkpoint plan training.guard training.probe training.track training.monitor inference.sampling "
-    "inference.kvcache inference.quantize",
-    "training.tensor_parallel training.pipeline_parallel infer export inference.tasks reporting.history",
+    "inference.kvcache inference.quantize inference.tasks inference.samples",
+    "training.tensor_parallel training.pipeline_parallel infer export inference.long_context reporting.history",
     "parallel eval reporting.tables reporting.page",
     "training.start training.saver training.measure reporting.alarm benchmarks.common",
     "train benchmarks.*",
