@@ -125,8 +125,13 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
             sizes += size
             rates += float(weight) * total / math.log(2) / np.maximum(size, 1)
     model.train(was_training)
-    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits": loss / math.log(2), "tokens": tokens_read,
-              "tokens_sha256": digests[0] if len(digests) == 1 else sha256("".join(digests))}
+    result = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits": loss / math.log(2),
+        "tokens": tokens_read,
+        "tokens_sha256": digests[0] if len(digests) == 1 else sha256("".join(digests)),
+    }
     if tokenizer and sizes.all():
         result |= {"bits_per_character": float(rates[0]), "bits_per_byte": float(rates[1]),
                    "characters": int(sizes[0]), "bytes": int(sizes[1])}

@@ -45,7 +45,8 @@ def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0
     folder, state = find(out_dir, which, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     run = run_of(folder)
     try:
-        beside = (Path(folder) / "tokenizer.json").exists()  # a checkpoint folder that was taken out of its run
+        # a checkpoint folder that was taken out of its run may have its own
+        beside = (Path(folder) / "tokenizer.json").exists()
         tokenizer = load_tokenizer(folder if beside else run)
     except FileNotFoundError:
         tokenizer = None
@@ -285,7 +286,9 @@ class Engine:
             if own > self.blocks.free:
                 self.blocks.release(shared)
                 return
-            window = self.model.config.block_size if self.slide else len(self.blocks.users) * self.block
+            window = len(self.blocks.users) * self.block  # never reached
+            if self.slide:
+                window = self.model.config.block_size
             request.table = BlockTable(shared + self.blocks.allocate(own), self.block, window)
             request.cached = len(shared) * self.block
             self.running.append(self.waiting.popleft())
@@ -359,7 +362,8 @@ class Engine:
         request.cached = before + count
         if self.slide:
             return  # its blocks will be overwritten
-        for i in range(before // self.block, min(request.cached, request.prompt_tokens) // self.block):
+        end = min(request.cached, request.prompt_tokens)
+        for i in range(before // self.block, end // self.block):
             self.blocks.publish(tuple(request.ids[: (i + 1) * self.block]), request.table.blocks[i])
 
     def draw(self, request, logits):

@@ -120,7 +120,7 @@ def key_characters(tokenizer):
         characters = "".join(filter(known, alphabet))
         if characters == alphabet or (alphabet[0].isalpha() and len(characters) >= 2):
             return characters
-    raise ValueError("the tokenizer has neither the digits nor two letters, of which a key could be made")
+    raise ValueError("the tokenizer has neither the digits nor two letters to make a key of")
 
 
 def random_keys(characters, count, rng):

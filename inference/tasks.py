@@ -303,4 +303,5 @@ def last_word(model, tokenizer, items, batch_size, context=contextlib.nullcontex
     a word, not of a token: exp of the mean negative log-likelihood of the words."""
     scored = [scores[0] for scores in score_items(model, tokenizer, items, batch_size, context)]
     mean = sum(ll for ll, _ in scored) / len(scored)
-    return {"items": len(items), **share("acc", [hit for _, hit in scored]), "perplexity": math.exp(min(-mean, 700))}
+    right = share("acc", [hit for _, hit in scored])
+    return {"items": len(items), **right, "perplexity": math.exp(min(-mean, 700))}
