@@ -6,12 +6,11 @@ From a checkpoint to text: a generation engine with a paged key-value cache.
     for piece in engine.stream("ROMEO:", temperature=0.8, seed=1):
         print(piece, end="")
 
-Requests join and leave at any step (continuous batching, Yu et al. 2022, "Orca"); keys and values lie in blocks that
-are handed out from one pool (PagedAttention, Kwon et al. 2023, arXiv:2309.06180); a long prompt is read in chunks
-beside the others' tokens (Sarathi, Agrawal et al. 2023, arXiv:2308.16369). All tokens of a step go through the model as
-one row, so each weight is read once; attention is per request. On CUDA a step of one token each is a graph that is
-replayed, attention of all requests being one kernel over their tables of blocks. A request has its own cache and random
-numbers: what it draws does not depend on what is computed beside it, but for rounding.
+Requests join and leave at any step (continuous batching, Yu et al. 2022, "Orca"). Keys and values lie in blocks of one
+pool (PagedAttention, Kwon et al. 2023, arXiv:2309.06180; inference/kvcache.py). A long prompt is read in chunks, beside
+the tokens of other requests (Sarathi, Agrawal et al. 2023, arXiv:2308.16369). All tokens of a step pass the model as
+one row, so each weight is read once. On CUDA a step of one token per request is a graph that is replayed. Each request
+has its own cache and random numbers: except for rounding, what it draws does not depend on the requests beside it.
 
 GPT.generate in model.py is the plain way, which reads the whole context for every token. The tests hold the engine to
 what it generates.
@@ -20,6 +19,7 @@ what it generates.
 import operator
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import torch
 
 from checkpoint import CheckpointError, config_of, find, load_model, run_of
 from device import inference_kernels, pick_device, pick_dtype
-from inference.kvcache import BatchPass, Blocks, StepCache, new_cache, paged_kernel
+from inference.kvcache import BatchPass, Blocks, BlockTable, Part, Pool, StepCache, paged_kernel
 from inference.quantize import computes_bfloat16, convert
 from inference.sampling import Sampling, StopText, penalise, probabilities
 from model import GPT, rope_tables
@@ -35,16 +35,19 @@ from tokenizer import load_tokenizer
 
 
 def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0):
-    """A run's model in eval mode and fp32 on `device`, its tokenizer, the checkpoint's state and folder.
+    """-> (a run's model, in eval mode and fp32 on `device`; its tokenizer; the checkpoint's state; its folder)
 
-    `which` is latest, best or a step; a damaged latest is passed over, which is said on stderr. The tokenizer is None
-    for a run on token ids alone. With rope_scaling the context is rope_factor times as long as it was (`stretch`).
-    Raises CheckpointError naming what is missing or damaged, ValueError where the context cannot be longer.
+    `which` is latest, best or a step. If the latest is damaged, the one before it is used, with a warning on stderr.
+    The tokenizer is None for a run on bare token ids. With rope_scaling the context becomes rope_factor times as long
+    as the one first trained at (`stretch`). Raises CheckpointError naming what is missing or damaged, ValueError where
+    the context cannot become longer.
     """
     folder, state = find(out_dir, which, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     run = run_of(folder)
     try:
-        tokenizer = load_tokenizer(next((f for f in (folder, run) if (Path(f) / "tokenizer.json").exists()), run))
+        # a checkpoint folder that was taken out of its run may have its own
+        beside = (Path(folder) / "tokenizer.json").exists()
+        tokenizer = load_tokenizer(folder if beside else run)
     except FileNotFoundError:
         tokenizer = None
     except (OSError, ValueError) as e:
@@ -57,17 +60,18 @@ def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0
 
 
 def stretch(model, trained, rope_scaling, rope_factor):
-    """Give `model`, trained as the GPTConfig `trained` says, a context rope_factor times as long as the one that it was
-    first trained at, without any training. With rope_scaling "none" its positions go on past that. Raises ValueError
-    where they are learned: there are no more."""
+    """Give `model`, which was trained with the GPTConfig `trained`, a context rope_factor times as long as the one it
+    was first trained at, without any training. With rope_scaling "none" its positions simply continue past that. Raises
+    ValueError for learned positions: there are no more of them."""
     if trained.pos != "rope":
         raise ValueError(f"a context longer than block_size={trained.block_size} needs a model with pos='rope': the "
                          "positions of this one are learned, and end there")
-    size = round(trained.block_size / trained.rope_factor * rope_factor)
+    block_size = round(trained.block_size / trained.rope_factor * rope_factor)
     factor = 1.0 if rope_scaling == "none" else rope_factor
-    model.config = replace(trained, block_size=size, rope_scaling=rope_scaling, rope_factor=factor)
-    for name, table in zip(("rope_cos", "rope_sin"), rope_tables(model.config), strict=True):
-        setattr(model, name, table.to(getattr(model, name)))
+    model.config = replace(trained, block_size=block_size, rope_scaling=rope_scaling, rope_factor=factor)
+    cos, sin = rope_tables(model.config)
+    model.rope_cos = cos.to(model.rope_cos)
+    model.rope_sin = sin.to(model.rope_sin)
 
 
 # -----------------------------------------------------------------------------
@@ -109,15 +113,31 @@ def is_id(value):
     return not isinstance(value, bool)
 
 
+def plain_lists(prompts):
+    """Arrays and tensors as lists; everything else as it is."""
+    return prompts.tolist() if hasattr(prompts, "tolist") else prompts
+
+
 def token_ids(prompt):
     """A list, tuple, numpy array or tensor of token ids (T,) -> list of int. Raises ValueError for anything else."""
-    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    prompt = plain_lists(prompt)
     if not isinstance(prompt, (list, tuple)) or not all(map(is_id, prompt)):
         raise ValueError(f"a prompt is a string or one row of token ids, which are whole numbers, not {prompt!r:.80}")
     return [operator.index(i) for i in prompt]
 
 
+def is_one_prompt(prompts):
+    """Whether this is one prompt, a string or a row of ids, rather than a list of prompts."""
+    if getattr(prompts, "ndim", 2) < 2:  # an array or tensor of one row, even an empty one
+        return True
+    prompts = plain_lists(prompts)
+    if not isinstance(prompts, (list, tuple)):
+        return True
+    return len(prompts) > 0 and is_id(prompts[0])
+
+
 def check_prompt(prompt, config):
+    """Raises ValueError for a prompt without tokens, or with one that the model does not know."""
     if not prompt:
         raise ValueError("the prompt is empty: it needs at least one token, such as the tokenizer's bos")
     if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
@@ -132,232 +152,284 @@ def check_prompt(prompt, config):
 class Request:
     """A prompt and what follows it so far."""
 
-    ids: list  # the prompt's tokens, then those that were drawn
+    ids: list  # the prompt's tokens, then the tokens that were drawn
+    prompt_tokens: int
     sampling: Sampling
-    prompt_tokens: int = 0
+    blocks_needed: int  # for the prompt and all new tokens
+    generator: torch.Generator  # of its own random numbers
+    decode: Callable  # the next token -> text; None -> the rest
+    until: StopText  # holds back text that may begin a stop string
     text: str = ""  # what follows the prompt, up to a stop string
     logprobs: list = field(default_factory=list)
-    finish: str = ""  # why it ended: length | eos | stop | cancelled; empty while it goes on
-    cached: int = 0  # tokens whose keys and values are kept
-    blocks: list = field(default_factory=list)
+    finish: str = ""  # why it ended: length | eos | stop | cancelled; empty until then
+    cached: int = 0  # tokens whose keys and values are in the cache
+    table: BlockTable | None = None  # where they lie, once it runs
 
     @property
     def tokens(self):
+        """The ids that were drawn."""
         return self.ids[self.prompt_tokens :]
 
-    def place(self, blocks, size, window):
-        """Where in the cache it lives: `blocks` of `size` tokens, which go round where a window slides."""
-        self.blocks, self.size, self.window = blocks, size, window
-        self.run = all(b == a + 1 for a, b in zip(blocks, blocks[1:], strict=False))
-
-    def slot(self, place):
-        place %= self.window
-        return self.blocks[place // self.size] * self.size + place % self.size
-
-    def view(self, count):
-        """Index of its first `count` tokens (of a window that went round, all of it): a slice, or a list."""
-        count = min(count, self.window)
-        if self.run:
-            return slice(self.blocks[0] * self.size, self.blocks[0] * self.size + count)
-        return [self.slot(place) for place in range(count)]
+    @property
+    def blocks(self):
+        return self.table.blocks if self.table else []
 
 
 class Engine:
-    """Requests in, tokens out. `submit` and `step`, or `generate` and `stream`, which do both.
+    """Requests in, tokens out: `submit` and `step`, or `generate` and `stream`, which call both.
 
-    max_tokens: how many tokens' keys and values are held at most, over all requests. A request that could never fit is
-    refused by `submit`; one that does not fit now waits, and has all the room that it may need once it starts.
-    slide: past block_size go on with the last block_size tokens (RoPE alone: positions are relative); else a request
-    that would get there is refused.
-    block: tokens of a block; 0: 16, or the 256 that flash-attn's kernel asks for, where it is used.
-    batched: a step of one token each is one BatchPass; none: on CUDA.
+    max_tokens: how many tokens' keys and values the cache holds, over all requests; 0: four contexts. A request that
+    could never fit is refused by `submit`. One that does not fit now waits; once it starts it has all the room that it
+    may need.
+    block: tokens in a block; 0: 16, or the 256 that flash-attn's kernel needs, where it is used.
+    chunk: most tokens in one step.
+    slide: past block_size, continue with the last block_size tokens (only with RoPE, whose positions are relative).
+    Without it a request that would get there is refused.
+    batched: a step of one token for each request is one BatchPass; None: on CUDA.
     """
 
     def __init__(self, model, tokenizer=None, *, max_tokens=0, block=0, chunk=512, max_requests=32, slide=False,
                  batched=None):
-        self.model, self.tokenizer, self.slide = model.eval(), tokenizer, slide
-        config, weight = model.config, model.transformer.wte.weight
+        config = model.config
         if slide and config.pos != "rope":
             raise ValueError("slide needs pos='rope': learned positions end with the context")
-        self.device, self.dtype = weight.device, weight.dtype
-        self.max_requests, self.chunk = max_requests, max(chunk, max_requests)
-        self.batched, self.passes = self.device.type == "cuda" if batched is None else batched, {}
-        self.graph_pool = None  # of memory, for the graphs of all passes
-        self.kernel = paged_kernel(self.device, self.dtype, config.head_dim)
-        self.block = block = block or (256 if self.kernel else 16)
-        count = -(-(max_tokens or 4 * config.block_size) // block)
-        self.blocks = Blocks(count)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.slide = slide
+        self.max_requests = max_requests
+        self.chunk = max(chunk, max_requests)
+        weight = model.transformer.wte.weight
+        self.device = weight.device
+        self.dtype = weight.dtype
+        self.batched = self.device.type == "cuda" if batched is None else batched
+
         # a CPU without bfloat16 would convert all keys and values for every token: fp32 takes half the time
         slow = self.dtype == torch.bfloat16 and self.device.type == "cpu" and not computes_bfloat16()
-        kept = torch.float32 if slow else self.dtype
-        self.keys, self.values = (
-            [new_cache(config, count * block, kept, self.device) for _ in range(config.n_layer)] for _ in range(2)
-        )
-        self.rope = None
+        kv_dtype = torch.float32 if slow else self.dtype
+        kernel = paged_kernel(self.device, self.dtype, config.head_dim)
+        self.block = block or (256 if kernel else 16)
+        count = -(-(max_tokens or 4 * config.block_size) // self.block)
+        self.blocks = Blocks(count)
+        self.pool = Pool(config, count, self.block, kv_dtype, self.device, kernel)
+
+        self.passes = {}  # (rows, blocks) -> BatchPass
+        self.rope = None  # tables of all positions so far, longer than the context where a window slides
         self.extend_rope(config.block_size)
-        self.waiting, self.running = deque(), []
+        self.waiting = deque()
+        self.running = []
 
     @classmethod
     def load(cls, out_dir, which="latest", device="auto", dtype="auto", quantize="", rope_scaling="", rope_factor=1.0,
              **options):
-        """The engine of a run's checkpoint. dtype and quantize as in weights.convert, rope_scaling as in `load`."""
-        where = pick_device(device)[0]
-        model, tokenizer, _, _ = load(out_dir, which, where, rope_scaling, rope_factor)
-        return cls(convert(model, pick_dtype(dtype, where)[0], quantize), tokenizer, **options)
+        """The engine of a run's checkpoint. dtype and quantize as in quantize.convert, rope_scaling as in `load`."""
+        device, _ = pick_device(device)
+        dtype, _ = pick_dtype(dtype, device)
+        model, tokenizer, _, _ = load(out_dir, which, device, rope_scaling, rope_factor)
+        return cls(convert(model, dtype, quantize), tokenizer, **options)
 
-    def extend_rope(self, count):
-        if self.model.config.pos == "rope" and (self.rope is None or len(self.rope[0]) < count):
-            more = count if self.rope is None else 2 * count  # than needed, where a window slides on and on
-            tables = rope_tables(self.model.config, torch.arange(more))
-            self.rope = tuple(table.to(self.device) for table in tables)
-            self.passes.clear()  # whose graphs read the tables that were
+    @property
+    def keys(self):
+        """The cached keys of each layer, (slots, n_kv, head_dim)."""
+        return self.pool.keys
 
     @property
     def kv_dtype(self):
-        return self.keys[0].dtype
+        return self.pool.dtype
 
     @property
     def kv_bytes(self):
         """Bytes of the cache, used or not."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for t in (*self.pool.keys, *self.pool.values))
+
+    # -------------------------------------------------------------------------
+    # A request: submit, admit, step, finish
 
     def submit(self, prompt, sampling=None, **changes):
-        """Queue a prompt: a string, or a list, array or tensor of ids. -> Request. Raises ValueError for one that
-        cannot be served."""
+        """Queue a prompt: a string, or a list, array or tensor of ids. -> Request
+
+        `changes` are fields of Sampling that differ from `sampling`. Raises ValueError for what cannot be served.
+        """
         sampling = replace(sampling or Sampling(), **changes)
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("this model has no tokenizer: give the prompt as a list of ids")
-            prompt = self.tokenizer.encode(prompt) if prompt else [self.tokenizer.bos]
-            if prompt == [None]:
-                raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a text")
-        prompt = token_ids(prompt)
-        check_prompt(prompt, self.model.config)
-        window, total = self.model.config.block_size, len(prompt) + sampling.max_new_tokens - 1
-        if len(prompt) > window or total > window and not self.slide:
-            raise ValueError(f"{len(prompt)} tokens of prompt and {sampling.max_new_tokens} new ones do not fit the "
+        ids = self.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
+        check_prompt(ids, self.model.config)
+        window = self.model.config.block_size
+        total = len(ids) + sampling.max_new_tokens - 1  # the last token is drawn, never read
+        if len(ids) > window or (total > window and not self.slide):
+            raise ValueError(f"{len(ids)} tokens of prompt and {sampling.max_new_tokens} new ones do not fit the "
                              f"context of {window}: shorten one of them")
-        needs = -(-min(total, window) // self.block)
-        if needs > len(self.blocks.users):
+        blocks_needed = -(-min(total, window) // self.block)
+        if blocks_needed > len(self.blocks.users):
             raise ValueError(f"a request of {min(total, window)} tokens never fits into max_tokens="
                              f"{len(self.blocks.users) * self.block}")
-        request = Request(list(prompt), sampling, len(prompt))
-        request.needs, request.generator = needs, torch.Generator().manual_seed(sampling.seed)
-        request.decode = self.tokenizer.stream_decoder() if self.tokenizer else lambda i: ""
-        request.until = StopText(sampling.stop)
+        generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
+        decode = self.tokenizer.stream_decoder() if self.tokenizer else lambda token: ""
+        request = Request(ids, len(ids), sampling, blocks_needed, generator, decode, StopText(sampling.stop))
         self.waiting.append(request)
         return request
 
-    def cancel(self, request):
-        """End a request now; its room is free for others."""
-        if not request.finish:
-            self.end(request, "cancelled")
+    def encode(self, text):
+        """Ids of a prompt; those of an empty one are the tokenizer's bos."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: give the prompt as a list of ids")
+        if text:
+            return self.tokenizer.encode(text)
+        if self.tokenizer.bos is None:
+            raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a text")
+        return [self.tokenizer.bos]
 
-    def end(self, request, why):
+    def admit(self):
+        """Start waiting requests, in their order, as long as there is room for all the blocks that they may need."""
+        while self.waiting and len(self.running) < self.max_requests:
+            request = self.waiting[0]
+            shared = [] if self.slide else self.blocks.share_prefix(request.ids, self.block)
+            own = request.blocks_needed - len(shared)
+            if own > self.blocks.free:
+                self.blocks.release(shared)
+                return
+            window = len(self.blocks.users) * self.block  # never reached
+            if self.slide:
+                window = self.model.config.block_size
+            request.table = BlockTable(shared + self.blocks.allocate(own), self.block, window)
+            request.cached = len(shared) * self.block
+            self.running.append(self.waiting.popleft())
+
+    @torch.no_grad()
+    def step(self):
+        """One pass of the model over the next token, or the next piece of the prompt, of each running request. -> the
+        requests that got a token, which may have finished by it"""
+        self.admit()
+        parts = self.next_parts()
+        if not parts:
+            return []
+        self.extend_rope(max(request.cached + count for request, count in parts))
+        with inference_kernels(self.device):
+            logits = self.forward(parts)
+        for request, count in parts:
+            self.publish(request, count)
+        ready = [request for request, _ in parts if request.cached == len(request.ids)]
+        for request, row in zip(ready, logits, strict=True):
+            self.draw(request, row)
+        return ready
+
+    def next_parts(self):
+        """What the next pass reads, at most `chunk` tokens in all. -> [(request, how many of its tokens), ...]"""
+        room = self.chunk
+        parts = []
+        # the fewer tokens a request waits for, the earlier its turn: a long prompt does not hold up the others
+        for request in sorted(self.running, key=lambda r: len(r.ids) - r.cached):
+            least = 0 if parts else 1
+            count = min(len(request.ids) - request.cached, max(room, least))
+            if count:
+                parts.append((request, count))
+                room -= count
+        return parts
+
+    def forward(self, parts):
+        """Logits (rows, vocab_size), fp32 on the CPU, of the requests in `parts` whose last token is read, in their
+        order. The keys and values of all parts are in the cache afterwards."""
+        reads = []
+        for request, count in parts:
+            first = request.cached
+            end = first + count
+            reads.append(Part(request.ids[first:end], first, request.table, wanted=end == len(request.ids)))
+        if self.batched and all(part.wanted and len(part.tokens) == 1 for part in reads):
+            return self.batch_pass(reads)(reads)
+        idx = torch.tensor([[token for part in reads for token in part.tokens]], device=self.device)  # (1, N)
+        logits, _ = self.model(idx, cache=StepCache(self.pool, self.rope, reads))
+        return logits[0].float().cpu()
+
+    def batch_pass(self, parts):
+        """The BatchPass that has room for these parts. Its sizes are powers of two: few passes serve all steps."""
+        longest = max(-(-min(part.first + 1, part.table.window) // self.block) for part in parts)
+        rows, blocks = (1 << (n - 1).bit_length() for n in (len(parts), longest))
+        if (rows, blocks) not in self.passes:
+            self.passes[rows, blocks] = BatchPass(self.model, self.pool, self.rope, rows, blocks)
+        return self.passes[rows, blocks]
+
+    def extend_rope(self, count):
+        """Let the rotary tables reach `count` positions."""
+        if self.model.config.pos != "rope" or (self.rope is not None and len(self.rope[0]) >= count):
+            return
+        if self.rope is not None:
+            count = 2 * count  # a window that slides will need more and more
+        tables = rope_tables(self.model.config, torch.arange(count))
+        self.rope = tuple(table.to(self.device) for table in tables)
+        self.passes.clear()  # their graphs read the old tables
+
+    def publish(self, request, count):
+        """`count` more tokens are in the cache. From now on others may share the full blocks of the prompt."""
+        before = request.cached
+        request.cached = before + count
+        if self.slide:
+            return  # its blocks will be overwritten
+        end = min(request.cached, request.prompt_tokens)
+        for i in range(before // self.block, end // self.block):
+            self.blocks.publish(tuple(request.ids[: (i + 1) * self.block]), request.table.blocks[i])
+
+    def draw(self, request, logits):
+        """Choose the next token from `logits` (vocab_size,), and finish the request if that ends it."""
+        sampling = request.sampling
+        penalised = penalise(logits, request.ids, sampling.repetition_penalty)
+        if sampling.temperature == 0:
+            token = int(penalised.argmax())
+        else:
+            probs = probabilities(penalised, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+            token = int(torch.multinomial(probs, 1, generator=request.generator))
+        if token in sampling.stop_tokens:
+            return self.finish(request, "stop")
+        if self.tokenizer and token == self.tokenizer.eos and not sampling.ignore_eos:
+            return self.finish(request, "eos")
+        request.ids.append(token)
+        if sampling.logprobs:
+            request.logprobs.append(float(torch.log_softmax(logits, -1)[token]))
+        request.text += request.until(request.decode(token))
+        if request.until.stopped:
+            self.finish(request, "stop")
+        elif len(request.ids) - request.prompt_tokens == sampling.max_new_tokens:
+            self.finish(request, "length")
+
+    def finish(self, request, why):
+        """End a request: complete its text, and free its blocks for others."""
         request.finish = why
-        request.text += "" if request.until.stopped else request.until(request.decode(None), last=True)
+        if not request.until.stopped:
+            request.text += request.until(request.decode(None), last=True)
         if request in self.running:
             self.running.remove(request)
             self.blocks.release(request.blocks)
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def admit(self):
-        """Start waiting requests, in their order, for as long as there is room for all they may need."""
-        while self.waiting and len(self.running) < self.max_requests:
-            request = self.waiting[0]
-            shared = [] if self.slide else self.blocks.share(request.ids, self.block)
-            if request.needs - len(shared) > self.blocks.free:
-                self.blocks.release(shared)
-                return
-            own = self.blocks.take(request.needs - len(shared))
-            window = self.model.config.block_size if self.slide else len(self.blocks.users) * self.block
-            request.place(shared + own, self.block, window)
-            request.cached = len(shared) * self.block
-            self.running.append(self.waiting.popleft())
+    def cancel(self, request):
+        """End a request before its time."""
+        if not request.finish:
+            self.finish(request, "cancelled")
 
-    @torch.no_grad()
-    def step(self):
-        """One pass of the model over each request's next token or piece of its prompt. -> those that got a token"""
-        self.admit()
-        room, parts = self.chunk, []
-        for request in sorted(self.running, key=lambda r: len(r.ids) - r.cached):  # who waits for one token goes first
-            n = min(len(request.ids) - request.cached, max(room, 1 if not parts else 0))
-            if n:
-                parts.append((request, request.ids[request.cached : request.cached + n]))
-                room -= n
-        if not parts:
-            return []
-        self.extend_rope(max(request.cached + len(tokens) for request, tokens in parts))
-        with inference_kernels(self.device):
-            logits = self.forward(parts)
-        for request, tokens in parts:
-            self.keep(request, len(tokens))
-        ready = [request for request, _ in parts if request.cached == len(request.ids)]
-        for request, row in zip(ready, logits, strict=True):
-            self.draw(request, row)
-        return ready
-
-    def forward(self, parts):
-        """Logits (rows, vocab_size), fp32 on the CPU, of each request whose tokens are all in `parts`, in their order.
-        Their keys and values are in the cache."""
-        if self.batched and all(request.cached + 1 == len(request.ids) for request, _ in parts):
-            needed = max(-(-min(len(request.ids), request.window) // self.block) for request, _ in parts)
-            rows, blocks = (1 << (n - 1).bit_length() for n in (len(parts), needed))  # few shapes serve all steps
-            if (rows, blocks) not in self.passes:
-                self.passes[rows, blocks] = BatchPass(self, rows, blocks)
-            return self.passes[rows, blocks]([request for request, _ in parts])
-        idx = torch.tensor([[token for _, tokens in parts for token in tokens]], device=self.device)
-        return self.model(idx, cache=StepCache(self, parts))[0][0].float().cpu()
-
-    def keep(self, request, n):
-        """`n` more tokens are in the cache; whole blocks of a prompt may be shared from now on."""
-        before, request.cached = request.cached, request.cached + n
-        if not self.slide:
-            for i in range(before // self.block, min(request.cached, request.prompt_tokens) // self.block):
-                self.blocks.publish(tuple(request.ids[: (i + 1) * self.block]), request.blocks[i])
-
-    def draw(self, request, logits):
-        """Choose a request's next token, and see whether that ends it."""
-        want = request.sampling
-        raw, logits = logits, penalise(logits, request.ids, want.repetition_penalty)
-        if want.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            probs = probabilities(logits, want.temperature, want.top_k, want.top_p, want.min_p)
-            token = int(torch.multinomial(probs, 1, generator=request.generator))
-        if token in want.stop_tokens or not want.ignore_eos and self.tokenizer and token == self.tokenizer.eos:
-            return self.end(request, "stop" if token in want.stop_tokens else "eos")
-        request.ids.append(token)
-        if want.logprobs:
-            request.logprobs.append(float(torch.log_softmax(raw, -1)[token]))
-        request.text += request.until(request.decode(token))
-        if request.until.stopped:
-            self.end(request, "stop")
-        elif len(request.ids) - request.prompt_tokens == want.max_new_tokens:
-            self.end(request, "length")
+    # -------------------------------------------------------------------------
+    # All of it in one call
 
     def generate(self, prompts, sampling=None, **changes):
-        """The finished Request of a prompt, or of each of a list; `sampling` may be a list, one for each."""
-        row = getattr(prompts, "ndim", 2) == 1  # an array or tensor
-        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-        one = row or not isinstance(prompts, (list, tuple)) or prompts and is_id(prompts[0])
-        several, prompts = not one, [prompts] if one else prompts
-        each = sampling if isinstance(sampling, (list, tuple)) else [sampling] * len(prompts)
+        """The finished Request of a prompt, or a list of them for several prompts.
+
+        sampling: one for all of several prompts, or a list with one for each.
+        """
+        several = not is_one_prompt(prompts)
+        prompts = plain_lists(prompts) if several else [prompts]
+        samplings = sampling if isinstance(sampling, (list, tuple)) else [sampling] * len(prompts)
         requests = []
         try:
-            for prompt, want in zip(prompts, each, strict=True):
-                requests.append(self.submit(prompt, want, **changes))
+            for prompt, own_sampling in zip(prompts, samplings, strict=True):
+                requests.append(self.submit(prompt, own_sampling, **changes))
             while not all(request.finish for request in requests):
                 self.step()
-        finally:  # also where one was refused, or Ctrl-C
+        finally:  # also if one was refused, or on Ctrl-C
             for request in requests:
                 self.cancel(request)
         return requests if several else requests[0]
 
     def stream(self, prompt, sampling=None, **changes):
-        """Yield the text that follows a prompt, as it becomes certain. Other requests go on beside it."""
-        request, shown = self.submit(prompt, sampling, **changes), 0
+        """Yield the text that follows a prompt as soon as it is certain. Other requests share its steps."""
+        request = self.submit(prompt, sampling, **changes)
+        shown = 0  # characters
         try:
             while not request.finish:
                 self.step()

@@ -213,7 +213,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.group = config.n_head // config.kv_heads  # query heads that share one key/value head
-        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.kv_heads) * config.head_dim, config.bias)
+        width = (config.n_head + 2 * config.kv_heads) * config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, width, config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, config.bias)
         self.qk_norm = config.qk_norm
         self.norm_eps = config.norm_eps
@@ -411,7 +412,8 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, n_embd)
         if self.config.pos == "learned":
-            x = x + (self.transformer.wpe.weight[:T] if positions is None else self.transformer.wpe(positions))
+            wpe = self.transformer.wpe
+            x = x + (wpe.weight[:T] if positions is None else wpe(positions))
         if self.config.norm_embed:
             x = self.transformer.ln_e(x)
         return F.dropout(x, self.config.dropout, self.training)
@@ -452,7 +454,8 @@ class GPT(nn.Module):
         logits = self.head(x[:, -1:] if last_only else x)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     def loss(self, x, targets, fuse=None):
         """Mean cross-entropy of the residual stream (B, T, n_embd) against targets (B, T), in nats per target. The
@@ -501,7 +504,8 @@ class GPT(nn.Module):
         if padding:
             return n
         tables = 1 if self.config.tie_weights else 2
-        return n - tables * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        rows = self.config.padded_vocab_size - self.config.vocab_size
+        return n - tables * rows * self.config.n_embd
 
     def forward_flops(self, context, head=True):
         """FLOPs of one token that attends to `context` tokens, itself included: 2 for each weight of the matrices, and

@@ -5,7 +5,7 @@ Text from a checkpoint, streamed as it is drawn.
     echo "To be" | python sample.py --out_dir=out/shakespeare_char --start=-
     python sample.py --out_dir=out/shakespeare_char --interactive
 
-All samples are drawn together (infer.py), and shown one after another.
+All samples of a prompt are drawn together (infer.py), and shown one after another.
 """
 
 import os
@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import configure, fail
+from configurator import Settings, configure, fail
 from device import can_compile, memory_is_full, pick_device, pick_dtype, what_failed
 from files import decode_text, read_lines
 from infer import Engine, check_prompt, load, stream
@@ -27,100 +27,90 @@ out_dir = "out"             # run folder, or one checkpoint's folder
 tokenizer = ""              # a file (tokenizer.json, gpt2.tiktoken) or folder, for a run without one; empty: the run's
 ckpt = "latest"             # which checkpoint: latest | best | a step
 start = "\n"                # the prompt; FILE:prompt.txt reads a file, - reads stdin; empty: the beginning of a
-                            # document, which only data of several documents has taught; names of special tokens are
-                            # plain text in it
-special = False             # names of special tokens in a prompt, such as <|endoftext|>, are these tokens
-prompts = ""                # a file with a prompt in each line, in place of start
+                            # document, which only data of several documents teaches
+special = False             # read names of special tokens in a prompt, such as <|endoftext|>, as these tokens
+prompts = ""                # a file with one prompt per line, in place of start
 interactive = False         # ask for prompts, one line each, until the end of the input
-num_samples = 10            # samples to draw, of each prompt
-max_new_tokens = 500        # tokens in each, the prompt not counted
+num_samples = 10            # samples of each prompt
+max_new_tokens = 500        # tokens in each sample, not counting the prompt
 temperature = 0.8           # below 1: bolder about what is likely; 0: greedy, always the most likely token
 top_k = 200                 # draw among the k most likely tokens; 0: among all
-top_p = 1.0                 # draw among the fewest tokens with at least this probability; 1: among all
-min_p = 0.0                 # draw among tokens at least this share as likely as the likeliest; 0: among all
-repetition_penalty = 1.0    # above 1: less of what was there before
+top_p = 1.0                 # draw among the smallest set of tokens whose probability reaches top_p; 1: among all
+min_p = 0.0                 # draw among tokens with at least this share of the largest probability; 0: among all
+repetition_penalty = 1.0    # above 1: tokens that were there before become less likely
 stop: tuple[str, ...] = ()  # strings that end a sample, and are not shown
-seed = 1337                 # of the first sample; the next ones take seed + 1, seed + 2, ...
+seed = 1337                 # seed of the first sample; the next ones take seed + 1, seed + 2, ...
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
 quantize = ""               # int8: weights as 8-bit integers; empty: as dtype says
 rope_scaling = ""           # for a longer context than the model's: none | linear | ntk | yarn; empty: the model's
-rope_factor = 1.0           # how many times as long
+rope_factor = 1.0           # with rope_scaling: context as a multiple of the one first trained at
 compile = False             # torch.compile the model
 # -----------------------------------------------------------------------------
 
-CUT = "---------------"  # after each sample
-TOGETHER = 16  # samples drawn at once
+CUT = "---------------"  # is printed after each sample
+AT_ONCE = 16  # most samples drawn together
 
 
-def read_prompts():
+def read_prompts(c):
     """The prompts that `start` or `prompts` name. Raises ValueError for what cannot be read as UTF-8 text."""
-    name = f"--prompts={prompts}" if prompts else f"--start={start}"
+    key = f"--prompts={c.prompts}" if c.prompts else f"--start={c.start}"
     try:
-        if prompts:
-            lines = read_lines(prompts)
-        elif start == "-":
+        if c.prompts:
+            lines = read_lines(c.prompts)
+        elif c.start == "-":
             lines = [decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")]
+        elif c.start.startswith("FILE:"):
+            path = c.start.removeprefix("FILE:")
+            lines = [decode_text(Path(path).read_bytes(), path)]
         else:
-            lines = [decode_text(Path(start[5:]).read_bytes(), start[5:]) if start.startswith("FILE:") else start]
+            lines = [c.start]
     except (OSError, ValueError) as e:
-        raise ValueError(f"{name} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+        raise ValueError(f"{key} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if not lines:
-        raise ValueError(f"{name} has no line")
+        raise ValueError(f"{key} has no line")
     return lines
 
 
-def encode(tokenizer, text):
-    if not text and tokenizer.bos is None:
-        raise ValueError("the prompt is empty, and this run's tokenizer has no token for the beginning of a text")
-    return tokenizer.encode(text, special=special) if text else [tokenizer.bos]
-
-
-def encode_prompt(tokenizer, text):
-    """Ids of a prompt of the command line. Raises ValueError naming the key."""
+def default_prompt(c, tokenizer):
+    """The prompt if nobody gave one: a line end, or the first character of a vocabulary without line ends."""
     try:
-        return encode(tokenizer, text)
-    except ValueError as e:
-        raise ValueError(f"--{'prompts' if prompts else 'start'}: {e}") from None
-
-
-def default_prompt(tokenizer):
-    """The prompt that nobody gave: a line end, or where the vocabulary has none its first character."""
-    try:
-        tokenizer.encode(start)
+        tokenizer.encode(c.start)
     except ValueError:
         first = tokenizer.chars[0]
-        print(f"the vocabulary has no {start!r}, so samples start from {first!r}: --start= takes another",
+        print(f"the vocabulary has no {c.start!r}, so samples start from {first!r}: --start= takes another",
               file=sys.stderr)
         return first
-    return start
+    return c.start
 
 
-def plain(model, tokenizer, text, want, count):
-    """Samples of a model whose positions end with its context: past it, all of the context is read for each token."""
-    drawn = 0
-    for i in range(count):
-        print(text, end="", flush=True)
-        decode, until = tokenizer.stream_decoder(), StopText(want.stop)
-        for token in stream(model, encode(tokenizer, text), want.max_new_tokens, temperature=want.temperature,
-                            top_k=want.top_k, top_p=want.top_p, min_p=want.min_p, seed=want.seed + i,
-                            repetition_penalty=want.repetition_penalty, eos=tokenizer.eos):
-            print(until(decode(token)), end="", flush=True)
-            drawn += 1
-            if until.stopped:
-                break
-        print("" if until.stopped else until(decode(None), last=True), CUT, sep="\n", flush=True)
-    return drawn
+def encode(c, tokenizer, text):
+    """Ids of a prompt; those of an empty one are the tokenizer's bos. Raises ValueError if it cannot be encoded."""
+    if text:
+        return tokenizer.encode(text, special=c.special)
+    if tokenizer.bos is None:
+        raise ValueError("the prompt is empty, and this run's tokenizer has no token for the beginning of a text")
+    return [tokenizer.bos]
 
 
-def draw(engine, text, want, count):
-    """`count` samples that follow `text`, drawn together, shown in order. -> tokens drawn"""
-    prompt, requests = encode(engine.tokenizer, text), []
-    for i in range(count):
-        requests.append(engine.submit(prompt, want, seed=want.seed + i))
+def check_prompts(c, model, tokenizer, texts):
+    """Raises ValueError for a prompt of the command line that cannot be encoded, naming the key, or not be read."""
+    key = "prompts" if c.prompts else "start"
+    for text in texts:
+        try:
+            ids = encode(c, tokenizer, text)
+        except ValueError as e:
+            raise ValueError(f"--{key}: {e}") from None
+        check_prompt(ids, model.config)
+
+
+def draw_together(c, engine, text, sampling):
+    """All samples of the prompt `text`, drawn together, shown in order. -> tokens drawn"""
+    ids = encode(c, engine.tokenizer, text)
+    requests = [engine.submit(ids, sampling, seed=sampling.seed + i) for i in range(c.num_samples)]
     for request in requests:
         print(text, end="", flush=True)
-        shown = 0
+        shown = 0  # characters
         while True:
             print(request.text[shown:], end="", flush=True)
             shown = len(request.text)
@@ -131,67 +121,101 @@ def draw(engine, text, want, count):
     return sum(len(request.tokens) for request in requests)
 
 
-def main(settings, given):
-    if init_from != "resume":
-        fail(f"--init_from={init_from}: sample.py reads a run of this project; name its folder with --out_dir; of "
-             "a model from elsewhere (gpt2, a ckpt.pt of nanoGPT's) export.py makes one")
-    try:
-        where, device_why = pick_device(device)
-        precision, dtype_why = pick_dtype(dtype, where)
-        want = sampling_from(settings)  # what is wrong with it is said first
-        model, words, state, folder = load(out_dir, ckpt, where, rope_scaling, rope_factor)
-        words = load_tokenizer(tokenizer) if tokenizer else words
-        if words is None:
-            raise ValueError(f"{out_dir} has no tokenizer, so its tokens cannot be turned into text: --tokenizer=FILE "
-                             "names one, such as gpt2.tiktoken for GPT-2's, or put tokenizer.json into that folder")
-        if words.vocab_size > model.config.vocab_size:
-            raise ValueError(f"the tokenizer has {words.vocab_size:,} tokens, the model only "
-                             f"{model.config.vocab_size:,}: it is another model's")
-        texts = [] if interactive else read_prompts()
-        if texts == [start] and "start" not in given:
-            texts = [default_prompt(words)]
-        encoded = [encode_prompt(words, text) for text in texts]
-        for prompt in encoded:
-            check_prompt(prompt, model.config)
-        convert(model, precision, quantize)
-    except (ValueError, OSError) as e:  # CheckpointError is a ValueError
-        fail(e)
+def draw_past_context(c, model, tokenizer, text, sampling):
+    """The same past the context of a model whose positions end with it: the context is read again for each token."""
+    drawn = 0
+    for i in range(c.num_samples):
+        print(text, end="", flush=True)
+        decode = tokenizer.stream_decoder()
+        until = StopText(sampling.stop)
+        tokens = stream(model, encode(c, tokenizer, text), sampling.max_new_tokens, temperature=sampling.temperature,
+                        top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
+                        repetition_penalty=sampling.repetition_penalty, seed=sampling.seed + i, eos=tokenizer.eos)
+        for token in tokens:
+            print(until(decode(token)), end="", flush=True)
+            drawn += 1
+            if until.stopped:
+                break
+        rest = "" if until.stopped else until(decode(None), last=True)
+        print(rest, CUT, sep="\n", flush=True)
+    return drawn
+
+
+def next_prompts(c, texts):
+    """Yield the prompts of the command line, or with `interactive` each line that the user types."""
+    if not c.interactive:
+        yield from texts
+        return
+    while True:
+        print("> ", end="", flush=True, file=sys.stderr)
+        line = sys.stdin.buffer.readline().decode("utf-8", "replace")  # UTF-8 whatever the locale says
+        if not line:
+            return
+        yield line.removesuffix("\n").removesuffix("\r")
+
+
+def load_all(c, given):
+    """-> (model in its form for inference, tokenizer, prompts of the command line). `given`: keys that the user set.
+    Says on stderr what was loaded. Raises ValueError and OSError."""
+    device, device_why = pick_device(c.device)
+    dtype, dtype_why = pick_dtype(c.dtype, device)
+    sampling_from(c)  # its errors come before the model is loaded
+    model, tokenizer, state, folder = load(c.out_dir, c.ckpt, device, c.rope_scaling, c.rope_factor)
+    if c.tokenizer:
+        tokenizer = load_tokenizer(c.tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"{c.out_dir} has no tokenizer, so its tokens cannot be turned into text: --tokenizer=FILE "
+                         "names one, such as gpt2.tiktoken for GPT-2's, or put tokenizer.json into that folder")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
+                         f"{model.config.vocab_size:,}: it is another model's")
+    texts = [] if c.interactive else read_prompts(c)
+    if texts == [c.start] and "start" not in given:
+        texts = [default_prompt(c, tokenizer)]
+    check_prompts(c, model, tokenizer, texts)
+    convert(model, dtype, c.quantize)
     val_loss = f"val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else "not evaluated"
     print(f"{folder}: step {state['step']}, {val_loss}", file=sys.stderr)
-    print(f"{where} ({device_why}), {str(precision).removeprefix('torch.')} ({dtype_why})", file=sys.stderr)
+    print(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})", file=sys.stderr)
+    return model, tokenizer, texts
 
+
+def main(c, given):
+    if c.init_from != "resume":
+        fail(f"--init_from={c.init_from}: sample.py reads a run of this project; name its folder with --out_dir. "
+             "export.py makes such a run of a model from elsewhere (gpt2, a ckpt.pt of nanoGPT's)")
+    try:
+        model, tokenizer, texts = load_all(c, given)
+    except (ValueError, OSError) as e:  # CheckpointError is a ValueError
+        fail(e)
+    sampling = sampling_from(c)
     window = model.config.block_size
     slide = model.config.pos == "rope"
-    room = min(num_samples, TOGETHER) * (window + 16)
-    engine = Engine(model, words, slide=slide, max_tokens=room, max_requests=TOGETHER)
-    if compile:
-        trouble = can_compile(where) or compile_trouble(engine, [0])
+    room = min(c.num_samples, AT_ONCE) * (window + 16)
+    engine = Engine(model, tokenizer, slide=slide, max_tokens=room, max_requests=AT_ONCE)
+    if c.compile:
+        trouble = can_compile(engine.device) or compile_trouble(engine, [0])
         if trouble:
             print(f"warning: torch.compile does not work here ({trouble}); running uncompiled", file=sys.stderr)
 
-    drawn, clock = 0, time.perf_counter()
-    while texts or interactive:
-        if interactive:
-            print("> ", end="", flush=True, file=sys.stderr)
-            line = sys.stdin.buffer.readline().decode("utf-8", "replace")  # whatever the locale says
-            if not line:
-                break
-            texts = [line.removesuffix("\n").removesuffix("\r")]
-        text = texts.pop(0)
+    drawn = 0
+    clock = time.perf_counter()
+    for text in next_prompts(c, texts):
         try:
-            prompt = encode(words, text)
-            too_long = len(prompt) > window or len(prompt) + max_new_tokens - 1 > window and not slide
-            drawn += plain(model, words, text, want, num_samples) if too_long else \
-                draw(engine, text, want, num_samples)
+            length = len(encode(c, tokenizer, text))
+            if length > window or (length + c.max_new_tokens - 1 > window and not slide):
+                drawn += draw_past_context(c, model, tokenizer, text, sampling)
+            else:
+                drawn += draw_together(c, engine, text, sampling)
         except ValueError as e:
-            if not interactive:
+            if not c.interactive:
                 fail(e)
             print(f"error: {e}", file=sys.stderr)
     print(f"{drawn / (time.perf_counter() - clock):.1f} tokens/s", file=sys.stderr)
 
 
 def compile_trouble(engine, prompt):
-    """Compile the model in place and draw two tokens; why that failed, with the model as it was, or None."""
+    """Compile the model in place and draw two tokens. -> None, or why that failed, with the model as it was"""
     engine.model.compile(dynamic=True)
     try:
         engine.generate(prompt, max_new_tokens=2)
@@ -201,17 +225,22 @@ def compile_trouble(engine, prompt):
     return None
 
 
+def close_stdout():
+    """Nobody can read stdout any more: point it at nothing, so that the flush at exit finds no fault."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
     given = set()
-    settings = configure(globals(), product=True, given=given)
+    c = Settings(configure(globals(), product=True, given=given))
     try:
-        main(settings, given)
+        main(c, given)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit finds no fault
+        close_stdout()
     except OSError as e:  # a full disk under it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close_stdout()
         fail(f"the samples cannot be written: {e.strerror or e}")
     except (MemoryError, RuntimeError) as e:
         if full := memory_is_full(e):

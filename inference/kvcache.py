@@ -1,10 +1,18 @@
 """
-The key-value cache of inference: which blocks are whose, and attention over them.
+The key-value cache of inference: where the keys and values of each request lie, and attention over them.
 
-Keys and values of all requests lie in one pool of blocks (PagedAttention, Kwon et al. 2023, arXiv:2309.06180). A step
-of the engine (infer.py) is a StepCache: any number of tokens of each request, attention one request after another, over
-a view where its blocks are neighbours. Or it is a BatchPass: one token of each, attention of all at once, over a table.
+Keys and values of all requests lie in one pool, in blocks of a few tokens (PagedAttention, Kwon et al. 2023,
+arXiv:2309.06180). Blocks says which blocks are in use, a BlockTable which of them one request has. For a step of the
+engine (infer.py) the model gets one of two caches:
+
+- StepCache: any number of tokens of each request. Attention runs for one request after another, without a copy where
+  the blocks of a request are neighbours.
+- BatchPass: one token of each request. Attention runs for all of them at once, over a table of blocks, in shapes that
+  do not depend on the requests, so that on CUDA a graph can be replayed.
 """
+
+import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,190 +24,283 @@ try:  # optional kernels: pip install flash-attn (CUDA only)
 except ImportError:
     flash_attn_with_kvcache = None
 
+# -----------------------------------------------------------------------------
+# The memory
+
 
 class Blocks:
-    """Which blocks of the cache are whose. A block may be shared by requests whose prompts begin alike."""
+    """Which blocks of the pool are in use. Requests whose prompts begin alike may share a block."""
 
     def __init__(self, count):
-        self.users = [0] * count
-        self.free = count
-        self.known = {}  # all tokens up to the end of a block -> the block that holds the last of them
-        self.names = {}  # and back
+        self.users = [0] * count  # requests that use each block
+        self.free = count  # blocks without a user
+        self.block_of = {}  # all tokens up to the end of a full block -> the block that holds the last of them
+        self.prefix_of = {}  # block -> those tokens
 
-    def take(self, count):
-        """Blocks of one's own: the first run of neighbours where there is one, as a view needs no copy. -> list"""
-        assert count <= self.free, "asked for more than there is"
-        run = 0
-        for i, users in enumerate(self.users):
-            run = 0 if users else run + 1
-            if run == count:
-                chosen = list(range(i + 1 - count, i + 1))
-                break
-        else:
+    def allocate(self, count):
+        """Reserve `count` blocks for one request: neighbours if possible, as a view then needs no copy. -> list"""
+        assert count <= self.free, "more blocks asked for than are free"
+        chosen = self.free_neighbours(count)
+        if chosen is None:
             chosen = [i for i, users in enumerate(self.users) if not users][:count]
         for i in chosen:
             self.users[i] = 1
         self.free -= count
         return chosen
 
-    def share(self, tokens, size):
-        """Blocks that hold the beginning of `tokens` already, less the last token. They are this request's, too."""
-        found = []
-        while (end := (len(found) + 1) * size) < len(tokens) and tuple(tokens[:end]) in self.known:
-            found.append(self.known[tuple(tokens[:end])])
-        for i in found:
+    def free_neighbours(self, count):
+        """The first `count` free blocks in a row, or None."""
+        run = 0
+        for i, users in enumerate(self.users):
+            run = 0 if users else run + 1
+            if run == count:
+                return list(range(i + 1 - count, i + 1))
+        return None
+
+    def share_prefix(self, tokens, size):
+        """Use the full blocks of `size` tokens that hold the beginning of `tokens` already. -> list
+
+        The last token is never among them: it must be read, because the next token follows from it.
+        """
+        shared = []
+        end = size
+        while end < len(tokens) and tuple(tokens[:end]) in self.block_of:
+            shared.append(self.block_of[tuple(tokens[:end])])
+            end += size
+        for i in shared:
             self.users[i] += 1
-        return found
+        return shared
 
     def publish(self, tokens, block):
-        """`block` holds the last of `tokens`, and they will not change."""
-        if tokens not in self.known and block not in self.names:
-            self.known[tokens], self.names[block] = block, tokens
+        """Let other requests share `block`: it holds the last of `tokens`, and will not change."""
+        if tokens not in self.block_of and block not in self.prefix_of:
+            self.block_of[tokens] = block
+            self.prefix_of[block] = tokens
 
     def release(self, blocks):
+        """A request no longer uses these blocks."""
         for i in blocks:
             self.users[i] -= 1
             if not self.users[i]:
                 self.free += 1
-                self.known.pop(self.names.pop(i, None), None)
+                self.block_of.pop(self.prefix_of.pop(i, None), None)
 
 
-class StepCache:
-    """What model.forward gets for one step: its tokens' positions, and attention over what each request has."""
+class BlockTable:
+    """Where the keys and values of one request lie: those of its token i in slot(i) of the pool.
 
-    def __init__(self, engine, parts):
-        """`parts`: (request, tokens) in the order of the step's row; the request's `cached` is still what it was."""
-        device, self.engine = engine.device, engine
-        self.parts, self.rows = [], []  # a part: (first row, rows, first position, where its keys lie)
-        places, slots, at = [], [], 0
-        for request, tokens in parts:
-            first, n = request.cached, len(tokens)
-            places += range(first, first + n)
-            slots += [request.slot(place) for place in range(first, first + n)]
-            self.parts.append((at, n, first, request.view(first + n)))
-            at += n
-            if first + n == len(request.ids):
-                self.rows.append(at - 1)
-        self.positions = torch.tensor(places, device=device)
-        self.slots = torch.tensor(slots, device=device)
-        self.rope = None
-        if engine.rope is not None:
-            self.rope = tuple(table[self.positions][:, None] for table in engine.rope)
-
-    def attend(self, layer, q, k, v):
-        """Keep k and v (1, N, n_kv, D); softmax(q k^T / sqrt(D)) v for q (1, N, n_q, D), each request by itself."""
-        keys, values = self.engine.keys[layer], self.engine.values[layer]
-        keys.index_copy_(0, self.slots, k[0].to(keys.dtype))
-        values.index_copy_(0, self.slots, v[0].to(values.dtype))
-        rows = q[0].to(keys.dtype)
-        out = [attend_one(rows[at : at + n], keys[view], values[view], first) for at, n, first, view in self.parts]
-        return (out[0] if len(out) == 1 else torch.cat(out))[None].to(q.dtype)
-
-
-class BatchPass:
-    """What model.forward gets for a step of one token for each request, in shapes that do not depend on the requests:
-    its tensors are filled anew for each step, so that on CUDA a graph of the pass can be replayed.
-
-    rows: requests at most, those too few being made up by the first one again; blocks: of the longest table.
+    blocks: its blocks in their order, each of `size` tokens. window: tokens that are kept; later ones overwrite the
+    oldest, which is how a context slides.
     """
 
-    def __init__(self, engine, rows, blocks):
-        self.engine, self.rows, self.graph = engine, slice(None), None
-        whole = {"dtype": torch.long, "device": engine.device}
-        self.tokens, self.positions = torch.zeros(1, rows, **whole), torch.zeros(rows, **whole)
-        self.slots = torch.zeros(rows, **whole)
-        self.lengths = torch.zeros(rows, dtype=torch.int32, device=engine.device)
-        self.table = torch.zeros(rows, blocks, dtype=torch.int32, device=engine.device)
+    def __init__(self, blocks, size, window):
+        self.blocks = blocks
+        self.size = size
+        self.window = window
+        self.neighbours = all(b == a + 1 for a, b in itertools.pairwise(blocks))
 
-    def __call__(self, requests):
-        """-> logits (len(requests), vocab_size) of each one's next token, fp32 on the CPU"""
-        rows, blocks = self.table.shape
-        each = requests + requests[:1] * (rows - len(requests))
-        self.fill(self.tokens, [[r.ids[r.cached] for r in each]])
-        self.fill(self.positions, [r.cached for r in each])
-        self.fill(self.slots, [r.slot(r.cached) for r in each])
-        self.fill(self.lengths, [min(r.cached + 1, r.window) for r in each])
-        self.fill(self.table, [(r.blocks + [0] * blocks)[:blocks] for r in each])
-        if self.engine.device.type == "cuda":
-            with torch.cuda.device(self.engine.device):  # a graph is captured and replayed on the current device
-                if self.graph is None:
-                    self.capture()
-                self.graph.replay()
-        else:
-            self.out = self.run()
-        return self.out[: len(requests)].cpu()
+    def slot(self, position):
+        position %= self.window
+        return self.blocks[position // self.size] * self.size + position % self.size
 
-    def fill(self, buffer, values):
-        buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
-
-    def run(self):
-        self.rope = None
-        if self.engine.rope is not None:
-            self.rope = tuple(table[self.positions][:, None] for table in self.engine.rope)
-        return self.engine.model(self.tokens, cache=self)[0][0].float()
-
-    def capture(self):
-        """Record the pass as a graph; what it calls is set up before, on a stream beside, as PyTorch asks for. All
-        graphs of an engine share one pool of memory: they run one at a time, and the logits of each are copied at once.
-        """
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(2):
-                self.run()
-        torch.cuda.current_stream().wait_stream(beside)
-        self.graph = torch.cuda.CUDAGraph()
-        if self.engine.graph_pool is None:
-            self.engine.graph_pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(self.graph, pool=self.engine.graph_pool):
-            self.out = self.run()
-
-    def attend(self, layer, q, k, v):
-        """As StepCache's, for all requests at once."""
-        engine = self.engine
-        keys, values = engine.keys[layer], engine.values[layer]
-        keys.index_copy_(0, self.slots, k[0].to(keys.dtype))
-        values.index_copy_(0, self.slots, v[0].to(values.dtype))
-        keys, values = (t.unflatten(0, (-1, engine.block)) for t in (keys, values))
-        y = attend_blocks(q[0].to(keys.dtype), keys, values, self.table, self.lengths, engine.kernel)
-        return y[None].to(q.dtype)
+    def view(self, count):
+        """Index of the slots of the first `count` tokens (at most the whole window): a slice, or a list."""
+        count = min(count, self.window)
+        if self.neighbours:
+            first = self.blocks[0] * self.size
+            return slice(first, first + count)
+        return [self.slot(position) for position in range(count)]
 
 
-def attend_blocks(q, k, v, table, lengths, kernel=None):
-    """Attention of q (B, n_q, D), one token each, over the first `lengths` (B,) of the keys in the blocks of `table`
-    (B, n), of k and v (blocks, block, n_kv, D). -> (B, n_q, D)"""
-    if kernel is not None:
-        return kernel(q[:, None], k, v, cache_seqlens=lengths, block_table=table)[:, 0]
-    k, v = (t[table].flatten(1, 2).transpose(1, 2) for t in (k, v))  # (B, n_kv, n * block, D)
-    seen = torch.arange(k.size(2), device=q.device) < lengths[:, None]
-    q = q.unflatten(1, (k.size(1), -1))  # (B, n_kv, group, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None]).flatten(1, 2)
+class Pool:
+    """The keys and values of all requests: `count` blocks of `size` tokens in each layer.
+
+    kernel: flash-attn's, that reads keys and values through a table of blocks (paged_kernel), or None.
+    """
+
+    def __init__(self, config, count, size, dtype, device, kernel=None):
+        self.size = size
+        self.dtype = dtype
+        self.device = device
+        self.kernel = kernel
+        self.keys = [new_cache(config, count * size, dtype, device) for _ in range(config.n_layer)]
+        self.values = [new_cache(config, count * size, dtype, device) for _ in range(config.n_layer)]
+        self.graph_memory = None  # shared by the CUDA graphs of all passes
+
+    def write(self, layer, slots, k, v):
+        """Store k and v (1, N, n_kv, D) at `slots` (N,). -> keys and values of the layer, (slots, n_kv, D)"""
+        keys = self.keys[layer]
+        values = self.values[layer]
+        keys.index_copy_(0, slots, k[0].to(self.dtype))
+        values.index_copy_(0, slots, v[0].to(self.dtype))
+        return keys, values
 
 
 def new_cache(config, slots, dtype, device):
-    """Keys or values of a layer: (slots, n_kv, D). On a CPU a head's rows lie one after another, as it reads them."""
+    """Keys or values of a layer: (slots, n_kv, D). On a CPU the rows of one head are neighbours, as it reads them."""
     if device.type == "cpu":
         return torch.zeros(config.kv_heads, slots, config.head_dim, dtype=dtype).transpose(0, 1)
     return torch.zeros(slots, config.kv_heads, config.head_dim, dtype=dtype, device=device)
 
 
 def paged_kernel(device, dtype, head_dim):
-    """flash-attn's kernel that reads keys and values by a table of blocks, where it is installed and can run."""
+    """flash-attn's kernel that reads keys and values through a table of blocks, if it is installed and runs here."""
     return flash_attn_with_kvcache if takes_flash(device, dtype, head_dim) else None
+
+
+# -----------------------------------------------------------------------------
+# What the model gets for one step
+
+
+class Part(NamedTuple):
+    """The tokens of one request in a step."""
+
+    tokens: list  # ids
+    first: int  # position of the first of them: as many are in the cache already
+    table: BlockTable
+    wanted: bool  # whether the logits after the last of them are wanted
+
+
+class StepCache:
+    """The cache for one step over `parts`, whose tokens lie in one row, one request after another."""
+
+    def __init__(self, pool, rope, parts):
+        """`rope`: the tables of rope_tables, or None with learned positions."""
+        self.pool = pool
+        self.parts = []  # of each part: (first row, rows, first position, index of its keys and values)
+        self.rows = []  # of the logits that are wanted
+        positions = []
+        slots = []
+        for tokens, first, table, wanted in parts:
+            row = len(positions)
+            end = first + len(tokens)
+            positions += range(first, end)
+            slots += [table.slot(position) for position in range(first, end)]
+            self.parts.append((row, len(tokens), first, table.view(end)))
+            if wanted:
+                self.rows.append(len(positions) - 1)
+        self.positions = torch.tensor(positions, device=pool.device)
+        self.slots = torch.tensor(slots, device=pool.device)
+        self.rope = rope_at(rope, self.positions)
+
+    def attend(self, layer, q, k, v):
+        """Store k and v (1, N, n_kv, D). softmax(q k^T / sqrt(D)) v for q (1, N, n_q, D), each request by itself."""
+        keys, values = self.pool.write(layer, self.slots, k, v)
+        rows = q[0].to(keys.dtype)
+        outputs = [attend_one(rows[row : row + n], keys[view], values[view], first)
+                   for row, n, first, view in self.parts]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return y[None].to(q.dtype)
+
+
+class BatchPass:
+    """The cache for steps of one token of each request, and the pass of the model over them, in fixed shapes: its
+    tensors are filled before each pass, so that on CUDA a graph of the pass can be replayed.
+
+    rows: batch size of the graph; unused rows repeat the first request. blocks: length of the longest table.
+    rope: the tables of rope_tables, or None with learned positions.
+    """
+
+    def __init__(self, model, pool, rope, rows, blocks):
+        self.model = model
+        self.pool = pool
+        self.rope_tables = rope
+        self.rows = slice(None)  # the logits of all rows are wanted
+        self.graph = None
+        device = pool.device
+        self.tokens = torch.zeros(1, rows, dtype=torch.long, device=device)
+        self.positions = torch.zeros(rows, dtype=torch.long, device=device)
+        self.slots = torch.zeros(rows, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # tokens that each row sees
+        self.table = torch.zeros(rows, blocks, dtype=torch.int32, device=device)
+
+    def __call__(self, parts):
+        """Parts of one token -> logits (len(parts), vocab_size) of what follows them, fp32 on the CPU."""
+        rows, blocks = self.table.shape
+        padded = parts + parts[:1] * (rows - len(parts))
+        self.fill(self.tokens, [[part.tokens[0] for part in padded]])
+        self.fill(self.positions, [part.first for part in padded])
+        self.fill(self.slots, [part.table.slot(part.first) for part in padded])
+        self.fill(self.lengths, [min(part.first + 1, part.table.window) for part in padded])
+        self.fill(self.table, [(part.table.blocks + [0] * blocks)[:blocks] for part in padded])
+        if self.pool.device.type == "cuda":
+            with torch.cuda.device(self.pool.device):  # a graph is captured and replayed on the current device
+                if self.graph is None:
+                    self.capture()
+                self.graph.replay()
+        else:
+            self.logits = self.run()
+        return self.logits[: len(parts)].cpu()
+
+    def fill(self, buffer, values):
+        buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
+
+    def run(self):
+        self.rope = rope_at(self.rope_tables, self.positions)
+        return self.model(self.tokens, cache=self)[0][0].float()
+
+    def capture(self):
+        """Record the pass as a graph, after two passes on another stream that set up what it calls, as PyTorch asks.
+
+        All graphs share one pool of memory: they run one at a time, and the logits of each are copied at once.
+        """
+        warmup = torch.cuda.Stream()
+        warmup.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warmup):
+            for _ in range(2):
+                self.run()
+        torch.cuda.current_stream().wait_stream(warmup)
+        self.graph = torch.cuda.CUDAGraph()
+        if self.pool.graph_memory is None:
+            self.pool.graph_memory = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(self.graph, pool=self.pool.graph_memory):
+            self.logits = self.run()
+
+    def attend(self, layer, q, k, v):
+        """As StepCache's, for all requests at once."""
+        keys, values = self.pool.write(layer, self.slots, k, v)
+        keys = keys.unflatten(0, (-1, self.pool.size))  # (blocks, size, n_kv, D)
+        values = values.unflatten(0, (-1, self.pool.size))
+        y = attend_blocks(q[0].to(keys.dtype), keys, values, self.table, self.lengths, self.pool.kernel)
+        return y[None].to(q.dtype)
+
+
+def rope_at(rope, positions):
+    """The rows of the rotary tables at `positions` (N,): cosines and sines (N, 1, D). None with learned positions."""
+    if rope is None:
+        return None
+    return tuple(table[positions][:, None] for table in rope)
+
+
+# -----------------------------------------------------------------------------
+# Attention
+
+
+def attend_blocks(q, k, v, table, lengths, kernel=None):
+    """Attention of q (B, n_q, D), one token of each request, over the first `lengths` (B,) tokens in the blocks that
+    `table` (B, n) names; k and v (blocks, size, n_kv, D). -> (B, n_q, D)"""
+    if kernel is not None:
+        return kernel(q[:, None], k, v, cache_seqlens=lengths, block_table=table)[:, 0]
+    k, v = (t[table].flatten(1, 2).transpose(1, 2) for t in (k, v))  # (B, n_kv, n * size, D)
+    seen = torch.arange(k.size(2), device=q.device) < lengths[:, None]
+    q = q.unflatten(1, (k.size(1), -1))  # (B, n_kv, group, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None]).flatten(1, 2)
 
 
 def attend_one(q, k, v, first):
     """Attention of q (T, n_q, D), at positions first, first + 1, ..., over k and v (L, n_kv, D). -> (T, n_q, D)
 
-    The query heads that share one key and value head are so many more rows: keys and values are never repeated.
+    Query heads that share a key/value head become more rows of queries, so keys and values are never repeated.
     """
     T, n_q, D = q.shape
     group = n_q // k.size(1)
-    k, v, mask = k.transpose(0, 1)[None], v.transpose(0, 1)[None], None
+    k = k.transpose(0, 1)[None]  # (1, n_kv, L, D)
+    v = v.transpose(0, 1)[None]
     if T == 1:
         return F.scaled_dot_product_attention(q.view(1, -1, group, D), k, v).view(1, n_q, D)
     q = q.view(T, -1, group, D).permute(1, 2, 0, 3).reshape(1, -1, group * T, D)
     causal = first == 0 and group == 1
+    mask = None
     if not causal:
         mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril(first).repeat(group, 1)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

@@ -1,15 +1,15 @@
 """
 A model's weights as inference reads them: in half precision, prepacked for the CPU, or as 8-bit integers.
 
-Decoding one token reads every weight once and computes little with it, so its speed is that of memory: half the bytes
-are half the time, and on a CPU oneDNN reads weights that lie in the order of its kernels about twice as fast.
+Decoding one token reads every weight once and computes little with it, so memory decides its speed: half the bytes take
+half the time. On a CPU, oneDNN reads weights in its own layout about twice as fast.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-MOST_ROWS = 64  # with more, as in a prompt, a matrix product of floats is the faster one
+MOST_ROWS = 64  # for more rows, as in a prompt, a product of floats is faster
 
 
 class PackedLinear(nn.Module):
@@ -17,7 +17,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.bias = linear.bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)  # for one row
 
@@ -26,25 +27,26 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear with its weight as int8, a scale for each output channel. (..., in) -> (..., out), in x's dtype.
+    """nn.Linear with its weight as int8 and a scale for each output channel. (..., in) -> (..., out), in x's dtype.
 
-    The largest weight of a row is 127 times its scale; rounding to the nearest (absmax, as in Dettmers et al. 2022,
-    arXiv:2208.07339, without its outliers). Computed in bfloat16, which PyTorch's kernel is written for: in float32 it
-    takes several times as long.
+    The largest weight of a row is 127 times its scale; the others are rounded to the nearest step (absmax, as in
+    Dettmers et al. 2022, arXiv:2208.07339, without their treatment of outliers). It computes in bfloat16, for which
+    PyTorch's kernel is written: in float32 it takes several times as long.
     """
 
     def __init__(self, linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(1).clamp(min=1e-12) / 127).to(torch.bfloat16)
-        steps = (weight / scale.float()[:, None]).round().clamp(-127, 127)  # of the scale as it is kept
+        steps = (weight / scale.float()[:, None]).round().clamp(-127, 127)  # of the rounded scale
         self.register_buffer("weight", steps.to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def forward(self, x):
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features)  # (N, in)
         if len(rows) > MOST_ROWS:
             return F.linear(x, (self.weight * self.scale.to(x.dtype)[:, None]).to(x.dtype), self.bias)
         rows = rows.to(torch.bfloat16)
@@ -59,7 +61,7 @@ def computes_bfloat16():
 
 
 def can_pack(model):
-    """Whether oneDNN has a layout of its own for these weights here."""
+    """Whether oneDNN has a layout of its own for these weights on this machine."""
     weight = model.transformer.wte.weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -67,13 +69,18 @@ def can_pack(model):
 
 
 def convert(model, dtype=torch.float32, quantize=""):
-    """Change `model` into its form for inference, in place: its weights in `dtype`, its linear layers packed (on a CPU)
-    or with `quantize="int8"` as 8-bit integers. -> the model. Raises ValueError for another word."""
+    """Change `model` into its form for inference, in place: weights in `dtype`, linear layers packed on a CPU, or with
+    quantize="int8" as 8-bit integers. -> the model. Raises ValueError for another word."""
     if quantize not in ("", "int8"):
         raise ValueError(f"quantize={quantize!r} is not int8; empty: no quantisation")
     model.to(dtype)
-    kind = Int8Linear if quantize else PackedLinear if can_pack(model) else None
-    for parent in [*model.modules()] if kind else ():
+    if quantize:
+        kind = Int8Linear
+    elif can_pack(model):
+        kind = PackedLinear
+    else:
+        return model
+    for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 setattr(parent, name, kind(child))

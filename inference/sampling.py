@@ -10,19 +10,19 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request wants. Raises ValueError naming a parameter that has no meaning."""
+    """How a request chooses its tokens, and when it ends. Raises ValueError naming a value that has no meaning."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0         # 0: greedy, the most likely token (the lowest id on a tie)
-    top_k: int = 0                   # draw among exactly so many, on ties too; 0: all
-    top_p: float = 1.0               # of those the fewest with this share of the probability (Holtzman et al. 2020)
-    min_p: float = 0.0               # of those the ones at least so likely as this share of the likeliest
-    repetition_penalty: float = 1.0  # divides what speaks for tokens that were there before (CTRL, Keskar et al. 2019)
+    top_k: int = 0                   # draw among the k most likely tokens, exactly k on ties; 0: all
+    top_p: float = 1.0               # nucleus sampling: the smallest set of tokens whose probability reaches top_p
+    min_p: float = 0.0               # only tokens with at least this share of the largest probability
+    repetition_penalty: float = 1.0  # above 1: tokens that were there before become less likely
     seed: int = 0
     stop: tuple = ()                 # strings that end the text, and are not part of it
-    stop_tokens: tuple = ()          # ids that do
-    ignore_eos: bool = False         # go on past the end of a document
-    logprobs: bool = False           # keep each token's log-probability, of the model's own distribution
+    stop_tokens: tuple = ()          # ids that end it
+    ignore_eos: bool = False         # continue past the end of a document
+    logprobs: bool = False           # keep the log-probability of each token, before temperature and the other options
 
     def __post_init__(self):
         if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1):
@@ -44,8 +44,11 @@ class Sampling:
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Logits (..., vocab_size) -> the distributions to draw from, fp32, same shape, as Sampling describes them."""
-    Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # says what is wrong
+    """Logits (..., vocab_size) -> the distributions to draw from, fp32, same shape, as Sampling describes them.
+
+    top_p (Holtzman et al. 2020, arXiv:1904.09751) and min_p apply to the tokens that top_k leaves.
+    """
+    Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # raises for values without a meaning
     if logits.dim() > 1:
         rows = [probabilities(row, temperature, top_k, top_p, min_p) for row in logits.flatten(0, -2)]
         return torch.stack(rows).view(logits.shape)
@@ -53,61 +56,74 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     temperature = in_fp32(temperature)
-    probs = torch.softmax((logits - logits.max()) / temperature, -1)  # a low temperature must not make it infinite
-    if not (0 < top_k < len(probs) or top_p < 1 or min_p):
+    probs = torch.softmax((logits - logits.max()) / temperature, -1)  # less the maximum: nothing becomes infinite
+    cut = 0 < top_k < len(probs)
+    if not (cut or top_p < 1 or min_p):
         return probs
-    ids = most_likely(probs, top_k) if 0 < top_k < len(probs) else torch.arange(len(probs), device=probs.device)
+    ids = most_likely(probs, top_k) if cut else torch.arange(len(probs), device=probs.device)
     ranked, order = probs[ids].sort(descending=True, stable=True)
     keep = ranked >= min_p * ranked[0]
-    keep &= ranked.cumsum(0) - ranked < top_p * ranked.sum()  # of the probability, what is more likely has less
-    keep[0] = True  # also where top_p or its product is 0 in fp32
-    kept = ids[order[keep]]
-    return torch.zeros_like(probs).scatter_(0, kept, probs[kept] / probs[kept].sum())
+    keep &= ranked.cumsum(0) - ranked < top_p * ranked.sum()  # the more likely tokens do not reach top_p yet
+    keep[0] = True  # also where top_p or the product is 0 in fp32
+    ids = ids[order[keep]]
+    return torch.zeros_like(probs).scatter_(0, ids, probs[ids] / probs[ids].sum())
 
 
 def in_fp32(factor):
-    """`factor`, above 0, as near as fp32 comes without 0 or inf, which would make a logit nan."""
+    """`factor`, above 0, as near as fp32 comes to it without 0 and inf, which would make a logit nan."""
     return min(max(factor, torch.finfo(torch.float32).tiny), torch.finfo(torch.float32).max)
 
 
 def most_likely(probs, k):
-    """The ids of the k largest, of equals the lowest ids, in ascending order. Sorting all of GPT-2's takes longer."""
+    """The ids of the k largest in ascending order, on a tie the lowest ids. It is faster than a sort of GPT-2's
+    vocabulary."""
     least = probs.topk(k).values[-1]
-    above, equal = (probs > least).nonzero().squeeze(1), (probs == least).nonzero().squeeze(1)
+    above = (probs > least).nonzero().squeeze(1)
+    equal = (probs == least).nonzero().squeeze(1)
     return torch.cat((above, equal[: k - len(above)])).sort().values
 
 
 def penalise(logits, ids, penalty):
-    """Logits (vocab_size,), those of the tokens in `ids` divided by `penalty`, or multiplied where negative."""
+    """Logits (vocab_size,), with those of the tokens in `ids` divided by `penalty`, or multiplied where negative
+    (CTRL, Keskar et al. 2019, arXiv:1909.05858)."""
     if penalty == 1:
         return logits
-    seen, penalty = torch.tensor(sorted(set(ids)), dtype=torch.long), in_fp32(penalty)
+    seen = torch.tensor(sorted(set(ids)), dtype=torch.long)
+    penalty = in_fp32(penalty)
     penalised = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     return logits.scatter(0, seen, penalised.clamp(max=torch.finfo(logits.dtype).max))
 
 
 class StopText:
-    """Cuts a stream of text before the first stop string: text that may begin one is held back."""
+    """Cuts a stream of text before the first stop string. It holds back text that may begin one."""
 
     def __init__(self, stops):
-        self.stops, self.held, self.stopped = stops, "", False
+        self.stops = stops
+        self.held = ""
+        self.stopped = False
 
     def __call__(self, text, last=False):
-        """The text that is certain by now."""
+        """More text of the stream -> the text that is certain by now; with `last`, all of it."""
         self.held += text
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.stopped, keep = True, min(found)
-        elif last or not self.stops:
-            keep = len(self.held)
-        else:
-            longest = max(map(len, self.stops))
-            keep = next((at for at in range(max(0, len(self.held) - longest + 1), len(self.held))
-                         if any(stop.startswith(self.held[at:]) for stop in self.stops)), len(self.held))
-        out, self.held = self.held[:keep], "" if self.stopped else self.held[keep:]
-        return out
+        starts = [self.held.find(stop) for stop in self.stops if stop in self.held]
+        if starts:
+            certain = self.held[: min(starts)]
+            self.held = ""
+            self.stopped = True
+            return certain
+        end = len(self.held) if last else self.first_possible_start()
+        certain, self.held = self.held[:end], self.held[end:]
+        return certain
+
+    def first_possible_start(self):
+        """Where a stop string may begin that the text does not hold whole yet."""
+        longest = max(map(len, self.stops), default=0)
+        for start in range(max(0, len(self.held) - longest + 1), len(self.held)):
+            if any(stop.startswith(self.held[start:]) for stop in self.stops):
+                return start
+        return len(self.held)
 
 
-def sampling_from(settings):
-    """Sampling of a script's settings: those of its fields that it has."""
-    return Sampling(**{f.name: settings[f.name] for f in fields(Sampling) if f.name in settings})
+def sampling_from(c):
+    """Sampling from a script's settings `c`: from those of its fields that the script has."""
+    return Sampling(**{f.name: c[f.name] for f in fields(Sampling) if f.name in c.keys()})

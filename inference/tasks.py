@@ -1,20 +1,19 @@
 """
-Log-likelihood tasks: multiple choice, the last word of a passage, a key hidden in a long text.
+Log-likelihood tasks: multiple choice, and the last word of a passage.
 
-All are one question: how likely is a continuation after a context? What is asked comes from a file of JSON lines or
-from the Hub, in the form that the task has there or in our own:
+Both ask one question: how likely is a continuation after a context? The items come from a file of JSON lines or from
+the Hub, in the task's own form there, or in ours:
 
     {"context": "The sky is", "choices": ["blue", "made of wood"], "answer": 0}      # multiple choice
     {"text": "They sat down at the table, for dinner was on the table"}              # last word
 
-What is computed is what lm-eval (EleutherAI's lm-evaluation-harness, 0.4) computes, so that figures compare.
+Scores are computed as in lm-eval (EleutherAI's lm-evaluation-harness, 0.4), so that figures compare.
 """
 
 import contextlib
 import itertools
 import json
 import math
-import random
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -29,28 +28,31 @@ MOST_LOGITS = 2**26  # held at once, in fp32
 
 class Item(NamedTuple):
     where: str  # for errors: the file and line, or the task and row
-    pairs: list  # (context, continuation), of which one is right
-    answer: int  # which
-    choices: list  # the texts whose lengths count, without the space that joins them
+    pairs: list  # (context, continuation) of each choice
+    answer: int  # index of the right one
+    choices: list  # the texts whose lengths count, without the space that joins them to the context
 
 
 # -----------------------------------------------------------------------------
-# What is asked
+# The form of each task: a row -> (pairs, answer, choices) of an Item
 
 
 def join(context, text):
-    """`text` as it continues `context`: after a space, unless there is one, or nothing before it."""
-    return text if not context or context[-1].isspace() or text[0].isspace() else f" {text}"
+    """`text` as it continues `context`: after a space, unless there is one already or the context is empty."""
+    if not context or context[-1].isspace() or text[0].isspace():
+        return text
+    return f" {text}"
 
 
 def choices(context, texts, answer):
-    """-> (pairs, answer, choices) of an Item"""
+    """Several texts after one context."""
     if len(texts) < 2:
         raise ValueError
     return [(context, join(context, text)) for text in texts], answer, texts
 
 
-def own(row):
+def own_form(row):
+    """context, choices and answer, as in the example above."""
     context, texts, answer = row["context"], row["choices"], row["answer"]
     if not isinstance(context, str) or not isinstance(texts, list) or isinstance(answer, bool):
         raise TypeError
@@ -58,12 +60,15 @@ def own(row):
 
 
 def hellaswag(row):
-    """Zellers et al. 2019, arXiv:1905.07830; the marks of WikiHow's pages are taken out."""
+    """Zellers et al. 2019, arXiv:1905.07830, without the marks of WikiHow's pages, as "[step]"."""
 
     def clean(text):
-        lines = [line.rpartition("]") for line in text.strip().replace(" [title]", ". ").split("\n")]
-        kept = [re.sub(r"\[.*?\]", "", head + mark) + tail for head, mark, tail in lines]  # "[" * 1e6: linear so
-        return "\n".join(kept).replace("  ", " ")
+        lines = []
+        for line in text.strip().replace(" [title]", ". ").split("\n"):
+            # search only up to the last "]": a line of many "[" would take quadratic time
+            head, mark, tail = line.rpartition("]")
+            lines.append(re.sub(r"\[.*?\]", "", head + mark) + tail)
+        return "\n".join(lines).replace("  ", " ")
 
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return choices(clean(context), [clean(ending) for ending in row["endings"]], int(row["label"]))
@@ -71,8 +76,9 @@ def hellaswag(row):
 
 def arc(row):
     """Clark et al. 2018, arXiv:1803.05457"""
-    found = row["choices"]
-    return choices(f"Question: {row['question']}\nAnswer:", list(found["text"]), found["label"].index(row["answerKey"]))
+    texts = list(row["choices"]["text"])
+    answer = row["choices"]["label"].index(row["answerKey"])
+    return choices(f"Question: {row['question']}\nAnswer:", texts, answer)
 
 
 def piqa(row):
@@ -81,7 +87,7 @@ def piqa(row):
 
 
 def winogrande(row):
-    """Sakaguchi et al. 2020, arXiv:1907.10641: what follows the gap is the same, what stands before it differs."""
+    """Sakaguchi et al. 2020, arXiv:1907.10641: each option fills the gap, and the text after the gap is scored."""
     before, _, after = row["sentence"].partition("_")
     after = after.strip()
     contexts = [before + row["option1"], before + row["option2"]]
@@ -89,12 +95,12 @@ def winogrande(row):
 
 
 def lambada(row):
-    """Paperno et al. 2016, arXiv:1606.06031: the last word of a passage, which takes all of it to guess."""
+    """Paperno et al. 2016, arXiv:1606.06031: the last word of a passage, which only the whole passage tells."""
     context, space, word = re.fullmatch(r"(.*\S)(\s+)(\S+)\s*", row["text"], re.S).groups()
     return [(context, space + word)], 0, [word]
 
 
-TASKS = {  # name: (how a row is read, the Hub's dataset, its configuration, the split)
+TASKS = {  # name: (form of a row, dataset on the Hub, its configuration, its split)
     "hellaswag": (hellaswag, "Rowan/hellaswag", None, "validation"),
     "arc_easy": (arc, "allenai/ai2_arc", "ARC-Easy", "test"),
     "arc_challenge": (arc, "allenai/ai2_arc", "ARC-Challenge", "test"),
@@ -104,36 +110,43 @@ TASKS = {  # name: (how a row is read, the Hub's dataset, its configuration, the
 }
 
 
-def read_items(read, rows, name, limit=0):
-    """The first `limit` (0: all) rows as Items. Raises ValueError naming the row that is none."""
+# -----------------------------------------------------------------------------
+# Reading items
+
+
+def read_items(form, rows, name, limit=0):
+    """The first `limit` (0: all) of `rows`, pairs of (where, row), as Items. Raises ValueError naming a row that does
+    not have this form."""
     items = []
     for where, row in itertools.islice(rows, limit or None):
         try:
-            pairs, answer, texts = read(row)
-            right = isinstance(answer, int) and 0 <= answer < len(pairs)
-            if not right or not all(isinstance(text, str) and text.strip() for text in texts):
+            item = Item(where, *form(row))
+            known = isinstance(item.answer, int) and 0 <= item.answer < len(item.pairs)
+            if not known or not all(isinstance(text, str) and text.strip() for text in item.choices):
                 raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             raise ValueError(f"{where} is not of the form of {name} (inference/tasks.py shows it)") from None
-        items.append(Item(where, pairs, answer, texts))
+        items.append(item)
     if not items:
         raise ValueError(f"there is nothing in {name}")
     return items
 
 
 def json_lines(path):
-    """Yield (file and line, what it holds). Raises ValueError naming the line that is no JSON, OSError."""
-    for n, line in enumerate(read_lines(path), 1):
+    """Yield (file and line number, value) of each line that is not blank. Raises ValueError naming a line that is not
+    JSON, OSError."""
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
+            row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{n} is not JSON ({error})") from None
-        if line.strip():
-            yield f"{path}:{n}", row
+            raise ValueError(f"{path}:{number} is not JSON ({error})") from None
+        yield f"{path}:{number}", row
 
 
 def hub_rows(task):
-    """Yield (task and row, what it holds) of a dataset of the Hub. Raises ValueError where it cannot be had."""
+    """Yield (task and row number, row) of the task's dataset on the Hub. Raises ValueError if it cannot be loaded."""
     _, name, configuration, split = TASKS[task]
     try:
         from datasets import load_dataset
@@ -142,14 +155,16 @@ def hub_rows(task):
                          "or --data=FILE.jsonl, with the rows as the task has them") from None
     try:
         rows = load_dataset(name, configuration, split=split)
-    except Exception as error:  # no network, no such dataset: none has a class in common
+    except Exception as error:  # no network, no such dataset: their errors share no class
         raise ValueError(f"{name} cannot be had from the Hub ({type(error).__name__}: {error}); "
                          "--data=FILE.jsonl takes its rows from a file") from None
-    yield from ((f"{task} {n}", row) for n, row in enumerate(rows))
+    for number, row in enumerate(rows):
+        yield f"{task} {number}", row
 
 
 def open_items(task, data, words=False, limit=0):
-    """Items of the file `data`, or else of the Hub, in the form of `task`, or else our own; `words`: of last words."""
+    """Items of the file `data`, or else of the Hub, in the form of `task`, or else in ours. `words`: last words rather
+    than multiple choice. Raises ValueError."""
     known = [name for name in TASKS if (name == "lambada") == words]
     if task not in ("", *known):
         raise ValueError(f"task={task!r} is not one of {', '.join(known)}")
@@ -157,25 +172,31 @@ def open_items(task, data, words=False, limit=0):
         raise ValueError(f"what to score? --data=FILE.jsonl, or --task, one of {', '.join(known)}")
     if data and not Path(data).is_file():
         raise ValueError(f"there is no file {data}")
+    if task:
+        form = TASKS[task][0]
+    else:
+        form = lambada if words else own_form
     rows = json_lines(data) if data else hub_rows(task)
-    return read_items(TASKS[task][0] if task else lambada if words else own, rows, task or data, limit)
+    return read_items(form, rows, task or data, limit)
 
 
 # -----------------------------------------------------------------------------
-# How likely it is
+# How likely a continuation is
 
 
 def encode_pair(tokenizer, context, continuation):
-    """Ids of a context with what continues it, and how many of them are the continuation's.
+    """-> (ids of a context and its continuation, how many of them are the continuation's)
 
     Both are encoded together, as the model has seen texts: " word" is one token, so white space at the end of the
-    context counts to the continuation. What counts begins where the ids are no longer those of the context alone, so
-    that a token across the border is scored, not taken as given. Before the very first token there is the tokenizer's
-    bos. Raises ValueError where it has none.
+    context belongs to the continuation. The continuation begins where the ids differ from those of the context alone,
+    so that a token across the border is scored, not taken as given. Before the very first token stands the tokenizer's
+    bos. Raises ValueError if it has none.
     """
-    kept = context.rstrip()
-    alone, ids = tokenizer.encode(kept), tokenizer.encode(context + continuation)
-    shared = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
+    alone = tokenizer.encode(context.rstrip())
+    ids = tokenizer.encode(context + continuation)
+    shared = 0
+    while shared < min(len(alone), len(ids)) and alone[shared] == ids[shared]:
+        shared += 1
     if shared:
         return ids, len(ids) - shared
     if tokenizer.bos is None:
@@ -185,56 +206,64 @@ def encode_pair(tokenizer, context, continuation):
 
 @torch.no_grad()
 def score_tokens(model, x, y, context=contextlib.nullcontext):
-    """Of each target the loss in nats (0 where it is -1), and whether it is the likeliest token. x and y (B, T)
+    """For each target its loss in nats (0 where it is -1), and whether it is the most likely token. x and y (B, T)
     -> fp32 and bool (B, T)"""
-    losses, likeliest = [], []
+    losses = []
+    likeliest = []
     rows = max(1, MOST_LOGITS // (x.size(1) * model.config.vocab_size))
     for xs, ys in zip(x.split(rows), y.split(rows), strict=True):
         with context():
             logits = model(xs)[0].float()  # (rows, T, vocab_size)
-        each = F.cross_entropy(logits.flatten(0, 1), ys.flatten(), ignore_index=-1, reduction="none")
-        losses.append(each.view_as(ys))
+        loss = F.cross_entropy(logits.flatten(0, 1), ys.flatten(), ignore_index=-1, reduction="none")
+        losses.append(loss.view_as(ys))
         likeliest.append(logits.argmax(-1) == ys)
     return torch.cat(losses), torch.cat(likeliest)
 
 
 def log_likelihoods(model, encoded, batch_size, context=contextlib.nullcontext):
-    """(log-likelihood of the last n of `ids`, whether each is the likeliest) for each (ids, n) of `encoded`.
+    """(Log-likelihood of the last n of `ids`, whether each of them is the most likely) for each (ids, n) of `encoded`.
 
-    Ids past block_size + 1 are cut on the left: the last is not read, only predicted. Rows of a batch are of nearly one
-    length; they are filled up on the right, where nothing before looks.
+    Ids past block_size + 1 are cut on the left: the last one is only predicted, not read. The rows of a batch have
+    nearly the same length; they are padded on the right, which no token before sees.
     """
-    device, most = next(model.parameters()).device, model.config.block_size
+    device = next(model.parameters()).device
+    most = model.config.block_size
     assert all(n <= most for _, n in encoded), "more to score than the context holds"
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
-    found = [None] * len(encoded)
+    scores = [None] * len(encoded)
     for start in range(0, len(order), batch_size):
-        batch = [(i, encoded[i][0][-most - 1 :], encoded[i][1]) for i in order[start : start + batch_size]]
-        x = torch.zeros(len(batch), max(len(ids) for _, ids, _ in batch) - 1, dtype=torch.long)
+        batch = order[start : start + batch_size]
+        rows = [encoded[i][0][-most - 1 :] for i in batch]
+        x = torch.zeros(len(batch), max(map(len, rows)) - 1, dtype=torch.long)
         y = torch.full_like(x, -1)
-        for row, (_, ids, n) in enumerate(batch):
-            x[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-            y[row, len(ids) - 1 - n : len(ids) - 1] = torch.tensor(ids[-n:])
+        for row, (i, ids) in enumerate(zip(batch, rows, strict=True)):
+            n = encoded[i][1]
+            end = len(ids) - 1
+            x[row, :end] = torch.tensor(ids[:-1])
+            y[row, end - n : end] = torch.tensor(ids[-n:])
         losses, likeliest = score_tokens(model, x.to(device), y.to(device), context)
         sums = losses.cpu().double().sum(1)
-        hits = (likeliest | (y.to(device) == -1)).all(1)
-        for (i, _, _), loss, hit in zip(batch, sums.tolist(), hits.tolist(), strict=True):
-            found[i] = (-loss, hit)
-    return found
+        greedy = (likeliest | (y.to(device) == -1)).all(1)
+        for i, loss, hit in zip(batch, sums.tolist(), greedy.tolist(), strict=True):
+            scores[i] = (-loss, hit)
+    return scores
 
 
 def score_items(model, tokenizer, items, batch_size, context=contextlib.nullcontext):
-    """log_likelihoods of the pairs of each item, a list for each. Raises ValueError naming the item."""
-    encoded, most = [], model.config.block_size
+    """log_likelihoods of the pairs of each item, one list per item. Raises ValueError naming the item."""
+    most = model.config.block_size
+    encoded = []
     for item in items:
         try:
-            encoded.append([encode_pair(tokenizer, *pair) for pair in item.pairs])
-            if too_long := next((n for _, n in encoded[-1] if n > most), 0):
-                raise ValueError(f"{too_long} tokens to choose are more than the context of {most}")
+            for pair in item.pairs:
+                encoded.append(encode_pair(tokenizer, *pair))
+            for _, n in encoded[-len(item.pairs) :]:
+                if n > most:
+                    raise ValueError(f"{n} tokens to choose are more than the context of {most}")
         except ValueError as error:
             raise ValueError(f"{item.where}: {error}") from None
-    found = iter(log_likelihoods(model, [pair for pairs in encoded for pair in pairs], batch_size, context))
-    return [list(itertools.islice(found, len(item.pairs))) for item in items]
+    scores = iter(log_likelihoods(model, encoded, batch_size, context))
+    return [list(itertools.islice(scores, len(item.pairs))) for item in items]
 
 
 # -----------------------------------------------------------------------------
@@ -242,86 +271,37 @@ def score_items(model, tokenizer, items, batch_size, context=contextlib.nullcont
 
 
 def share(name, right):
-    """{name: the share that is right, name_stderr: its standard error}"""
-    p, n = sum(right) / len(right), len(right)
+    """{name: the share of `right` that is true, name_stderr: its standard error}"""
+    n = len(right)
+    p = sum(right) / n
     return {name: p, f"{name}_stderr": math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None}
 
 
-def first_of_the_best(scores):
+def index_of_best(scores):
+    """On a tie the first."""
     return scores.index(max(scores))
 
 
 def multiple_choice(model, tokenizer, items, batch_size, context=contextlib.nullcontext):
-    """The share of items whose right choice is the likeliest: as a whole (acc), for each of its characters (acc_norm)
-    and for each of its UTF-8 bytes (acc_bytes). Long choices are less likely than short ones, so acc favours the short.
-    The names are lm-eval's; characters are bytes in ASCII. Of equals the first is chosen."""
+    """The share of items whose right choice is the most likely: as a whole (acc), per character (acc_norm) and per
+    UTF-8 byte (acc_bytes). Long choices are less likely than short ones, so acc favours the short ones. The names are
+    lm-eval's, whose characters are bytes for ASCII. On a tie the first choice counts as chosen."""
     lengths = {"acc": lambda text: 1, "acc_norm": len, "acc_bytes": lambda text: len(text.encode())}
-    right = {name: [] for name in lengths}
-    for item, scored in zip(items, score_items(model, tokenizer, items, batch_size, context), strict=True):
-        for name, length in lengths.items():
-            each = [ll / length(text) for (ll, _), text in zip(scored, item.choices, strict=True)]
-            right[name].append(first_of_the_best(each) == item.answer)
-    return {"items": len(items), **{k: v for name in right for k, v in share(name, right[name]).items()}}
+    scored = score_items(model, tokenizer, items, batch_size, context)
+    result = {"items": len(items)}
+    for name, length in lengths.items():
+        right = []
+        for item, scores in zip(items, scored, strict=True):
+            per_unit = [ll / length(text) for (ll, _), text in zip(scores, item.choices, strict=True)]
+            right.append(index_of_best(per_unit) == item.answer)
+        result |= share(name, right)
+    return result
 
 
 def last_word(model, tokenizer, items, batch_size, context=contextlib.nullcontext):
-    """The share of items whose last word is what greedy decoding says, all its tokens, and exp of the mean of its
-    negative log-likelihoods: perplexity of a word, not of a token."""
-    scored = [one for one, in score_items(model, tokenizer, items, batch_size, context)]
+    """The share of items whose last word, with all its tokens, is the one that greedy decoding gives; and perplexity of
+    a word, not of a token: exp of the mean negative log-likelihood of the words."""
+    scored = [scores[0] for scores in score_items(model, tokenizer, items, batch_size, context)]
     mean = sum(ll for ll, _ in scored) / len(scored)
-    return {"items": len(items), **share("acc", [hit for _, hit in scored]), "perplexity": math.exp(min(-mean, 700))}
-
-
-# -----------------------------------------------------------------------------
-# A key hidden in a long text (Mohtashami & Jaggi 2023, arXiv:2305.16300)
-
-
-def key_characters(tokenizer):
-    """What keys are made of: digits, or the letters a to z of which a tokenizer has at least two."""
-
-    def known(character):
-        try:
-            return bool(tokenizer.encode(character))
-        except ValueError:
-            return False
-
-    for alphabet in ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"):
-        found = "".join(filter(known, alphabet))
-        if len(found) == len(alphabet) or len(found) > 1 and alphabet[0].isalpha():
-            return found
-    raise ValueError("the tokenizer has neither the digits nor two letters, of which a key could be made")
-
-
-def hide_key(tokenizer, filler, sentence, keys, depth):
-    """The ids of a text that hides the first of `keys` and asks for it, ending in each of `keys`. -> [(ids, n), ...]
-
-    filler: ids, of which as many are taken as leave len(filler) in all, without the last token, which is predicted.
-    sentence: as "The pass key is {key}." It stands at `depth` (0: first, 1: last), and its beginning again at the end.
-    """
-    before, _, after = sentence.partition("{key}")
-    hidden = tokenizer.encode(before + keys[0] + after)
-    asked = [encode_pair(tokenizer, before, key) for key in keys]
-    room = len(filler) + 1 - len(hidden) - max(len(ids) for ids, _ in asked)
-    if room < 0:
-        raise ValueError(f"{len(filler)} tokens are too few to hide {before + keys[0] + after!r} in and ask for it: "
-                         f"at least {len(filler) - room}")
-    at = round(depth * room)
-    return [([*filler[:at], *hidden, *filler[at:room], *ids], n) for ids, n in asked]
-
-
-def passkey(model, tokenizer, tokens, length, depth, *, sentence, trials, alternatives, seed, batch_size,
-            context=contextlib.nullcontext):
-    """How often a key hidden at `depth` in `length` tokens of the stream `tokens` is found, in `trials`: "exact",
-    greedy decoding says it; "chosen", it is the likeliest of `alternatives` keys, where chance finds one in so many."""
-    alphabet, exact, chosen = key_characters(tokenizer), [], []
-    for trial in range(trials):
-        rng = random.Random(f"{seed}/{length}/{depth}/{trial}")
-        keys = []
-        while len(keys) < alternatives:
-            key = "".join(rng.choice(alphabet) for _ in range(5))
-            keys += [key] * (key not in keys)
-        filler = tokens.read([rng.randrange(len(tokens) - length + 1)], length)[0].tolist()
-        scored = log_likelihoods(model, hide_key(tokenizer, filler, sentence, keys, depth), batch_size, context)
-        exact.append(scored[0][1])
-        chosen.append(first_of_the_best([ll for ll, _ in scored]) == 0)
-    return {**share("exact", exact), **share("chosen", chosen)}
+    right = share("acc", [hit for _, hit in scored])
+    return {"items": len(items), **right, "perplexity": math.exp(min(-mean, 700))}

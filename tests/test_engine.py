@@ -61,7 +61,7 @@ TOGGLES += [dict(pos="rope", rope_scaling=kind, rope_factor=4.0) for kind in ("l
 @pytest.mark.parametrize("toggles", TOGGLES, ids=lambda t: "-".join(map(str, t.values())))
 def test_greedy_with_a_cache_is_greedy_without(toggles, monkeypatch):
     """Prompts of unequal length, up to the last place of the context, over the borders of blocks and chunks; and the
-    logits that the tokens come from are those of the whole context read anew, to 1e-5."""
+    logits that the tokens come from are those of the whole context read again, to 1e-5."""
     model = make(norm_embed=True, bias=False, tie_weights=False, **toggles)
     prompts, new = some_prompts(), 13  # 12 + 13 - 1 is the context of 24
     expected = [greedy(model, prompt, new) for prompt in prompts]
@@ -163,7 +163,7 @@ def test_what_does_not_fit_the_context_is_refused_before_it_starts(model, n, new
 
 @pytest.mark.parametrize("block", [16, 7])
 def test_a_window_slides_as_long_as_one_likes(block):
-    """Of one layer, keys and values depend on their token alone: then sliding is reading the last 24 tokens anew."""
+    """Of one layer, keys and values depend on their token alone: then sliding is reading the last 24 tokens again."""
     model = make(pos="rope", n_layer=1)
     expected = greedy(model, [3, 1, 4], 90)
     engine = Engine(model, slide=True, block=block, max_tokens=2 * 28)
@@ -213,7 +213,7 @@ def test_prompts_that_begin_alike_share_their_blocks(model):
     while any(not request.finish for request in requests):
         engine.step()
     assert [request.tokens for request in requests] == alone
-    assert engine.blocks.free == len(engine.blocks.users) and not engine.blocks.known
+    assert engine.blocks.free == len(engine.blocks.users) and not engine.blocks.block_of
 
 
 @given(st.lists(st.tuples(st.integers(1, 10), st.integers(1, 10), st.integers(0, 12), st.booleans()), max_size=9),
@@ -242,7 +242,7 @@ def test_requests_come_and_go_and_no_block_is_lost_or_shared_wrongly(plans, coun
                 users[i] += 1
         assert users == engine.blocks.users and engine.blocks.free == users.count(0)
         assert len(engine.running) <= most and step < 2000
-    assert engine.blocks.free == len(engine.blocks.users) and not engine.blocks.known and not engine.blocks.names
+    assert engine.blocks.free == len(engine.blocks.users) and not engine.blocks.block_of and not engine.blocks.prefix_of
     for request in requests:
         if request.finish != "cancelled":
             prompt = request.ids[: request.prompt_tokens]

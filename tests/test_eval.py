@@ -19,9 +19,10 @@ import device
 from checkpoint import file_sha256, load_model_tensors, own_sha256
 from data.common import shard_header, write_dataset
 from dataset import Mix, Tokens, read_manifest
-from eval import code, evaluate, text_size
+from eval import evaluate, text_size
 from export import NoOptimizer
 from infer import load, stretch
+from inference.samples import code, code_block
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 
@@ -298,7 +299,7 @@ def test_samples_of_a_bank_of_prompts(tiny_run, tmp_path, call_script):
         assert code == 0, err
         texts.append((tmp_path / name).read_text(encoding="utf-8"))
         result = json.loads(out.splitlines()[-1])
-        assert result["samples"] == 4 and result["left_out"] == ["µ-law", "to" * 9] and "2 left out" in out
+        assert result["samples"] == 4 and result["left_out"] == ["µ-law", "to" * 9] and "2 skipped" in out
     assert texts[0] == texts[1] != texts[2]
     assert "step 6" in texts[0] and "seeds 1337 to 1338" in texts[0] and "temperature 0.8" in texts[0]
     weights = tiny_run / "ckpt" / "step_00000006" / "model.safetensors"
@@ -325,7 +326,7 @@ def test_samples_lie_in_the_run_if_not_elsewhere(tiny_run, tmp_path, call_script
 @pytest.mark.parametrize("text", ["plain", "a `tick`", "``` ends", "`", "# no heading", " <b>", "````\n~~~\n```x"])
 def test_code_is_code_whatever_is_in_it(text):
     """A fence longer than any run of backticks within, and as long a run on both sides of a span (CommonMark)."""
-    block = code(text, fence=True).split("\n")
+    block = code_block(text).split("\n")
     assert block[0] == block[-1] + "text" and set(block[-1]) == {"`"} and len(block[-1]) >= 3
     assert "\n".join(block[1:-1]) == text and block[-1] not in text
     span = code(text)

@@ -21,9 +21,9 @@ FLOORS = [
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop",
     "dataset",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
-    "inference.sampling inference.kvcache inference.quantize",
-    "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer inference.tasks "
-    "reporting.history",
+    "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples",
+    "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer "
+    "inference.long_context reporting.history",
     "parallel eval export reporting.tables reporting.page",
     "training.origin training.start training.saver training.measure reporting.alarm benchmarks.common",
     "training.warmup",

@@ -315,7 +315,7 @@ def test_a_damaged_latest_is_passed_over_and_said(run, capsys):
     assert load(run)[2]["step"] == 3
     said = capsys.readouterr()
     assert "step_00000006" in said.err and said.out == ""  # stdout is for the text
-    assert (run / "ckpt" / "step_00000006").exists()  # nothing is renamed: the run may be going on
+    assert (run / "ckpt" / "step_00000006").exists()  # nothing is renamed: the run may be training
 
 
 @pytest.mark.parametrize("which", ["6", "latest"])

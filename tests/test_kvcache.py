@@ -11,16 +11,16 @@ import infer
 import model as model_file
 from infer import Engine, stream
 from inference import kvcache
-from inference.kvcache import BatchPass, Blocks, attend_blocks, attend_one, paged_kernel
+from inference.kvcache import BatchPass, Blocks, Part, attend_blocks, attend_one, paged_kernel
 
 
 def test_blocks_are_neighbours_where_they_can_be():
     blocks = Blocks(8)
-    a, b, c = blocks.take(2), blocks.take(2), blocks.take(2)
+    a, b, c = blocks.allocate(2), blocks.allocate(2), blocks.allocate(2)
     blocks.release(b)
-    assert blocks.take(2) == [2, 3] and (a, c) == ([0, 1], [4, 5])
+    assert blocks.allocate(2) == [2, 3] and (a, c) == ([0, 1], [4, 5])
     blocks.release(a)
-    assert blocks.take(4) == [0, 1, 6, 7], "scattered, where there is no run"
+    assert blocks.allocate(4) == [0, 1, 6, 7], "scattered, where there is no run"
 
 
 def blocks_of_three(group=2, seed=0):
@@ -153,12 +153,12 @@ def test_graphs_are_captured_and_replayed_on_the_engines_device_in_one_pool(monk
     request = engine.submit([1, 2, 3], max_new_tokens=2)
     engine.admit()
     request.cached = 2
-    passes = [BatchPass(engine, rows, 2) for rows in (1, 2)]
+    passes = [BatchPass(engine.model, engine.pool, engine.rope, rows, 2) for rows in (1, 2)]
     fake = FakeGraphs(monkeypatch)
-    engine.device = torch.device("cuda:1")
+    engine.pool.device = torch.device("cuda:1")
     with torch.no_grad():
         for each in passes * 2:
-            each([request])
+            each([Part([3], request.cached, request.table, wanted=True)])
     captured = [("capture", "cuda:1", "the pool"), ("replay", "cuda:1")]
     assert fake.calls == [("pool", "cuda:1"), *captured, *captured, *[("replay", "cuda:1")] * 2]
 

@@ -110,7 +110,7 @@ def test_the_defaults_are_gpt2(n_layer):
             weights[name] = weights[name].T  # transformers' Conv1D is (in, out)
         elif name in ("transformer.wte.weight", "lm_head.weight"):
             weights[name] = weights[name][: c.vocab_size]
-    theirs.load_state_dict(weights)  # strict: the names are GPT-2's, too
+    theirs.load_state_dict(weights)  # strict: the names are GPT-2's as well
     idx = tokens(ours)
     with torch.no_grad():
         expected = theirs(idx).logits
@@ -633,7 +633,7 @@ def test_dropout_is_after_embedding_attention_and_mlp(attn):
         assert torch.allclose(dropped[~zero], 2 * whole[~zero], rtol=1e-5, atol=1e-6)
     out = block.attn(x)
     assert 0.4 < (out == 0).float().mean() < 0.6
-    with torch.no_grad():  # its weights are dropped, too: token 0 reads itself alone, so all of a head or nothing
+    with torch.no_grad():  # dropout hits its weights as well: token 0 reads only itself, so all of a head or nothing
         block.attn.c_proj.weight.copy_(torch.eye(32))
         block.attn.c_proj.bias.zero_()
     heads = block.attn(torch.randn(500, 1, 32)).view(500, 4, 8)
@@ -769,7 +769,7 @@ def test_kv_cache_bytes():
 
 
 # -----------------------------------------------------------------------------
-# Training gives what it gave. Where the mathematics changes on purpose: python tests/test_model.py prints anew.
+# Training gives what it gave. Where the mathematics changes on purpose, python tests/test_model.py prints it again.
 
 GOLDEN = {
     "gpt2 with adamw": [

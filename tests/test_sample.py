@@ -161,7 +161,7 @@ def test_a_file_of_prompts_and_an_interactive_session(sample, tmp_path):
     (tmp_path / "prompts.txt").write_text("To be\nor not\n", encoding="utf-8")
     assert sample(f"--prompts={tmp_path / 'prompts.txt'}")[1] == "".join(alone)
     code, out, err = sample("--interactive", stdin=b"To be\n\xc3\xa9\nor not\n")
-    assert code == 0 and out == "".join(alone), "a prompt that cannot be encoded is said, and the session goes on"
+    assert code == 0 and out == "".join(alone), "a prompt that cannot be encoded is an error, and the session continues"
     assert err.count("> ") == 4 and "cannot encode" in err
     (tmp_path / "none.txt").write_bytes(b"")
     code, out, err = sample(f"--prompts={tmp_path / 'none.txt'}")

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from inference import tasks
-from inference.tasks import encode_pair, hide_key, last_word, multiple_choice, open_items, passkey, score_items
+from inference.long_context import hide_key, key_characters, passkey
+from inference.tasks import encode_pair, last_word, multiple_choice, open_items, score_items
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer
 
@@ -290,10 +291,10 @@ def test_where_a_key_is_hidden():
 
 
 def test_keys_are_made_of_what_a_tokenizer_has():
-    assert tasks.key_characters(BPE) == "0123456789" and tasks.key_characters(LETTERS) == "abcdefghijklmnopqrstuvwxyz"
-    assert tasks.key_characters(CharTokenizer("0123xyz")) == "xyz"
+    assert key_characters(BPE) == "0123456789" and key_characters(LETTERS) == "abcdefghijklmnopqrstuvwxyz"
+    assert key_characters(CharTokenizer("0123xyz")) == "xyz"
     with pytest.raises(ValueError, match="two letters"):
-        tasks.key_characters(CharTokenizer("0123x"))
+        key_characters(CharTokenizer("0123x"))
 
 
 def test_marks_of_wikihow_are_taken_out_in_linear_time(monkeypatch):
