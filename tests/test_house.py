@@ -44,7 +44,6 @@ DATA_FLOOR = {name: floor for floor, names in enumerate(DATA_FLOORS) for name in
 MOST_LINES = 450
 LONGER = {  # file: why it is one file all the same
     "model.py": "the whole architecture, every choice of it in sight of the others",
-    "train.py": "a hundred lines of settings above the story",
     "checkpoint.py": "how a checkpoint is written, verified, found, read and removed: each relies on the others",
     "device.py": "what a machine offers a run: device, precision, kernels, a compiler, its speed, its memory",
     "doctor.py": "one machine, and the ranks on many: one report",
