@@ -129,8 +129,9 @@ def begin_wandb(run_dir, config, project, name, step):
     def end(failed):
         run.finish(exit_code=int(failed))
 
-    where = f"wandb {run.url}"
-    if mode != "online":
+    if mode == "online":
+        where = f"wandb {run.url}"  # offline, to ask for the URL is a warning
+    else:
         where = f"wandb {mode} ({reason}); wandb sync {Path(run.dir).parent}"
     return send, end, where
 
