@@ -1,5 +1,5 @@
 # The headline: past what nanoGPT reaches on an A100 (validation loss 1.4697), on two CPU cores in five minutes,
-# where they multiply bfloat16 in hardware; the README has what float32 takes.
+# where they multiply bfloat16 in hardware; docs/measured.md has what float32 takes.
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char.py
 #     python sample.py --out_dir=out/shakespeare_char
