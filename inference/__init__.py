@@ -1,1 +1,10 @@
-"""Under infer.py and eval.py."""
+"""
+Under infer.py, sample.py and eval.py:
+
+    sampling      logits to a token; where a text ends
+    kvcache       keys and values in blocks of one pool, and attention over them
+    quantize      weights as inference reads them: packed for the CPU, half precision, int8
+    tasks         multiple choice and last words, by log-likelihood
+    samples       samples of a bank of prompts, as Markdown
+    long_context  loss by position, a key hidden in a long text
+"""

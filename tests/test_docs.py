@@ -14,10 +14,10 @@ import pytest
 import torch
 from test_house import FLOOR, ROOMS, ROOT, SCRIPTS, imports, present, read
 
-import export
 from ablate import read_experiment
 from configurator import read_file, read_keys
 from model import GPT, GPTConfig
+from training import pretrained
 
 README = ROOT / "README.md"
 MEASURED = ROOT / "docs" / "measured.md"
@@ -316,7 +316,7 @@ def test_every_row_for_nanogpts_users_has_a_line():
 
 def test_the_python_lines_for_nanogpts_users_run(nanogpts_folder, monkeypatch):
     monkeypatch.chdir(nanogpts_folder)
-    monkeypatch.setattr(export, "from_hub", lambda name: nanogpts_folder / "hub")
+    monkeypatch.setattr(pretrained, "from_hub", lambda name: nanogpts_folder / "hub")
     text = read(ROOT / "docs" / "from_nanogpt.md")
     (setup,) = blocks(text, "python")
     lines = [line for line in lines_of_tables(text) if not line.startswith("python ")]
