@@ -279,13 +279,14 @@ def nanogpts_folder(tmp_path_factory, tiny_dataset, tiny_run):
     (folder / "prompt.txt").write_text("To be, or not to be\n" * 20)
     (folder / "mine.py").write_text("learning_rate = 1e-3\n")
 
-    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=64, bias=False, activation="gelu")
+    chars = sorted(set("To be, or not to be"))
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=len(chars), bias=False,
+                       activation="gelu")
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     (folder / "out-shakespeare").mkdir()
     torch.save({"model": GPT(config).state_dict(), "model_args": {name: getattr(config, name) for name in names},
                 "iter_num": 5, "best_val_loss": 2.5}, folder / "out-shakespeare" / "ckpt.pt")
 
-    chars = sorted(set("To be, or not to be"))
     (folder / "data" / "nanogpt").mkdir()
     for split in ("train", "val"):
         (np.arange(400, dtype=np.uint16) % len(chars)).tofile(folder / "data" / "nanogpt" / f"{split}.bin")
@@ -333,7 +334,7 @@ def test_the_python_lines_for_nanogpts_users_run(nanogpts_folder, monkeypatch):
 def test_the_commands_for_nanogpts_users_run(nanogpts_folder):
     """Of train.py each with a small model and few steps."""
     text = read(ROOT / "docs" / "from_nanogpt.md")
-    short = ["--dataset=data/shakespeare_char", "--threads=1", "--eval_interval=2", "--warmup_iters=1"]
+    short = ["--threads=1", "--eval_interval=2", "--warmup_iters=1", "--compile=false"]
     ran = 0
     for number, words in enumerate(map(shlex.split, lines_of_tables(text))):
         if words[0] != "python" or "--dry_run" in words or "gpt2" in words:
@@ -343,10 +344,12 @@ def test_the_commands_for_nanogpts_users_run(nanogpts_folder):
         if words[1] == "train.py":
             given = {word.split("=")[0] for word in words}
             less = {"--max_iters": 2, "--eval_iters": 1, "--batch_size": 2, "--block_size": 16, "--device": "cpu"}
-            if not any("ckpt.pt" in word for word in words):
-                less |= {"--n_layer": 1, "--n_head": 2, "--n_embd": 16}
+            if "--init_from=out-shakespeare/ckpt.pt" in words:
+                less["--dataset"] = "data/nanogpt"
+            else:
+                less |= {"--dataset": "data/shakespeare_char", "--n_layer": 1, "--n_head": 2, "--n_embd": 16}
             command += short + [f"{key}={value}" for key, value in less.items() if key not in given]
-            command += [f"--out_dir=out/{number}", "--compile=false"]
+            command.append(f"--out_dir=out/{number}")
         done = subprocess.run(command, cwd=nanogpts_folder, capture_output=True, encoding="utf-8")
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         ran += 1
