@@ -15,18 +15,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ablate import read_experiment  # noqa: E402
 from configurator import read_file, read_keys  # noqa: E402
+from reporting.experiment import read_experiment  # noqa: E402
 
 ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
     "configurator files device cross_entropy",
-    "model tokenizer training.ranks reporting.isoflop",
+    "model tokenizer training.ranks reporting.isoflop reporting.significance reporting.experiment",
     "loader optim checkpoint plan training.guard training.probe training.track training.monitor inference.sampling "
     "inference.kvcache inference.quantize",
     "training.tensor_parallel training.pipeline_parallel infer export inference.tasks reporting.history",
-    "parallel eval reporting.tables reporting.page",
-    "training.start training.saver training.measure reporting.alarm benchmarks.common",
+    "parallel eval reporting.tables reporting.charts",
+    "training.start training.saver training.measure reporting.alarm reporting.page reporting.pictures "
+    "benchmarks.common",
     "train benchmarks.*",
     "sample bench ablate report doctor",
 ]
@@ -48,7 +49,6 @@ LONGER = {  # file: why it is one file all the same
     "configurator.py": "where settings come from, the range of each number, and prints that never fail",
     "loader.py": "which shards a dataset has, the order of their tokens, and batches in that order",
     "bench.py": "nine benchmarks, each by itself",
-    "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
     "export.py": "two ways in and two ways out, each by itself",
     "plan.py": "memory, time and the layouts there are, each formula beside its source",
     "parallel.py": "data, tensor and pipeline parallelism meet on one grid and in every step",
