@@ -1,9 +1,12 @@
 """
 Under report.py and ablate.py:
 
-    history  run folders as plain data
-    tables   an ablation's results: what is more than noise
-    isoflop  the best size for a budget of compute
-    alarm    reference curves with bands, and whether a run lies within
-    page     the report as one HTML file, with page.html
+    history       run folders as plain data
+    alarm         reference curves with bands, and whether a run lies within
+    page, charts  the report as one HTML file, with page.html
+    pictures      reports as PNG
+    experiment    an ablation's file: its variants, seeds and budget, and the hash of the code that trains
+    tables        an ablation's results, as tables
+    significance  what is more than noise
+    isoflop       the best size for a budget of compute
 """

@@ -1,6 +1,5 @@
 """
-What run folders say, as plain data, for reports, alarms and notebooks. Only the four files of training/monitor.py
-are read.
+Run folders as plain data, for reports, alarms and notebooks. Only the four files of training/monitor.py are read.
 
     runs = read_runs(["out/a", "out/b"])
     steps, losses = series(runs[0], "val_loss", x="tokens")
@@ -15,13 +14,15 @@ from typing import NamedTuple
 
 import torch
 
+from files import clock_face
 from loader import context_length
 from model import GPT, GPTConfig
 
+# field of a record: its name on an axis, its name in a choice of axes
 AXES = {"step": ("step", "steps"), "tokens": ("tokens", "tokens"), "flops": ("training FLOPs", "FLOPs"),
-        "wall_s": ("training time in seconds", "time")}  # a record's field: on an axis, in a choice of them
-PARTS = ("data_ms", "forward_ms", "backward_ms", "pipeline_ms", "optim_ms")  # that add up to a step's time
-COLUMNS = {  # of a table of summaries: heading, meaning
+        "wall_s": ("training time in seconds", "time")}
+PARTS = ("data_ms", "forward_ms", "backward_ms", "pipeline_ms", "optim_ms")  # they add up to a step's time
+COLUMNS = {  # key of a summary: heading, meaning
     "val_loss": ("val loss", "validation loss at the end"),
     "best": ("best", "lowest validation loss"),
     "bits": ("bits/token", "validation loss at the end in bits"),
@@ -47,15 +48,19 @@ class History(NamedTuple):
     env: dict
     records: list         # of metrics.jsonl, by step; "flops" (so far) is added where it is known
     events: list
-    resolved: dict        # what "auto" became, of the last start or resume
-    ended: str            # "end", "stop", or "": running still, or killed
-    params: int | None    # None where config and events do not say what the model was
+    resolved: dict        # what "auto" became at the last start or resume
+    ended: str            # "end", "stop", or "" while it runs or after a kill
+    params: int | None    # None where config and events do not give the model's sizes
 
 
-def read_lines(path):
-    """The records of a .jsonl file; a last line that is being written is left for the next time.
+# -----------------------------------------------------------------------------
+# Reading a folder
 
-    Raises ValueError naming the line that is no record.
+
+def read_records(path):
+    """The records of a .jsonl file, [] where there is no file. A last line that is still being written is ignored.
+
+    Raises ValueError naming the first line that is no record.
     """
     if not path.is_file():
         return []
@@ -76,47 +81,62 @@ def read_object(path):
         raise ValueError(f"{path} does not hold a JSON object") from None
 
 
-def in_order(records):
-    """Records by step: where a run went back, those that it undid are dropped."""
-    kept = []
+def drop_undone(records):
+    """Records by step. Where a run rewound, the records of the steps that it undid are dropped."""
+    standing = []
     for record in records:
-        while kept and kept[-1]["step"] >= record["step"]:
-            kept.pop()
-        kept.append(record)
-    return kept
+        while standing and standing[-1]["step"] >= record["step"]:
+            standing.pop()
+        standing.append(record)
+    return standing
 
 
 def model_of(config, resolved):
-    """The model that was trained, without storage, or None where its sizes are not known. A field that is newer than
-    the run has its default, which is what there was before."""
+    """The model that was trained, without storage; None where its sizes are not known.
+
+    A field that is newer than the run gets its default, which is how the older code behaved.
+    """
     vocab_size = resolved.get("vocab_size") or config.get("vocab_size")
     if not vocab_size or any(name not in config for name in ("block_size", "n_layer", "n_head", "n_embd")):
         return None
-    known = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+    known = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
     try:
         with torch.device("meta"):
             return GPT(GPTConfig(**{**known, "vocab_size": vocab_size, "attn": "auto"}))
-    except (ValueError, TypeError):  # of another time: today's model has no such form
+    except (ValueError, TypeError):  # an old run of a form that today's model does not have
         return None
 
 
 def add_flops(records, model, config, changed):
-    """Add to each record the FLOPs of training so far (GPT.train_flops: no recomputation, no evaluation)."""
-    start, T = config.get("context_start", 0), config["block_size"]
-    schedule = {"context_start", "context_iters", "max_iters"}
-    if not records or "tokens" not in records[-1] or start and schedule & changed:
-        return  # a schedule that changed in the middle of the run is not on record
-    per_step = records[-1]["tokens"] / records[-1]["step"]
-    until = (config["context_iters"] or config["max_iters"] // 2) if start else 0
-    total, by_length, step = 0.0, {}, 0
+    """Add to each record the FLOPs of training so far (GPT.train_flops: no recomputation, no evaluation).
+
+    `changed`: keys that a resume changed. The context grows by steps; if its schedule changed in the middle of the
+    run, the lengths are not on record and nothing is added.
+    """
+    start = config.get("context_start", 0)
+    block_size = config["block_size"]
+    if not records or "tokens" not in records[-1]:
+        return
+    if start and changed & {"context_start", "context_iters", "max_iters"}:
+        return
+    growth_end = 0  # the first step whose context is block_size
+    if start:
+        growth_end = config["context_iters"] or config["max_iters"] // 2
+
+    tokens_per_step = records[-1]["tokens"] / records[-1]["step"]
+    flops_at = {block_size: model.train_flops(block_size)}  # context length -> FLOPs of a token
+    total = 0.0
+    done = 0  # steps counted so far
     for record in records:
-        for at in range(step, min(until, record["step"])):
-            length = context_length(at, T, start, until)
-            if length not in by_length:
-                by_length[length] = model.train_flops(length)
-            total += per_step * by_length[length]
-        total += per_step * (record["step"] - max(step, min(until, record["step"]))) * model.train_flops(T)
-        step = record["step"]
+        short_end = min(growth_end, record["step"])
+        for step in range(done, short_end):
+            length = context_length(step, block_size, start, growth_end)
+            if length not in flops_at:
+                flops_at[length] = model.train_flops(length)
+            total += tokens_per_step * flops_at[length]
+        full_steps = record["step"] - max(done, short_end)
+        total += tokens_per_step * full_steps * flops_at[block_size]
+        done = record["step"]
         record["flops"] = total
 
 
@@ -128,25 +148,34 @@ def read_run(path):
     for name in ("config.json", "env.json", "metrics.jsonl"):
         if not (path / name).is_file():
             raise ValueError(f"{path} is no run folder: it holds no {name}")
-    config, env = read_object(path / "config.json"), read_object(path / "env.json")
-    records, events = read_lines(path / "metrics.jsonl"), read_lines(path / "events.jsonl")
+    config = read_object(path / "config.json")
+    env = read_object(path / "env.json")
+    records = read_records(path / "metrics.jsonl")
+    events = read_records(path / "events.jsonl")
     if not all(isinstance(record.get("step"), int) and record["step"] > 0 for record in records):
         raise ValueError(f"{path / 'metrics.jsonl'} holds a record without a step")
-    records = in_order(records)
+    records = drop_undone(records)
     if not records:
         raise ValueError(f"{path / 'metrics.jsonl'} is empty: the run has logged no step yet")
-    begun = [event for event in events if event.get("event") in ("start", "resume")]
-    resolved = begun[-1].get("resolved", {}) if begun else {}
-    last = events[-1].get("event") if events else ""
+
+    starts = [event for event in events if event.get("event") in ("start", "resume")]
+    resolved = starts[-1].get("resolved", {}) if starts else {}
+    last_event = events[-1].get("event") if events else ""
+    ended = last_event if last_event in ("end", "stop") else ""
     model = model_of(config, resolved)
+    params = None
     if model:
-        add_flops(records, model, config, {key for event in begun for key in event.get("changed", {})})
-    return History(path.resolve().name, path, config, env, records, events, resolved,
-                   last if last in ("end", "stop") else "", model.num_params() if model else None)
+        params = model.num_params()
+        changed = {key for event in starts for key in event.get("changed", {})}
+        add_flops(records, model, config, changed)
+    return History(path.resolve().name, path, config, env, records, events, resolved, ended, params)
 
 
 def read_runs(paths):
-    """History of each run folder; names that are the same are told apart by the folders above."""
+    """The History of each run folder. Runs of one name get as many of the folders above as tell them apart.
+
+    Raises ValueError where a folder is given twice, and as read_run does.
+    """
     runs = [read_run(path) for path in paths]
     places = [run.path.resolve().parts for run in runs]
     if len(set(places)) < len(places):
@@ -154,24 +183,36 @@ def read_runs(paths):
     depth = 1
     while len({place[-depth:] for place in places}) < len(places):
         depth += 1
-    same = {run.name for run in runs if [r.name for r in runs].count(run.name) > 1}
-    return [run._replace(name="/".join(place[-depth:])) if run.name in same else run
-            for run, place in zip(runs, places, strict=True)]
+    names = [run.name for run in runs]
+    for i, place in enumerate(places):
+        if names.count(names[i]) > 1:
+            runs[i] = runs[i]._replace(name="/".join(place[-depth:]))
+    return runs
+
+
+# -----------------------------------------------------------------------------
+# Series
 
 
 def value_of(record, field, key=None):
-    """A record's number, or that of one layer or group `key` of it; None where it has none."""
+    """A record's number, or with `key` that of one layer or group; None where there is none."""
     value = record.get(field)
-    if key is not None and isinstance(value, (list, dict)):
-        value = value.get(key) if isinstance(value, dict) else value[key] if key < len(value) else None
+    if key is not None and isinstance(value, dict):
+        value = value.get(key)
+    elif key is not None and isinstance(value, list):
+        value = value[key] if key < len(value) else None
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def series(run, field, x="step", key=None):
-    """(xs, ys) of the records that have both; `key` is a layer or a group where the field holds several."""
-    points = [(record.get(x), value_of(record, field, key)) for record in run.records]
-    points = [(a, b) for a, b in points if a is not None and b is not None]
-    return [a for a, _ in points], [b for _, b in points]
+    """(xs, ys) of the records that have both. `key` is a layer or a group where the field holds several."""
+    xs, ys = [], []
+    for record in run.records:
+        value = value_of(record, field, key)
+        if record.get(x) is not None and value is not None:
+            xs.append(record[x])
+            ys.append(value)
+    return xs, ys
 
 
 def keys_of(run, field):
@@ -183,42 +224,61 @@ def keys_of(run, field):
     return list(keys)
 
 
-def over_layers(run, field, how, x="step"):
-    """(xs, ys) with one figure of all layers: how(list) -> number."""
-    points = [(r.get(x), [v for v in r.get(field) or [] if v is not None]) for r in run.records]
-    points = [(a, how(values)) for a, values in points if a is not None and values]
-    return [a for a, _ in points], [b for _, b in points]
+def over_layers(run, field, combine, x="step"):
+    """(xs, ys) with one number for all layers: combine(list) -> number."""
+    xs, ys = [], []
+    for record in run.records:
+        values = [value for value in record.get(field) or [] if value is not None]
+        if record.get(x) is not None and values:
+            xs.append(record[x])
+            ys.append(combine(values))
+    return xs, ys
 
 
 def smooth(steps, values, steps_back):
-    """Exponential moving average with a time constant in steps, so that records may lie as close as they like.
+    """Exponential moving average. Its time constant is in steps, so it does not depend on how often a run logs.
 
     Divided by the sum of its weights, as Adam's moments are (Kingma and Ba 2014, arXiv:1412.6980): it starts unbiased.
     """
-    out, mean, weight, before = [], 0.0, 0.0, steps[0] - 1 if steps else 0
+    smoothed = []
+    mean = weight = 0.0
+    before = steps[0] - 1 if steps else 0
     for step, value in zip(steps, values, strict=True):
         keep = math.exp(-(step - before) / steps_back) if steps_back else 0.0
-        mean, weight, before = keep * mean + (1 - keep) * value, keep * weight + 1 - keep, step
-        out.append(mean / weight)
-    return out
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + 1 - keep
+        before = step
+        smoothed.append(mean / weight)
+    return smoothed
 
 
 def smooth_both_ways(steps, values, steps_back):
-    """Exponential averages from either end together, so that a fall is followed without lag: for the eye, as a point
-    depends on what comes after it."""
+    """The averages from both ends combined, which follow a falling loss without lag.
+
+    For the eye alone: a point depends on later ones.
+    """
     if not steps or not steps_back:
         return list(values)
-    forth = smooth(steps, values, steps_back)
-    back = smooth([-step for step in steps[::-1]], values[::-1], steps_back)[::-1]
-    seen = [[1 - math.exp(-(abs(step - end) + 1) / steps_back) for step in steps] for end in (steps[0], steps[-1])]
-    return [(a * u + b * v) / (u + v) for a, b, u, v in zip(forth, back, *seen, strict=True)]
+    forward = smooth(steps, values, steps_back)
+    backward = smooth([-step for step in steps[::-1]], values[::-1], steps_back)[::-1]
+    combined = []
+    for step, a, b in zip(steps, forward, backward, strict=True):
+        # an average counts by how much of its weight it has seen
+        seen_before = 1 - math.exp(-(abs(step - steps[0]) + 1) / steps_back)
+        seen_after = 1 - math.exp(-(abs(step - steps[-1]) + 1) / steps_back)
+        combined.append((a * seen_before + b * seen_after) / (seen_before + seen_after))
+    return combined
 
 
 def smoothing(run, share=0.02):
-    """Time constant in steps for this run's loss: a share of the run, but no less than two records."""
+    """Time constant in steps for this run's loss: a share of the run, but at least two records."""
     steps = [record["step"] for record in run.records]
-    between = statistics.median(b - a for a, b in zip([0, *steps], steps, strict=False))
-    return max(share * max(steps[-1], run.config.get("max_iters", 0)), 2 * between)
+    spacing = statistics.median(b - a for a, b in zip([0, *steps], steps, strict=False))
+    return max(share * max(steps[-1], run.config.get("max_iters", 0)), 2 * spacing)
+
+
+# -----------------------------------------------------------------------------
+# Summaries
 
 
 def differences(runs):
@@ -228,22 +288,27 @@ def differences(runs):
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
 
-def median(values):
+def median_or_none(values):
     return statistics.median(values) if values else None
 
 
-def step_parts(run):
-    """{part: median ms of a step} of those parts that were measured."""
-    found = {part: series(run, part)[1] for part in PARTS}
-    return {part: statistics.median(values) for part, values in found.items() if values}
+def commit_of(env):
+    """The first digits of the commit, with a + where there were changes on top; None where it is not known."""
+    commit = (env.get("commit") or "")[:9]
+    if env.get("dirty_diff"):
+        commit += "+"
+    return commit or None
 
 
 def summary(run):
-    """The figures of a run that stand in a table; None where it does not have one."""
+    """The figures of a run by COLUMNS' keys, and best_step; None where the run does not have one."""
     steps, losses = series(run, "loss")
     vals = list(zip(*series(run, "val_loss"), strict=True))
-    best = min(vals, key=lambda point: point[1], default=(None, None))
+    best_step, best = min(vals, key=lambda point: point[1], default=(None, None))
     last = run.records[-1]
+    device = run.env.get("device")
+    if device in (None, "cpu"):
+        device = run.env.get("cpu")
     return {
         "params": run.params,
         "steps": last["step"],
@@ -252,42 +317,42 @@ def summary(run):
         "time": last.get("wall_s"),
         "loss": smooth(steps, losses, smoothing(run))[-1] if losses else None,
         "val_loss": vals[-1][1] if vals else None,
-        "best": best[1],
-        "best_step": best[0],
+        "best": best,
+        "best_step": best_step,
         "bits": vals[-1][1] / math.log(2) if vals else None,
-        "tok_per_s": median(series(run, "tok_per_s")[1]),
-        "mfu": median(series(run, "mfu")[1]),
+        "tok_per_s": median_or_none(series(run, "tok_per_s")[1]),
+        "mfu": median_or_none(series(run, "mfu")[1]),
         "mem_gb": max(series(run, "mem_gb")[1], default=None),
-        "device": run.env.get("device") if run.env.get("device") not in (None, "cpu") else run.env.get("cpu"),
+        "device": device,
         "dtype": run.resolved.get("dtype"),
-        "commit": (run.env.get("commit") or "")[:9] + "+" * bool(run.env.get("dirty_diff")) or None,
+        "commit": commit_of(run.env),
     }
 
 
-def short(value):
+def short_number(value):
     """A number with three digits and k, M, G, T, P or E."""
     for scale, sign in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= scale:
-            return f"{value / scale:.3g}{sign}" if value < 1000 * scale else f"{value / scale:.0f}{sign}"
+            digits = ".3g" if value < 1000 * scale else ".0f"
+            return f"{value / scale:{digits}}{sign}"
     return f"{value:.3g}"
 
 
-def clock(seconds):
+def duration(seconds):
     """Seconds as 5.3 s, 4:05 or 1:02:03."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
+    return f"{seconds:.1f} s" if seconds < 60 else clock_face(seconds)
 
 
-def shown(key, value):
-    """A figure of a summary as a table has it, or None."""
+def format_figure(key, value):
+    """A figure of a summary as it stands in a table, or None."""
     if value is None or isinstance(value, str):
         return value
     if key in ("val_loss", "best", "loss", "bits"):
         return f"{value:.4f}"
     if key == "time":
-        return clock(value)
+        return duration(value)
     if key == "mem_gb":
         return f"{value:.2f} GB"
-    return f"{value:.1%}" if key == "mfu" else f"{value:,}" if key == "steps" else short(value)
+    if key == "mfu":
+        return f"{value:.1%}"
+    return f"{value:,}" if key == "steps" else short_number(value)

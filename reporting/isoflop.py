@@ -1,11 +1,11 @@
 """
-Which size is best for how much compute: isoFLOP curves, and what they say of sizes that were not trained.
+The best model size for a compute budget: isoFLOP curves, and a prediction for sizes that were not trained.
 
-Runs of several sizes share a budget of training FLOPs. Through their losses over log N (parameters) goes a parabola,
-whose lowest point is the best size for that budget; through the lowest points of all budgets go N = a C^b and
-L = k C^-g (Hoffmann et al. 2022, arXiv:2203.15556, section 3.2). With three budgets a loss that no compute gets below,
-which text has, cannot be told from the rest, so far off L is too low. The intervals are of a bootstrap over the
-seeds: they hold what the seeds leave open, and not that the laws may bend.
+Runs of several sizes share a budget of training FLOPs. A parabola goes through their losses over log N (parameters),
+and its lowest point is the best size for that budget. Two laws go through the lowest points of all budgets: N = a C^b
+and L = k C^-g (Hoffmann et al. 2022, arXiv:2203.15556, section 3.2). Text has a loss that no amount of compute gets
+below, but three budgets cannot tell it from the rest, so far from the data L comes out too low. The intervals are a
+bootstrap over the seeds: they cover the noise of the seeds, and not that the laws may bend.
 """
 
 import math
@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-SAME = 1.1     # runs whose FLOPs differ by less than this factor have the same budget, rounded to whole steps
+SAME = 1.1     # runs whose FLOPs differ by less than this factor share a budget, which was rounded to whole steps
 DRAWS = 2000   # of the bootstrap
-INSIDE = 0.90  # of the draws lie in an interval
+INSIDE = 0.90  # share of the draws in an interval
 SIZE = 124e6   # parameters of GPT-2's smallest
 
 
 class Law(NamedTuple):
-    """N = a C^b for the best size and L = k C^-g for its loss, in natural logarithms."""
+    """N = a C^b for the best size and L = k C^-g for its loss; `a` and `k` are natural logarithms."""
 
     a: float
     b: float
@@ -39,30 +39,48 @@ class Law(NamedTuple):
         return math.exp(self.k - self.g * math.log(budget))
 
 
-def budgets(rows):
-    """[(FLOPs, {parameters: losses of its seeds})] of the budgets with at least three sizes, by layers and width; []
-    unless there are at least two of them. What diverged is left out."""
-    cost = sorted(((row["tokens"] * row["flops_per_token"], row) for row in rows
-                   if not row["diverged"] and row.get("flops_per_token")), key=lambda pair: pair[0])
+# -----------------------------------------------------------------------------
+# The fit
+
+
+def group_by_flops(rows):
+    """[[(FLOPs, row), ...], ...]: the rows of each budget, from the smallest on. Rows that diverged are ignored."""
+    costs = [(row["tokens"] * row["flops_per_token"], row) for row in rows
+             if not row["diverged"] and row.get("flops_per_token")]
     groups = []
-    for flops, row in cost:
+    for flops, row in sorted(costs, key=lambda pair: pair[0]):
         if not groups or flops > SAME * groups[-1][0][0]:
             groups.append([])
         groups[-1].append((flops, row))
-    found = []
-    for group in groups:
-        sizes, shapes = {}, {(row["config"]["n_layer"], row["config"]["n_embd"]) for _, row in group if "config" in row}
-        for _, row in group if len(shapes) > 2 else ():
+    return groups
+
+
+def budgets(rows):
+    """[(FLOPs, {parameters: losses of its seeds})] of the budgets with at least three sizes, by layers and width.
+
+    [] unless there are at least two such budgets.
+    """
+    result = []
+    for group in group_by_flops(rows):
+        shapes = {(row["config"]["n_layer"], row["config"]["n_embd"]) for _, row in group if "config" in row}
+        if len(shapes) < 3:
+            continue
+        sizes = {}
+        for _, row in group:
             sizes.setdefault(row["params"], []).append(row["val_loss"])
         if len(sizes) > 2:
-            found.append((statistics.fmean(flops for flops, _ in group), dict(sorted(sizes.items()))))
-    return found if len(found) > 1 else []
+            mean_flops = statistics.fmean(flops for flops, _ in group)
+            result.append((mean_flops, dict(sorted(sizes.items()))))
+    return result if len(result) > 1 else []
 
 
 def lowest(losses):
-    """{parameters: loss} -> (best size, its loss, the parabola's coefficients over log N); None where the parabola has
-    no lowest point between the smallest and the largest size."""
-    x, y = np.log(list(losses)), np.array(list(losses.values()))
+    """{parameters: loss} -> (best size, its loss, the parabola's coefficients over log N).
+
+    None where the parabola has no lowest point between the smallest and the largest size.
+    """
+    x = np.log(list(losses))
+    y = np.array(list(losses.values()))
     a, b, c = np.polyfit(x, y, 2)
     if a <= 0 or not x.min() < -b / (2 * a) < x.max():
         return None
@@ -70,8 +88,10 @@ def lowest(losses):
 
 
 def law(means):
-    """The laws through the best sizes of [(FLOPs, {parameters: loss})]; None where one has none, or if larger budgets
-    do not ask for larger models."""
+    """The Law through the best sizes of [(FLOPs, {parameters: loss})].
+
+    None where a budget has no best size, or larger budgets do not ask for larger models.
+    """
     points = [lowest(losses) for _, losses in means]
     if None in points:
         return None
@@ -86,11 +106,18 @@ def means_of(groups):
 
 
 def drawn(groups, draws=DRAWS):
-    """The laws of so many sets of as many seeds, drawn with replacement for each run; those that have one."""
+    """The laws of those of `draws` bootstrap samples that have one. A sample draws seeds with replacement."""
     rng = np.random.default_rng(0)
-    again = ([(flops, {size: float(np.mean(rng.choice(losses, len(losses)))) for size, losses in sizes.items()})
-              for flops, sizes in groups] for _ in range(draws))
-    return [found for means in again if (found := law(means))]
+    laws = []
+    for _ in range(draws):
+        means = []
+        for flops, sizes in groups:
+            resampled = {size: float(np.mean(rng.choice(losses, len(losses)))) for size, losses in sizes.items()}
+            means.append((flops, resampled))
+        fitted = law(means)
+        if fitted:
+            laws.append(fitted)
+    return laws
 
 
 def interval(values):
@@ -98,60 +125,74 @@ def interval(values):
     return tuple(float(np.quantile(values, q)) for q in ((1 - INSIDE) / 2, (1 + INSIDE) / 2))
 
 
+# -----------------------------------------------------------------------------
+# As text and as a picture
+
+
 def markdown(rows, size=SIZE):
-    """What the runs say, as Markdown; "" where they are no such study."""
+    """The best sizes and their law as Markdown; "" where the rows are no study of sizes and budgets."""
     groups = budgets(rows)
     if not groups:
         return ""
-    body = []
-    for flops, losses in means_of(groups):
-        found = lowest(losses)
-        best = (f"{found[0]:,.0f}", f"{flops / (6 * found[0]):,.0f}", f"{found[1]:.4f}") if found else ("none", "", "")
-        body.append((f"{flops:.3g}", ", ".join(f"{n:,}" for n in losses), *best))
     header = ("FLOPs", "sizes", "best size N", "FLOPs / 6N, tokens", "its loss")
-    lines = [header, ("--:",) * len(header), *body]
+    lines = [header, ("--:",) * len(header)]
+    for flops, losses in means_of(groups):
+        best = lowest(losses)
+        cells = ("none", "", "")
+        if best:
+            cells = (f"{best[0]:,.0f}", f"{flops / (6 * best[0]):,.0f}", f"{best[1]:.4f}")
+        lines.append((f"{flops:.3g}", ", ".join(f"{n:,}" for n in losses), *cells))
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    found, others = law(means_of(groups)), drawn(groups)
-    if not found or not others:
+
+    fitted = law(means_of(groups))
+    draws = drawn(groups)
+    if not fitted or not draws:
         return text + "\n\nThe best sizes follow no law: not every budget has one between the sizes that were run."
 
-    def said(value, of, form):
-        low, high = interval([value(other) for other in others])
-        return f"{of} {value(found):{form}} ({low:{form}} to {high:{form}})"
+    def estimate(value, form):
+        """value(law) with its interval: 0.53 (0.48 to 0.57)."""
+        low, high = interval([value(other) for other in draws])
+        return f"{value(fitted):{form}} ({low:{form}} to {high:{form}})"
 
-    best = found.budget(size)
-    power = said(lambda law: law.b, "The best size grows as compute to the power of", ".2f")
-    falls = said(lambda law: law.g, "and its loss falls as compute to the power of minus", ".3f")
-    flops = said(lambda law: law.budget(size), f"{size / 1e6:,.0f} million parameters are best at", ".2g")
-    tokens = said(lambda law: law.budget(size) / (6 * size), "FLOPs, which are", ".2g")
-    loss = said(lambda law: law.loss(law.budget(size)), "tokens, with a loss of", ".2g")
-    return f"""{text}
-
-In parentheses the middle {INSIDE:.0%} of {DRAWS:,} draws of the seeds, of which {len(others) / DRAWS:.1%} give a law \
-at all. {power}, {falls}. By that, {flops} {tokens} {loss}: {math.log10(best / groups[-1][0]):.1f} orders of magnitude \
-beyond the largest budget that was run."""
+    b = estimate(lambda law: law.b, ".2f")
+    g = estimate(lambda law: law.g, ".3f")
+    flops = estimate(lambda law: law.budget(size), ".2g")
+    tokens = estimate(lambda law: law.budget(size) / (6 * size), ".2g")
+    loss = estimate(lambda law: law.loss(law.budget(size)), ".2g")
+    distance = math.log10(fitted.budget(size) / groups[-1][0])
+    return (
+        f"{text}\n\nIn parentheses the middle {INSIDE:.0%} of {DRAWS:,} draws of the seeds, of which "
+        f"{len(draws) / DRAWS:.1%} give a law at all. The best size grows as compute to the power of {b}, and its loss "
+        f"falls as compute to the power of minus {g}. By that, {size / 1e6:,.0f} million parameters are best at "
+        f"{flops} FLOPs, which are {tokens} tokens, with a loss of {loss}: {distance:.1f} orders of magnitude "
+        "beyond the largest budget that was run."
+    )
 
 
 def draw(axes, rows, size=SIZE):
-    """The isoFLOP curves on the first of two matplotlib axes; the best sizes, their law and its interval up to `size`
-    on the second."""
+    """The isoFLOP curves on the first of two matplotlib axes; on the second the best sizes and their law with its
+    interval, up to `size`."""
+    curves, sizes_of_budgets = axes
     groups = budgets(rows)
-    found, others = law(means_of(groups)), drawn(groups)
     for flops, sizes in groups:
         mean = {n: statistics.fmean(losses) for n, losses in sizes.items()}
-        points = axes[0].errorbar(list(mean), list(mean.values()), fmt="o", markersize=4, capsize=2,
-                                  yerr=[np.std(losses, ddof=1) if len(losses) > 1 else 0 for losses in sizes.values()],
-                                  label=f"{flops:.2g} FLOPs")
+        error = [np.std(losses, ddof=1) if len(losses) > 1 else 0 for losses in sizes.values()]
+        points = curves.errorbar(list(mean), list(mean.values()), yerr=error, fmt="o", markersize=4, capsize=2,
+                                 label=f"{flops:.2g} FLOPs")
+        color = points[0].get_color()
         if best := lowest(mean):
             x = np.linspace(math.log(min(mean)), math.log(max(mean)), 100)
-            axes[0].plot(np.exp(x), np.polyval(best[2], x), color=points[0].get_color(), linewidth=1)
-            axes[1].plot(flops, best[0], "o", color=points[0].get_color())
-    axes[0].set(xscale="log", xlabel="parameters", ylabel="validation loss, nats per token")
-    axes[0].legend()
-    axes[1].set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="best size, parameters")
-    if found and others:
-        x = np.geomspace(groups[0][0], found.budget(size), 60)
-        band = np.array([interval([other.size(c) for other in others]) for c in x])
-        axes[1].plot(x, [found.size(c) for c in x], color="grey", linewidth=1)
-        axes[1].fill_between(x, band[:, 0], band[:, 1], color="grey", alpha=0.2, linewidth=0)
-        axes[1].axhline(size, color="grey", linestyle=":", linewidth=1)
+            curves.plot(np.exp(x), np.polyval(best[2], x), color=color, linewidth=1)
+            sizes_of_budgets.plot(flops, best[0], "o", color=color)
+    curves.set(xscale="log", xlabel="parameters", ylabel="validation loss, nats per token")
+    curves.legend()
+    sizes_of_budgets.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="best size, parameters")
+
+    fitted = law(means_of(groups))
+    draws = drawn(groups)
+    if fitted and draws:
+        x = np.geomspace(groups[0][0], fitted.budget(size), 60)
+        band = np.array([interval([other.size(c) for other in draws]) for c in x])  # (60, 2)
+        sizes_of_budgets.plot(x, [fitted.size(c) for c in x], color="grey", linewidth=1)
+        sizes_of_budgets.fill_between(x, band[:, 0], band[:, 1], color="grey", alpha=0.2, linewidth=0)
+        sizes_of_budgets.axhline(size, color="grey", linestyle=":", linewidth=1)

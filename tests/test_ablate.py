@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 from runs import TINY, records  # noqa: E402
 
 import ablate as plain_ablate  # noqa: E402
-from configurator import read_file, read_keys  # noqa: E402
+from configurator import Settings, configure, read_file, read_keys  # noqa: E402
+from reporting.experiment import OURS, code_sha256, question, read_experiment  # noqa: E402
 
 pytest_plugins = ["runs"]
 
@@ -69,10 +70,11 @@ def lab(tmp_path, words, train, monkeypatch, capsys):
         ablate.train = run
         for name, value in patches.items():
             setattr(ablate, name, value)
-        monkeypatch.setattr(sys, "argv", ["ablate.py", str(path), f"--out_dir={out}", *line])
-        code = 0
+        paths, rest = ablate.split_words([str(path), f"--out_dir={out}", *line])
+        given, code = set(), 0
         try:
-            ablate.main()
+            c = Settings(configure(vars(ablate), rest, given=given, also=ROOT / "train.py"))
+            ablate.main(c, paths, given)
         except SystemExit as end:
             code = end.code or 0
         except KeyboardInterrupt:
@@ -142,7 +144,7 @@ def test_what_is_missing_is_run_once(lab, whole):
     config = json.loads((lab.out / "rope_seed2" / "config.json").read_text(encoding="utf-8"))
     defaults = {name: key.default for name, key in read_keys(ROOT / "train.py").items()}
     assert row["config"] == {key: value for key, value in config.items()
-                             if value != defaults[key] and key not in plain_ablate.OURS}
+                             if value != defaults[key] and key not in OURS}
     assert row["config"]["pos"] == "rope" and config["seed"] == 2 and row["against"] == "base"
     assert rows[0]["against"] is None and row["params"] == rows[0]["params"] - 16 * 32, "no table of positions"
     assert row["flops_per_token"] > 0 and row["kv_bytes_per_token"] == 2 * 32 * 2 and row["spikes"] == 0
@@ -281,11 +283,27 @@ def test_the_code_is_what_train_imports(tmp_path):
              "c.py": "", "other.py": "y = 1\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    names = [plain_ablate.code_sha256(tmp_path)]
+    names = [code_sha256(tmp_path)]
     for name in ("other.py", "c.py", "b.py", "train.py"):
         (tmp_path / name).write_text(files[name] + "z = 2\n", encoding="utf-8")
-        names.append(plain_ablate.code_sha256(tmp_path))
+        names.append(code_sha256(tmp_path))
     assert names[0] == names[1] and len(set(names)) == 4
+
+
+@pytest.mark.parametrize("line", ["from training import guard", "from training.guard import Guard",
+                                  "import training.guard"])
+def test_the_code_in_folders_counts(line, tmp_path):
+    """A file of a folder is found by each way to import it, and so is what it imports; its neighbours do not count."""
+    files = {"train.py": f"{line}\n", "training/guard.py": "from reporting import rows\nclass Guard: pass\n",
+             "training/other.py": "", "reporting/rows.py": ""}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    names = [code_sha256(tmp_path)]
+    for name in ("training/other.py", "training/guard.py", "reporting/rows.py"):
+        (tmp_path / name).write_text(files[name] + "z = 2\n", encoding="utf-8")
+        names.append(code_sha256(tmp_path))
+    assert names[0] == names[1] and len(set(names)) == 3
 
 
 # -----------------------------------------------------------------------------
@@ -296,7 +314,7 @@ def test_the_code_is_what_train_imports(tmp_path):
     ('{"base": {}, "rope": {"poss": "rope"}}', {}, "small.py:4: variant rope: unknown key poss; did you mean pos?"),
     ('{"base": {}, "rope": {"pos": "ropes"}}', {}, "variant rope: pos='ropes' is not one of learned, rope"),
     ('{"base": {}, "wide": {"n_embd": "big"}}', {}, "variant wide: n_embd takes a whole number, not 'big'"),
-    ('{"base": {}, "wide": {"seed": 3}}', {}, "variant wide: seed is what ablate.py sets"),
+    ('{"base": {}, "wide": {"seed": 3}}', {}, "variant wide: ablate.py sets seed"),
     ('{"base": {}, "b c": {}}', {}, "'b c' is no name for a variant"),
     ('{}', {}, "variants is a dict"),
     ('{"base": {}}', {"common": {"n_layers": 2}}, "common: unknown key n_layers; did you mean n_layer?"),
@@ -320,7 +338,7 @@ def test_a_mistake_in_the_file_is_one_line_before_anything_runs(variants, more, 
     (("--part=2/2",), "part=2/2 is not of the form i/n"),
     (("--stale=maybe",), "not one of stop, keep, rerun"),
     (("--only=ropes",), "--only=ropes is no variant of"),
-    (("--seed=3",), "seed is what ablate.py sets"),
+    (("--seed=3",), "ablate.py sets seed"),
     (("--learnin_rate=3",), "did you mean --learning_rate?"),
     (("another.py",), "which experiment?"),
 ])
@@ -334,7 +352,7 @@ def test_budgets_become_steps_and_the_later_one_counts(lab):
 
     def steps(given=None, **more):
         lab.write('{"base": {}, "long": {"tokens_per_run": 640}}', **more)
-        experiment = plain_ablate.read_experiment(str(lab.path), keys)
+        experiment = read_experiment(str(lab.path), keys)
         found = [plain_ablate.resolve(experiment, name, given or {}, keys, "") for name in experiment.variants]
         return [variant.config["max_iters"] for variant in found], found[0]
 
@@ -350,14 +368,14 @@ def test_budgets_become_steps_and_the_later_one_counts(lab):
 def test_the_experiments_that_are_there_make_sense(path, words, monkeypatch):
     """Every variant resolves, is another run than each other one, and all but a scaling study see the same tokens."""
     keys = read_keys(ROOT / "train.py")
-    experiment = plain_ablate.read_experiment(str(path), keys)
+    experiment = read_experiment(str(path), keys)
     # their datasets may not be there: this one takes their place
     found = [plain_ablate.resolve(experiment._replace(variants={name: {**variant, "dataset": str(words)}}), name, {},
                                   keys, "") for name, variant in experiment.variants.items()]
     least = {"pilot": (3, 1), "learning_rate_bpe": (6, 3)}.get(path.stem, (10, 3))
     assert len({variant.identity["config_sha256"] for variant in found}) == len(found) >= least[0]
     assert len(experiment.seeds) >= least[1]
-    assert re.search(r"[?]", plain_ablate.question(path))
+    assert re.search(r"[?]", question(path))
     budgets = {variant.config["max_iters"] for variant in found}
     assert len(budgets) == 1 or path.stem == "scaling"
     for name, other in experiment.against.items():
@@ -366,7 +384,7 @@ def test_the_experiments_that_are_there_make_sense(path, words, monkeypatch):
 
 def test_the_presets_are_what_was_compared():
     keys, experiment = read_keys(ROOT / "train.py"), ROOT / "config" / "ablations" / "architecture.py"
-    variants = plain_ablate.read_experiment(str(experiment), keys).variants
+    variants = read_experiment(str(experiment), keys).variants
     base = read_file(str(ROOT / "config" / "shakespeare_char_gpt2.py"), keys)
     defaults = {name: key.default for name, key in keys.items()}
     for preset, variant in (("gpt2", "base"), ("stack", "stack")):

@@ -18,14 +18,15 @@ from configurator import read_file, read_keys  # noqa: E402
 ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
     "files keys device cross_entropy",
-    "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop",
+    "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
     "dataset",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
-    "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples",
+    "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples reporting.experiment",
     "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer "
     "inference.long_context reporting.history",
-    "parallel eval export reporting.tables reporting.page",
-    "training.origin training.start training.saver training.measure reporting.alarm benchmarks.common",
+    "parallel eval export reporting.tables reporting.charts",
+    "training.origin training.start training.saver training.measure reporting.alarm reporting.page "
+    "reporting.pictures benchmarks.common",
     "training.warmup",
     "train benchmarks.*",
     "sample bench ablate report doctor",
@@ -47,7 +48,6 @@ LONGER = {  # file: why it is one file all the same
     "checkpoint.py": "how a checkpoint is written, verified, found, read and removed: each relies on the others",
     "device.py": "what a machine offers a run: device, precision, kernels, a compiler, its speed, its memory",
     "doctor.py": "one machine, and the ranks on many: one report",
-    "ablate.py": "what an experiment's file says, the plan of its runs, and the running: each needs the other two",
     "plan.py": "memory, time and the layouts there are, each formula beside its source",
 }
 

@@ -19,7 +19,7 @@ import report
 from configurator import read_file, read_keys
 from loader import context_length
 from model import GPT, GPTConfig
-from reporting import alarm, history, page
+from reporting import alarm, charts, history, page, pictures
 
 pytest_plugins = ["runs"]
 
@@ -124,7 +124,7 @@ def test_flops_are_left_out_where_they_are_not_known(copy):
 
 def test_a_run_that_went_back_counts_once():
     steps = [1, 2, 3, 4, 3, 4, 5]
-    kept = history.in_order([{"step": step, "at": at} for at, step in enumerate(steps)])
+    kept = history.drop_undone([{"step": step, "at": at} for at, step in enumerate(steps)])
     assert [(r["step"], r["at"]) for r in kept] == [(1, 0), (2, 1), (3, 4), (4, 5), (5, 6)]
 
 
@@ -165,7 +165,7 @@ def test_smoothing():
 def test_long_curves_keep_their_spikes():
     ys = [1.0] * 100_000
     ys[31_337], ys[77_777] = 9.0, -9.0
-    xs, thin = page.thin(list(range(100_000)), ys, 500)
+    xs, thin = charts.thin(list(range(100_000)), ys, 500)
     assert len(xs) <= 500 and xs == sorted(set(xs)) and (xs[0], xs[-1]) == (0, 99_999)
     assert dict(zip(xs, thin, strict=True))[31_337] == 9.0 == -dict(zip(xs, thin, strict=True))[77_777]
 
@@ -243,9 +243,9 @@ def test_the_page_needs_nothing_else(seeds, copy):
     pytest.importorskip("plotly")
     evil = "</script><img src=http://example.com onerror=alert(1)>"
     folder = copy("seed1", lambda e: {**e, "text": evil, "message": evil}, "events.jsonl")
-    text = page.render(history.read_runs([folder, seeds / "seed2"]), more="<p>more</p>")
+    text = page.render(history.read_runs([folder, seeds / "seed2"]))
     own = re.sub(r"<script>.*?</script>", "", text, flags=re.S)
-    assert "<img" not in own and "&lt;img" in own and "<p>more</p>" in own
+    assert "<img" not in own and "&lt;img" in own
     assert not re.search(r"""<[^>]*(src|href)=["']?(https?:)?//""", own) and "default-src 'none'" in own
     assert not re.search(r"\{\{\w+\}\}", own)
 
@@ -293,7 +293,7 @@ def test_events_are_marked_where_they_happened(copy):
     with open(folder / "events.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(spike) + "\n" + json.dumps({**spike, "event": "rewind", "to": 4, "skipped": [6]}) + "\n")
     run = history.read_run(folder)
-    mark, = page.marks(run, 0, "loss")
+    mark, = charts.marks(run, 0, "loss")
     assert mark["step"] == [7, 7] and mark["y"] == [run.records[6]["loss"]] * 2
     assert mark["text"][0].endswith("step 7: spike: loss 9, z 8.5")
     assert mark["text"][1].endswith("rewind: loss 9, z 8.5: back to step 4, without the data of step 6")
@@ -458,7 +458,7 @@ def test_speed_on_another_machine_is_left_out(call_script, reference, copy):
     env = json.loads((slow / "env.json").read_text(encoding="utf-8"))
     (slow / "env.json").write_text(json.dumps({**env, "cpu": "an abacus"}), encoding="utf-8")
     code, out, _ = call_script("report.py", slow, f"--baseline={reference}")
-    assert code == 0 and "speed and memory are left out: cpu is an abacus, there" in out
+    assert code == 0 and "speed and memory are not compared: cpu is an abacus, there" in out
 
 
 @pytest.mark.parametrize("against", ["reference", "run"])
@@ -479,7 +479,7 @@ def test_a_worse_loss_is_an_alarm_that_says_where(call_script, seeds, reference,
 def test_a_brief_excursion_is_no_alarm(call_script, reference, copy):
     jump = copy("seed6", lambda r: {**r, "loss": r["loss"] + 8 * (r["step"] == 30)})
     code, out, _ = call_script("report.py", jump, f"--baseline={reference}")
-    assert code == 0 and "too short to count" in out and re.search(r"but for step 30", out)
+    assert code == 0 and "too short to count" in out and re.search(r"except at step 30", out)
 
 
 def test_a_loss_that_is_no_number_is_an_alarm(call_script, reference, copy):
@@ -606,3 +606,56 @@ def test_the_tables_of_an_ablation(call_script, tmp_path):
     path.write_text("nothing\n", encoding="utf-8")
     code, _, err = call_script("report.py", path)
     assert code == 2 and f"{path}:1 is no row" in err
+
+
+# -----------------------------------------------------------------------------
+# A picture of reference curves
+
+CURVES = [ROOT / "docs" / "reference" / f"shakespeare_char_{name}.json" for name in ("nanogpt", "cpu", "demo")]
+
+
+def test_reference_curves_over_time(call_script, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "docs" / "loss.png"
+    code, out, err = call_script("report.py", *CURVES, f"--png={path}")
+    assert code == 0 and not err and f"written to {path}" in out
+    head = path.read_bytes()[:24]
+    assert head[:4] == b"\x89PNG" and [int.from_bytes(head[i : i + 4], "big") for i in (16, 20)] == [1200, 600]
+
+
+def test_a_reference_knows_its_seconds():
+    """100 tokens at 50 tokens/s take 2 s, the next 300 at 100 take 3 s more."""
+    speed = {"step": [10, 40], "tokens": [100, 400], "mean": [50.0, 100.0]}
+    assert pictures.seconds_at({"curves": {"tok_per_s": speed}}) == {10: 2.0, 40: 5.0}
+
+
+def test_the_labels_stand_at_the_lines(monkeypatch, tmp_path):
+    """Its name, its last validation loss and the time; below the end where another curve passes on the right."""
+    figures = pytest.importorskip("matplotlib.figure")
+    save, drawn = figures.Figure.savefig, []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    pictures.loss_over_time([alarm.read_baseline(path) for path in CURVES], ("a", "b", "c"), tmp_path / "a.png")
+    ax = drawn[0].axes[0]
+    texts = [text.get_text() for text in ax.texts]
+    assert [text.splitlines()[0] for text in texts] == ["a", "b", "c"]
+    assert texts[0].splitlines()[1].startswith("1.90 after 4") and texts[1].splitlines()[1].startswith("1.88 after ")
+    assert [text.get_ha() for text in ax.texts] == ["left", "right", "left"]
+    assert len(ax.lines) == 6 and len(ax.collections) == 3  # line and dots of each, and its band
+
+
+def test_labels_come_from_the_names():
+    names = ["shakespeare_char_nanogpt", "shakespeare_char_12min", "shakespeare_char"]
+    assert pictures.labels_of(names[:2]) == ["nanogpt", "12min"]
+    assert pictures.labels_of(names) == ["char nanogpt", "char 12min", "char"]
+    assert pictures.labels_of(["tiny_text"]) == ["tiny text"]
+
+
+def test_curves_that_make_no_picture_are_refused(call_script, seeds, tmp_path):
+    png = f"--png={tmp_path / 'a.png'}"
+    assert "not both" in refused(call_script("report.py", CURVES[0], seeds / "seed1", png))
+    assert "--png=FILE" in refused(call_script("report.py", CURVES[0]))
+    assert "--png=FILE" in refused(call_script("report.py", CURVES[0], png, "--html=a.html"))
+    assert "2 names for 1 files" in refused(call_script("report.py", CURVES[0], png, "--labels=a,b"))
+    assert "labels is for" in refused(call_script("report.py", seeds / "seed1", "--labels=a"))
+    assert "no baseline" in refused(call_script("report.py", tmp_path / "none.json", png))
+    assert not (tmp_path / "a.png").exists()

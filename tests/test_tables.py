@@ -1,4 +1,4 @@
-"""tables.py: the statistics are what a book says, noise is seldom bold, and the tables say what the rows say."""
+"""Tables of an ablation: the statistics are those of a book, noise is seldom bold, the tables say what the rows say."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reporting import tables
+from reporting import significance, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,13 +30,13 @@ def row(variant, seed, loss, *, curve=None, against=None, diverged=False, flops=
     (0.05, 1, 12.706), (0.05, 2, 4.303), (0.05, 4, 2.776), (0.05, 10, 2.228), (0.01, 30, 2.750), (0.001, 5, 6.869),
 ])
 def test_the_critical_values_are_those_of_the_printed_table(p, dof, t):
-    assert tables.t_critical(p, dof) == pytest.approx(t, abs=6e-4)
+    assert significance.t_critical(p, dof) == pytest.approx(t, abs=6e-4)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 4.0, 50.0])
 def test_p_of_one_and_two_degrees_of_freedom_has_a_closed_form(t):
-    assert tables.t_p(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-12)
-    assert tables.t_p(t, 2) == tables.t_p(-t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
+    assert significance.t_p(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-12)
+    assert significance.t_p(t, 2) == significance.t_p(-t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
 
 
 def test_welch_is_scipys():
@@ -44,17 +44,17 @@ def test_welch_is_scipys():
     for _ in range(200):
         a, b = (list(rng.normal(rng.normal(), rng.uniform(0.1, 3), rng.integers(2, 9))) for _ in range(2))
         theirs = stats.ttest_ind(b, a, equal_var=False)
-        ours = tables.welch(a, b)
+        ours = significance.welch(a, b)
         assert (ours.p, ours.dof) == (pytest.approx(theirs.pvalue, rel=1e-9), pytest.approx(theirs.df, rel=1e-9))
         assert ours.difference / ours.error == pytest.approx(theirs.statistic)
 
 
 def test_welch_by_hand():
-    found = tables.welch([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    found = significance.welch([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     assert found.difference == 2 and found.error == pytest.approx(math.sqrt(1 / 3 + 4 / 3))
     assert found.dof == pytest.approx((5 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2))
-    assert tables.t_critical(found.p, found.dof) == pytest.approx(2 / found.error)
-    assert tables.welch([1.0, 1.0], [2.0, 2.0]).p == 1  # no noise was measured, so nothing is above it
+    assert significance.t_critical(found.p, found.dof) == pytest.approx(2 / found.error)
+    assert significance.welch([1.0, 1.0], [2.0, 2.0]).p == 1  # no noise was measured, so nothing is above it
 
 
 @pytest.mark.parametrize("ps, real", [
@@ -63,8 +63,8 @@ def test_welch_by_hand():
     ((0.02, 0.02, 0.02), (False, False, False)),  # none is below 0.05 / 3
 ])
 def test_holms_steps_by_hand(ps, real, monkeypatch):
-    monkeypatch.setattr(tables, "welch", lambda a, b: tables.Comparison(b[0], 1.0, 4.0, b[0]))
-    found = tables.compare({"base": [0, 0], **{str(i): [p, p] for i, p in enumerate(ps)}}, "base")
+    monkeypatch.setattr(significance, "welch", lambda a, b: significance.Comparison(b[0], 1.0, 4.0, b[0]))
+    found = significance.compare({"base": [0, 0], **{str(i): [p, p] for i, p in enumerate(ps)}}, "base")
     assert tuple(found[str(i)].real for i in range(3)) == real
 
 
@@ -149,7 +149,7 @@ def test_each_is_compared_with_what_it_was_run_against():
     assert tables.markdown(rows, "stack").count("## Against") == 1
 
 
-def test_rows_of_other_code_are_said():
+def test_rows_of_other_code_are_named():
     rows = [row("base", 1, 2.0, code_sha256="a"), row("b", 1, 2.0, against="base", code_sha256="a")]
     assert "The rows differ" not in tables.markdown(rows)
     assert "The rows differ in code" in tables.markdown([rows[0], {**rows[1], "code_sha256": "b"}])
@@ -223,7 +223,7 @@ def test_tables_in_a_document_are_renewed(tmp_path):
 
 
 def test_the_report_is_what_its_results_say(monkeypatch):
-    """Each table of docs/report.md, made anew from the results that are kept."""
+    """Each table of docs/report.md, made again from the results in docs/results."""
     monkeypatch.chdir(ROOT)
     text = Path("docs/report.md").read_text(encoding="utf-8")
     found = re.findall(r"^<!-- python report.py (\S+) -->$", text, re.M)
