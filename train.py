@@ -182,6 +182,7 @@ def main(c, given, stop, lock, rewound=None):
         start.open_splits(c, data, model_config.vocab_size, layout)
         state = start.first_state(c, origin, model_config, budget, data, layout, machine)
         changed = check_origin(c, origin, state, model_config, data)
+        state |= origin.progress
         run = Run(c.out_dir, writes=layout.rank == 0, state=state)
         if origin.is_finished(c):
             run.say(f"nothing to do: {origin.folder} has all {c.max_iters:,} steps")

@@ -65,7 +65,7 @@ def test_prompts_of_eval_are_lines(tiny_run, tmp_path, call_script):
     assert code == 0, err
     text = out.read_text(encoding="utf-8")
     assert re.findall("^## .*", text, re.M) == ["## `be`"]
-    assert text.count("left out: ") == 2 and "U+000C" in text and "U+2029" in text
+    assert text.count("skipped: ") == 2 and "U+000C" in text and "U+2029" in text
 
 
 @pytest.mark.parametrize("raw, named", [("be".encode("utf-16"), "is UTF-16, not UTF-8"), (b"b\xff", "offset 1")])

@@ -99,12 +99,12 @@ def on_two(train):
 EXPOSED = """
 import time
 import torch, torch.distributed as dist
-from training import monitor
+from training import profiler as profiling
 from training.ranks import all_fail_together
 from parallel import Layout
 with all_fail_together():
     layout, x = Layout(), torch.ones(300, 300)
-    profiler, found, look = monitor.Profiler("", torch.device("cpu"), "none", 1), [], monitor.communication
+    profiler, found, look = profiling.Profiler("", torch.device("cpu"), "none", 1), [], profiling.communication
 
     def late():
         if layout.rank:
@@ -122,7 +122,7 @@ with all_fail_together():
 
     for call in (late, hidden):
         spans = []
-        monitor.communication = lambda events: spans.extend(look(events)) or spans
+        profiling.communication = lambda events: spans.extend(look(events)) or spans
         exposed = profiler.exposed(call)
         talk, work = spans
         within = sum(any(a <= start and end <= b for a, b in talk) for start, end in work)

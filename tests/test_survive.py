@@ -173,7 +173,7 @@ def test_killed_while_a_checkpoint_learns_its_loss(tiny, finished, tmp_path):
     for instant in ("before", "after"):
         out = tmp_path / instant
         kill = "os.kill(os.getpid(), signal.SIGKILL)"
-        half = AT + ("import json\n" f"at(1, 'json.dump', lambda: {kill})" if instant == "before" else
+        half = AT + (f"at(1, 'checkpoint.write_whole', lambda: {kill})" if instant == "before" else
                      f"at(2, 'checkpoint.prune', lambda: {kill})")
         assert tiny(out, before=half).code == -signal.SIGKILL
         checkpoint.verify(list(checkpoint.steps(out).values())[-1])

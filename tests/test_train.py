@@ -431,7 +431,7 @@ def test_the_time_between_steps_counts(tiny, tmp_path):
         import time
         import checkpoint, eval, optim
         from training import probe
-        from training import monitor
+        from training import monitor, profiler
         now = [0.0]
         time.perf_counter = lambda: now[0]
         def moving(module, name, seconds):
@@ -445,7 +445,7 @@ def test_the_time_between_steps_counts(tiny, tmp_path):
         moving(eval, "evaluate", 100)
         moving(checkpoint, "save", 1000)
         moving(probe.Update, "end", 10000)
-        moving(monitor.Profiler, "after", 100000)
+        moving(profiler.Profiler, "after", 100000)
     """)
     assert done.code == 0, done.err
     found = records(tmp_path)

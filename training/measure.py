@@ -8,7 +8,8 @@ import math
 
 import torch
 
-from device import peak_flops, what_failed
+import device
+from device import what_failed
 from eval import evaluate
 from infer import stream
 from loader import context_length, fixed_batches, keyed
@@ -60,7 +61,7 @@ class Measure:
         if c.peak_flops:
             self.peak, self.peak_why = c.peak_flops, "asked for"
         else:
-            self.peak = peak_flops(machine.device, machine.dtype, c.tf32)  # None where it is not known
+            self.peak = device.peak_flops(machine.device, machine.dtype, c.tf32)  # None where it is not known
             self.peak_why = "its data sheet" if machine.device.type == "cuda" else "measured"
 
     # -------------------------------------------------------------------------

@@ -46,6 +46,11 @@ class Origin:
         """The record of the checkpoint's step, if the run ended before that step was evaluated."""
         return self.state.get("unevaluated") if self.resumes else None
 
+    @property
+    def progress(self):
+        """How far the run had come, as fields of its state."""
+        return {key: self.state[key] for key in ("step", "wall_s", "metrics_bytes")} if self.resumes else {}
+
     def is_finished(self, c):
         """Whether there is nothing left to do."""
         if not self.resumes or c.eval_only:

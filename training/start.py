@@ -295,17 +295,14 @@ def micro_batches_of(c):
 
 
 def first_state(c, origin, model_config, budget, data, layout, machine):
-    """The state of a run as state.json holds it, at its beginning; a resumed run has its progress so far."""
-    state = {
+    """The state of a run as state.json holds it, before its first step."""
+    return {
         "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None, "skipped": origin.skipped,
         "model": asdict(model_config), "config": dict(c), "seed": c.seed, "dataset_sha256": data.sha256,
         "train_tokens": len(data.train), "batch_size": c.batch_size,
         "gradient_accumulation_steps": budget.micro_batches, "optimizer": c.optimizer,
         "threads": torch.get_num_threads(), "ranks": layout.world, "dtype": machine.dtype_name,
     }
-    if origin.resumes:
-        state |= {key: origin.state[key] for key in ("step", "wall_s", "metrics_bytes")}
-    return state
 
 
 # -----------------------------------------------------------------------------
