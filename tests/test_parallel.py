@@ -126,7 +126,7 @@ with all_fail_together():
         exposed = profiler.exposed(call)
         talk, work = spans
         within = sum(any(a <= start and end <= b for a, b in talk) for start, end in work)
-        found.append([exposed, monitor.covered(talk) / 1000, within])
+        found.append([exposed, profiling.covered(talk) / 1000, within])
     if layout.rank == 0:
         print(found)
 """
