@@ -83,7 +83,7 @@ def test_a_mistake_that_train_py_names(bench, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_work_on_a_gpu_is_timed_until_its_kernels_have_run(monkeypatch):
+def test_what_a_gpu_is_given_is_timed_until_it_has_run(monkeypatch):
     """Kernels run after they are launched, so the clock waits for all of them before it starts and before it stops."""
     said = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda where: said.append("waited"))
@@ -229,7 +229,7 @@ def test_the_share_of_logging_and_probes_is_that_of_the_same_steps(bench, run_sc
 
 
 @pytest.mark.slow
-def test_recomputed_activations_are_not_held(run_script):
+def test_activations_that_are_computed_again_are_not_held(run_script):
     done = run_script("bench.py", "activations", "--shape=6,4,256", "--device=cpu")
     assert done.returncode == 0, done.stderr
     none, selective, full = json.loads(done.stdout.splitlines()[-1])["rows"]
@@ -238,7 +238,7 @@ def test_recomputed_activations_are_not_held(run_script):
     assert full["peak_mb"] < none["peak_mb"]
 
 
-def test_preparing_data_needs_an_input(call_script, tmp_path):
+def test_a_recipe_needs_documents(call_script, tmp_path):
     code, _, err = call_script("bench.py", "data", f"--out_dir={tmp_path / 'out'}")
     assert code == 2 and "--input is missing" in err and not (tmp_path / "out").exists()
 
@@ -262,7 +262,7 @@ def test_inference_of_checkpoints(run_script, call_script, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("life", ["pass", "os.abort()"])
-def test_a_peer_that_crashes_does_not_end_the_benchmark(life, tmp_path, monkeypatch, capfd):
+def test_a_peer_that_ends_takes_nothing_with_it(life, tmp_path, monkeypatch, capfd):
     """llama.cpp's q8_0 crashes on a Xeon with AMX."""
     (tmp_path / "llama_cpp.py").write_text(f"""
 import itertools, os

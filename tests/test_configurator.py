@@ -759,7 +759,7 @@ def test_settings_can_be_pickled_and_copied(duplicate):
 
 
 @pytest.mark.parametrize("rank, local, seconds", [("0", "0", 0), ("8", "0", 3), ("3", "3", 6)])
-def test_under_torchrun_an_error_is_printed_after_those_of_the_ranks_before(rank, local, seconds, monkeypatch, capsys):
+def test_under_torchrun_an_error_is_said_after_those_of_the_ranks_before(rank, local, seconds, monkeypatch, capsys):
     """If the ranks before have the same error, they end the run meanwhile."""
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local)

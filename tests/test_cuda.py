@@ -108,7 +108,7 @@ def test_greedy_tokens_in_bfloat16_are_those_of_spelled_out_attention(n_kv_head)
 
 
 @pytest.mark.parametrize("n_kv_head, dtype", [(0, FULL), (2, FULL), (0, HALF)])
-def test_a_replayed_graph_gives_the_logits_of_a_step_without_graphs(n_kv_head, dtype):
+def test_a_replayed_graph_gives_what_the_step_gives_without_one(n_kv_head, dtype):
     """One to five requests run at once, and they join and leave: each graph is replayed for other requests, tables and
     lengths."""
     model = small_model(sharp=4.0, n_kv_head=n_kv_head).eval().to(dtype)
@@ -138,7 +138,7 @@ def test_a_replayed_graph_gives_the_logits_of_a_step_without_graphs(n_kv_head, d
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 65])
-def test_int8_weights_multiply_as_the_floats_that_they_encode(rows):
+def test_int8_weights_multiply_as_what_they_stand_for(rows):
     """65 rows are multiplied as floats (quantize.MOST_ROWS)."""
     torch.manual_seed(0)
     layer = Int8Linear(torch.nn.Linear(256, 512)).to(CUDA)
@@ -199,7 +199,7 @@ def test_each_kernel_of_sdpa_is_attention(kernel):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype, softcap, tolerance", [(FULL, 0.0, 1e-4), (HALF, 0.0, 2e-2), (HALF, 5.0, 2e-2)])
-def test_the_fused_loss_is_the_loss_of_whole_logits_in_float64(dtype, softcap, tolerance, compiled):
+def test_the_fused_loss_is_that_of_whole_logits_in_float64(dtype, softcap, tolerance, compiled):
     torch.manual_seed(0)
     vocab_size, padded = 1000, 1024
     x = torch.randn(200, 128, device=CUDA).to(dtype).float()  # rounded, so that only the products are inexact
@@ -243,7 +243,7 @@ def test_a_step_that_found_inf_changes_no_weight(optimizer, muon_dtype):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_the_parts_of_a_step_add_up_to_its_time():
+def test_the_parts_of_a_step_are_its_time():
     """The clock of the events against the host's, for a step of known length with nothing else in it."""
     cycles = 10**8  # about 50 ms
     timer = StepTimer(CUDA)
@@ -284,7 +284,7 @@ def test_the_peak_of_a_step_is_what_the_plan_says(dtype):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_losses_in_float32_are_the_losses_of_the_cpu(optimizer):
+def test_losses_in_float32_are_those_of_the_cpu(optimizer):
     on_gpu = small_model(block_size=64)
     on_cpu = copy.deepcopy(on_gpu).cpu()
     batches = [random_tokens((4, 65), seed=seed) for seed in range(4)]

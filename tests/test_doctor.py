@@ -118,7 +118,7 @@ def test_nothing_is_compiled_while_other_ranks_wait(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--device=tpu"], ["--dtype=int4"], ["--timeout=0"], ["--largest=0"]])
-def test_a_wrong_setting_is_one_line(call_script, words):
+def test_what_cannot_be_had_is_one_line(call_script, words):
     code, out, err = call_script("doctor.py", *words)
     assert code == 2 and not out and err.startswith("error:") and err.count("\n") == 1
 
@@ -132,7 +132,7 @@ def test_infiniband_ports_are_read(tmp_path):
     assert doctor.infiniband(tmp_path / "none") == []
 
 
-def test_the_topology_is_the_matrix_of_nvidia_smi(tmp_path, monkeypatch):
+def test_the_topology_is_what_nvidia_smi_says(tmp_path, monkeypatch):
     said = "\tGPU0\tGPU1\nGPU0\t X \tNV18\nGPU1\tNV18\t X \n\nLegend:\n\n  X = Self\n"
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n[ \"$*\" = 'topo -m' ] && printf '%s' '{said}'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -142,7 +142,7 @@ def test_the_topology_is_the_matrix_of_nvidia_smi(tmp_path, monkeypatch):
     assert doctor.topology() == ""
 
 
-def test_environment_variables_that_are_set_are_reported(monkeypatch, call_script, tmp_path, no_compiling):
+def test_what_is_set_is_said(monkeypatch, call_script, tmp_path, no_compiling):
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("NCCLX", "no variable of it")
     code, out, err = call_script("doctor.py", "--device=cpu", f"--out_dir={tmp_path / 'run'}")
@@ -150,7 +150,7 @@ def test_environment_variables_that_are_set_are_reported(monkeypatch, call_scrip
     assert code == 0 and found["NCCL_DEBUG"] == "INFO" and "NCCLX" not in found and "NCCL_DEBUG=INFO" in out
 
 
-def test_a_variable_that_some_ranks_lack_is_reported(capsys):
+def test_a_variable_that_some_ranks_lack_is_told_of(capsys):
     values = [{"NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "0"}, {"NCCL_DEBUG": "INFO", "NCCL_IB_HCA": "mlx5"}]
     cards = [{"host": "ab"[i], "variables": each} for i, each in enumerate(values)]
     assert doctor.differing(cards) == {"NCCL_IB_HCA": {"": [0], "mlx5": [1]}}
@@ -208,7 +208,7 @@ def test_a_rank_that_never_comes_is_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("what, says", [("batch_isend_irecv", "rank 0 heard nothing from rank 1"),
                                         ("init_process_group", "connecting: ranks 0-1 of 2")])
-def test_a_rank_that_hangs_is_reported(tmp_path, what, says):
+def test_a_rank_that_hangs_is_told_of(tmp_path, what, says):
     script = tmp_path / "sleeper.py"
     script.write_text(SLEEPER.format(what=what, root=str(ROOT), doctor=str(ROOT / "doctor.py")))
     code, _, err = result(start([*TORCHRUN, "--standalone", "--nproc_per_node=2", script, "--timeout=10"]))

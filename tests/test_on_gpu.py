@@ -133,7 +133,7 @@ def measure_tiny(**changes):
         "updates": 1, "warm_up": 0, **changes}))
 
 
-def test_a_row_that_has_no_figure_says_why_and_the_next_rows_are_measured(monkeypatch, capsys):
+def test_a_row_that_has_no_figure_says_why_and_the_next_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     step = gpu.Training.step
     errors = {"whole loss": torch.OutOfMemoryError("CUDA out of memory. Tried to"),

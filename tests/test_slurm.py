@@ -43,7 +43,7 @@ def submit(tmp_path):
     return submit
 
 
-def test_one_torchrun_on_each_machine_that_starts_or_resumes(submit):
+def test_one_torchrun_on_each_machine_that_goes_on_where_it_was(submit):
     process = submit("config/owt_124m.py", "--zero_stage=1")
     words = process.communicate(timeout=60)[0].split()
     assert process.returncode == 0

@@ -149,7 +149,7 @@ def test_each_is_compared_with_what_it_was_run_against():
     assert tables.markdown(rows, "stack").count("## Against") == 1
 
 
-def test_rows_of_other_code_are_named():
+def test_rows_of_other_code_are_said():
     rows = [row("base", 1, 2.0, code_sha256="a"), row("b", 1, 2.0, against="base", code_sha256="a")]
     assert "The rows differ" not in tables.markdown(rows)
     assert "The rows differ in code" in tables.markdown([rows[0], {**rows[1], "code_sha256": "b"}])
