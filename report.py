@@ -49,7 +49,7 @@ png = ""                    # file for a picture of the curves; empty: none
 x = "step"                  # the picture's horizontal axis: step | tokens | flops | wall_s
 labels: tuple[str, ...] = ()  # names of the reference curves in the picture; (): the names of their files
 into = ""                   # a Markdown file to put an ablation's tables into, where it has a line for them
-watch = 0.0                 # rewrite the page every so many seconds, until the runs have ended; 0: write it once
+watch = 0.0                 # seconds between rewrites of the page, until the runs have ended; 0: write it once
 
 # is it as good and as fast as it should be?
 baseline = ""               # a file of reference curves, or a run folder, to compare each run with

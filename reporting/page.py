@@ -155,7 +155,7 @@ def comparison(name, findings):
     for run, of_run in findings.items():
         items = ""
         for finding in of_run:
-            word = {True: "worse", False: "fine", None: "left out"}[finding.worse]
+            word = {True: "worse", False: "fine", None: "skipped"}[finding.worse]
             items += f'<li class="{word}"><b>{word}</b>{escape(finding.text)}</li>'
         items = f'<ul class="findings">{items}</ul>'
         worse = ", ".join(finding.field for finding in of_run if finding.worse)

@@ -1,4 +1,4 @@
-"""ablate.py: what is missing is run, once, and an experiment that was killed ends with the rows of one that was not."""
+"""ablate.py runs what is missing, once, and a killed experiment ends with the same rows as an unbroken one."""
 
 import importlib.util
 import json
@@ -88,7 +88,7 @@ def lab(tmp_path, words, train, monkeypatch, capsys):
 
 
 def rows_of(out):
-    """The rows of results.jsonl, less what another time may change."""
+    """The rows of results.jsonl, without the fields that differ between repeats."""
     rows = records(out, "results.jsonl")
     for row in rows:
         row["curve"].pop("wall_s")
@@ -104,7 +104,7 @@ def made():
 
 @pytest.fixture
 def whole(lab, made, tmp_path):
-    """The rows of the lab's first experiment that nothing interrupted, made once."""
+    """The rows of the lab's first experiment without interruption, made once."""
     if not made:
         assert lab(f"--out_dir={tmp_path / 'whole'}").code == 0
         made += rows_of(tmp_path / "whole")
@@ -191,7 +191,7 @@ def test_the_parts_are_the_whole(lab, whole):
 
 
 def test_what_another_process_is_at_is_left_to_it(lab):
-    """Somebody holds a run until all others are done: it is passed over, waited for, and then found undone."""
+    """Somebody holds a run until all others are done: it is skipped, waited for, and then found undone."""
     log = lab.out / "logs" / "base_seed1.txt"
     held = threading.Event()
 

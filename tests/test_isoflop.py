@@ -1,4 +1,4 @@
-"""The fit finds the law that made the data, says how sure it is, and says so where there is none."""
+"""The fit finds the law that made the data, with its uncertainty, and says so where there is no law."""
 
 import math
 

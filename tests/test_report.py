@@ -1,4 +1,4 @@
-"""report.py and what it stands on: figures of run folders, the page in a real browser, bands, and the alarm."""
+"""report.py and its parts: figures of run folders, the page in a real browser, bands, the alarm, pictures."""
 
 import json
 import math
@@ -25,7 +25,7 @@ pytest_plugins = ["runs"]
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-# keys of train.py that say where and how it runs, or what is looked at, but not what is learned
+# keys of train.py that say where and how it runs, or what it logs, but not what is learned
 FREE = {
     "out_dir", "seed", "max_iters", "eval_only", "dataset", "verify_data", "tokens_per_step", "prefetch",
     "loader_threads", "attn", "muon_dtype", "eval_interval", "eval_iters", "log_interval", "sample_tokens",
@@ -39,13 +39,13 @@ FREE = {
 
 
 def rewrite(folder, change, name="metrics.jsonl"):
-    """Put change(record) in the place of each record of a run."""
+    """Replace each record of a run by change(record)."""
     lines = [json.dumps(change(record)) for record in records(folder, name)]
     (Path(folder) / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def steady(folder, jitter=0):
-    """A machine that does not depend on the one that runs the tests."""
+    """Speed and memory that do not depend on the machine that runs the tests."""
     rewrite(folder, lambda r: {**r, "tok_per_s": 1000 + jitter, "mem_gb": 0.5})
 
 

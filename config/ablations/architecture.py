@@ -1,14 +1,14 @@
 """
 Which parts of a modern GPT earn their place? Each alone against GPT-2's architecture, and each taken away from the
-stack of them all, on characters of Tiny Shakespeare: the same tokens in the same order, the same schedule.
+whole stack, on characters of Tiny Shakespeare: the same tokens in the same order, the same schedule.
 
     python data/shakespeare_char/prepare.py
     python ablate.py config/ablations/architecture.py
 
-Learning rates are those that config/ablations/learning_rate.py finds for the base and for the stack; a variant has
-those of the side it belongs to, and AdamW's are the base's wherever it trains the matrices. SwiGLU's hidden layer is
-two thirds as wide, so that its parameters are those of the others. Grouped and multi-query attention, a tied head and
-learned positions change the number of parameters: the tables say by how much.
+config/ablations/learning_rate.py finds the learning rates of the base and of the stack. A variant has the rates of its
+side, except that AdamW has the base's rate wherever it trains the matrices. SwiGLU's hidden layer is two thirds as
+wide, so it has as many parameters as the others. Grouped and multi-query attention, a tied head and learned positions
+change the number of parameters: the tables say by how much.
 """
 
 base = "config/shakespeare_char_gpt2.py"

@@ -1,14 +1,14 @@
 """
-Does what helps on characters help on tokens, too? The parts of config/ablations/architecture.py that most is
-asked of, on Tiny Shakespeare in a byte-level BPE of 1,024 tokens, trained on its training part, where the head is a
-larger share of the model and a text is shorter.
+Does what helps on characters also help on BPE tokens? The parts of config/ablations/architecture.py that matter most,
+on Tiny Shakespeare in a byte-level BPE of 1,024 tokens, trained on its training split. The head is a larger share of
+the model here, and the text has fewer tokens.
 
     python data/shakespeare_bpe/prepare.py
     python ablate.py config/ablations/architecture_bpe.py
 
-The same number of tokens as there, which see more of the text. Learning rates are those that
-config/ablations/learning_rate_bpe.py finds: for AdamW half of what they are on characters, for the stack the same.
-Losses are per token: not to be compared with those of characters.
+It trains on as many tokens as that experiment, so it sees more of the text. config/ablations/learning_rate_bpe.py
+finds the learning rates: for AdamW half the rate of characters, for the stack the same. Losses are per token: do not
+compare them with losses per character.
 """
 
 from config.ablations.architecture import _alone, _away, _stack

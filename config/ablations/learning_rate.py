@@ -1,7 +1,7 @@
 """
-Which learning rate for GPT-2's architecture, and which for the stack? The same sweep for both: all learning rates of
-one times a factor from 1/4 to 4, in steps of two, by the loss after the tokens that the other experiments have. Where
-the best is at an end of the sweep, it has to go on.
+Which learning rate for GPT-2's architecture, and which for the stack? The same sweep for both: all learning rates of a
+side, times a factor from 1/4 to 4 in steps of two, judged by the loss after as many tokens as the other experiments
+have. If the best rate is at an end of the sweep, extend the sweep.
 
     python data/shakespeare_char/prepare.py
     python ablate.py config/ablations/learning_rate.py

@@ -1,6 +1,6 @@
 """
-Are the learning rates that were found on characters too high for tokens of a trained BPE? Those and lower ones for
-GPT-2's architecture, those and both neighbours for the stack, in steps of two as in config/ablations/learning_rate.py.
+Are the learning rates found on characters too high for the tokens of a trained BPE? These and lower rates for GPT-2's
+architecture, these and both neighbours for the stack, in steps of two as in config/ablations/learning_rate.py.
 
     python data/shakespeare_bpe/prepare.py
     python ablate.py config/ablations/learning_rate_bpe.py

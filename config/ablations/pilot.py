@@ -1,16 +1,15 @@
 """
-Does the stack hold what it promises in the largest model that two CPU cores carry in half an hour? GPT-2's
-architecture, the stack, and the stack with multi-query attention, one after another with both cores: the same three
-million tokens, in a model of nanoGPT's size for this text (six layers of 384, a context of 256).
+Does the stack keep its lead in the largest model that two CPU cores can train in half an hour? GPT-2's architecture,
+the stack, and the stack with multi-query attention, one after another with both cores, on the same three million
+tokens. The model has nanoGPT's size for this text (six layers of 384, a context of 256).
 
     python data/shakespeare_char/prepare.py
     python ablate.py config/ablations/pilot.py --keep_weights
     python bench.py infer --prompts=16,200 --models=base_seed1,stack_seed1,stack_mqa_seed1  # in out/ablations/pilot
 
-One seed: a difference is as large as it is, and nothing says by how much another seed would have moved it. Learning
-rates are those that config/ablations/learning_rate.py finds at a width of 128, AdamW's for what is three times as wide
-divided by three (Yang et al. 2022, arXiv:2203.03466): of all matrices in the base, of none in the stack, where Muon has
-the matrices.
+With one seed nothing says by how much another seed would have moved a difference. Learning rates come from
+config/ablations/learning_rate.py at a width of 128. AdamW's rate for matrices, which are three times as wide here, is
+divided by three (Yang et al. 2022, arXiv:2203.03466). That concerns the base; in the stack Muon has the matrices.
 """
 
 from config.ablations.architecture import _stack
