@@ -81,9 +81,8 @@ def unnamed(text, files):
             init = ROOT / room / "__init__.py"
             also = read(init) if init.exists() else ""
             stem = name.removesuffix(".py")
-            known = stem in in_room(lines[f"{room}/"]) or stem in lines[f"{room}/"].split()
-            known = known or name in re.findall(r"[\w.]+", lines[f"{room}/"])
-            if not known and not re.search(rf"\b{stem}\b", also):
+            known = in_room(lines[f"{room}/"]) | set(re.findall(r"[\w.]+\.\w+", lines[f"{room}/"]))
+            if not known & {stem, name} and not re.search(rf"\b{stem}\b", also):
                 missed.add(file)
     return sorted(missed)
 
@@ -114,8 +113,6 @@ def broken_links(path):
             continue
         file, _, heading = target.partition("#")
         there = path.parent / file if file else path
-        if file == "docs/loss.png":  # drawn apart
-            continue
         if not there.exists():
             wrong.append(target)
         elif heading and heading not in map(anchor, re.findall(r"^#+ (.*)$", read(there), re.M)):
