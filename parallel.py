@@ -104,7 +104,7 @@ class Layout(Ranks):
         if self.pp > 1 and dtype == torch.float16:
             raise ValueError("pp_size above 1 has no loss scaling for float16: use bfloat16 or float32")
 
-    def accumulation_of(self, micro_batches):
+    def share_micro_batches(self, micro_batches):
         """The micro-batches of an update over all ranks -> how many are this rank's, which `accumulation` keeps.
         Raises ValueError naming numbers that would work."""
         least = self.pp * self.dp  # fewer would leave ranks of a pipeline without work

@@ -274,9 +274,9 @@ def test_micro_batches_that_do_not_divide(settings, grid, steps, would_do):
     layout = Layout(**settings)
     vars(layout).update(grid)
     with pytest.raises(ValueError, match=would_do):
-        layout.accumulation_of(steps)
+        layout.share_micro_batches(steps)
     for number in would_do.split()[::2][:2]:
-        assert layout.accumulation_of(int(number)) == int(number) // grid["dp"] == layout.accumulation
+        assert layout.share_micro_batches(int(number)) == int(number) // grid["dp"] == layout.accumulation
 
 
 @pytest.mark.parametrize("grid, changes, named", [
