@@ -549,6 +549,26 @@ def test_a_rank_that_does_not_compile_amid_collectives_stops_all(tiny, tmp_path)
     assert "error: torch.compile failed (RuntimeError: no room for kernels); --compile=false" in done.err
 
 
+ONE_IS_FULL = """
+import os, optim
+step, calls = optim.Optimizers.step, []
+def full(self):
+    calls.append(None)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        raise MemoryError("no room for an array")
+    step(self)
+optim.Optimizers.step = full
+"""
+
+
+def test_a_rank_whose_memory_is_full_stops_all(tiny, tmp_path):
+    """Its error has the advice, in which batch_size=0 is settled; the other rank names the cause."""
+    done = tiny(tmp_path / "run", ranks=2, batch_size=0, tokens_per_step=128, before=ONE_IS_FULL)
+    assert done.code and "Traceback" not in done.err
+    assert "error: this machine's memory is full (no room for an array): --batch_size=2 is the same update" in done.err
+    assert "rank 0 stops: rank 1 failed (FullMemory: this machine's memory is full" in done.err
+
+
 @pytest.mark.slow
 def test_a_rank_that_fails(words, tmp_path):
     """All ranks stop, and the error that is shown is that rank's."""
