@@ -146,8 +146,8 @@ class Loader:
     error of a thread.
     """
 
-    def __init__(self, tokens, block_size, batch_size, *, accumulation=1, seed=0, rank=0, world=1, first_step=0,
-                 prefetch=4, threads=1, pin=False, skipped=()):
+    def __init__(self, tokens, block_size, batch_size, *, accumulation=1, seed=0, rank=0, world=1,
+                 first_step=0, prefetch=4, threads=1, pin=False, skipped=()):
         self.tokens = tokens
         if isinstance(tokens, Mix):
             self.order = MixedOrder(tokens, block_size, seed)
@@ -161,7 +161,8 @@ class Loader:
         self.pin = pin
         self.skipped = skipped
         self.starts_of_block = lru_cache(maxsize=8)(self.find_starts)
-        self.micro_steps = ((step, micro) for step in itertools.count(first_step) for micro in range(accumulation))
+        steps = itertools.count(first_step)
+        self.micro_steps = ((step, micro) for step in steps for micro in range(accumulation))
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self.group = max(1, ROWS_AT_ONCE // batch_size)  # batches that are read together
         groups_ahead = -(-max(1, prefetch) // self.group)  # rounded up

@@ -351,9 +351,10 @@ def make_optimizer(c, model, layout, machine):
     if c.muon_dtype == "auto":
         bfloat16 = machine.dtype == torch.bfloat16
     return Optimizers(
-        model, optimizer=c.optimizer, learning_rate=c.learning_rate, weight_decay=c.weight_decay,
-        betas=(c.beta1, c.beta2), muon_learning_rate=c.muon_learning_rate, muon_momentum=c.muon_momentum,
-        muon_dtype=torch.bfloat16 if bfloat16 else torch.float32, **layout.optimizer_options(),
+        model, optimizer=c.optimizer, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2),
+        learning_rate=c.learning_rate, muon_learning_rate=c.muon_learning_rate,
+        muon_momentum=c.muon_momentum, muon_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        **layout.optimizer_options(),
     )
 
 

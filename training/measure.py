@@ -84,7 +84,8 @@ class Measure:
                 self.run.event("sample", step=step, text=text)
                 print(f"---- sample at step {step}\n{text}\n----")
         return {
-            "val_loss": result["loss"], "val_tokens": result["tokens"], "val_sha256": result["tokens_sha256"],
+            "val_loss": result["loss"], "val_tokens": result["tokens"],
+            "val_sha256": result["tokens_sha256"],
         }
 
     def validation_loss(self):
@@ -149,8 +150,9 @@ class Measure:
             mfu = flops / (self.peak * self.layout.world)
         record = {
             "step": step, "tokens": step * self.tokens_per_step, "wall_s": round(wall_s, 3),
-            "loss": loss, "lr": lr, "grad_norm": grad_norm, "tok_per_s": round(tok_per_s), "mfu": mfu,
-            **self.hardware.read(), "step_ms": round(step_ms, 3),
+            "loss": loss, "lr": lr, "grad_norm": grad_norm,
+            "tok_per_s": round(tok_per_s), "mfu": mfu, **self.hardware.read(),
+            "step_ms": round(step_ms, 3),
         }
         return record | {part: round(ms, 3) for part, ms in parts.items()}
 

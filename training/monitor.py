@@ -31,7 +31,8 @@ from model import pick_attention
 # -----------------------------------------------------------------------------
 # The environment: everything besides the config that a result depends on
 
-PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "flash-attn", "datasets", "wandb", "transformers")
+PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "flash-attn", "datasets", "wandb",
+            "transformers")
 LONGEST_DIFF = 10_000_000  # characters
 
 # a user's configuration of git must not change the format of its answers
@@ -45,10 +46,10 @@ def git(*args):
     command = ["git"]
     for setting in GIT_SETTINGS:
         command += ["-c", setting]
-    environment = {name: value for name, value in os.environ.items() if name != "GIT_DIFF_OPTS"}
+    variables = {name: value for name, value in os.environ.items() if name != "GIT_DIFF_OPTS"}
     try:
-        done = subprocess.run([*command, *args], cwd=Path(__file__).parent, env=environment, capture_output=True,
-                              timeout=10)
+        done = subprocess.run([*command, *args], cwd=Path(__file__).parent, env=variables,
+                              capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode != 0:
@@ -406,11 +407,13 @@ def announce(c, run, budget, measure, model_config):
 
 def describe_attention(c, machine, model_config):
     """-> (the kind of attention, why it was chosen, and on CUDA which kernel runs it)"""
-    kind, why = pick_attention(c.attn, machine.device, machine.dtype, c.block_size, model_config.head_dim)
-    if kind == "sdpa" and machine.device.type == "cuda":
-        kernel = sdpa_kernel_of(machine.device, machine.dtype, batch=c.batch_size, queries=c.block_size,
-                                keys=c.block_size, heads=c.n_head // c.tp_size,
-                                kv_heads=max(1, model_config.kv_heads // c.tp_size),
-                                head_dim=model_config.head_dim, causal=True)
+    device, dtype, head_dim = machine.device, machine.dtype, model_config.head_dim
+    kind, why = pick_attention(c.attn, device, dtype, c.block_size, head_dim)
+    if kind == "sdpa" and device.type == "cuda":
+        kernel = sdpa_kernel_of(
+            device, dtype, batch=c.batch_size, queries=c.block_size, keys=c.block_size,
+            heads=c.n_head // c.tp_size, kv_heads=max(1, model_config.kv_heads // c.tp_size),
+            head_dim=head_dim, causal=True,
+        )
         why = f"{why}; {kernel} kernel"
     return kind, why

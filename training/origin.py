@@ -222,7 +222,8 @@ def check_other_model(c, origin, model_config, tokenizer):
         fail(f"init_from={c.init_from}: that model has {key}={their_value}, this one {value}")
     # both must stretch the same context, the one that the model was first trained at
     first = round(theirs.block_size / theirs.rope_factor)
-    if c.rope_scaling == "yarn" and first != round(model_config.block_size / model_config.rope_factor):
+    stretched = round(model_config.block_size / model_config.rope_factor)
+    if c.rope_scaling == "yarn" and first != stretched:
         fail(f"rope_scaling='yarn': block_size={c.block_size} must be rope_factor={c.rope_factor} "
              f"times {first}, which {c.init_from} was first trained at")
     if tokenizer and not origin.tokenizer:

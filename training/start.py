@@ -265,7 +265,8 @@ def settle_batch(c, origin, model_config, layout, machine):
 
     def step_bytes(batch_size, accumulation):
         cuda = machine.device.type == "cuda"
-        return plan.step_memory(costs, batch_size, machine.dtype, 0, grid, accumulation, cuda)["total"]
+        memory = plan.step_memory(costs, batch_size, machine.dtype, 0, grid, accumulation, cuda)
+        return memory["total"]
 
     if not c.batch_size and origin.resumes:  # the same micro-batches give the same bits
         c = c.changed(batch_size=origin.state["batch_size"],

@@ -39,8 +39,8 @@ class Tracker:
         self.end = None  # end(failed)
         if not kind:
             return
-        begin = {"wandb": begin_wandb, "trackio": begin_trackio, "tensorboard": begin_tensorboard}[kind]
-        begun = self.try_call(lambda: begin(Path(run_dir), config, project, name, step))
+        kinds = {"wandb": begin_wandb, "trackio": begin_trackio, "tensorboard": begin_tensorboard}
+        begun = self.try_call(lambda: kinds[kind](Path(run_dir), config, project, name, step))
         if begun:
             self.send, self.end, self.where = begun
             atexit.register(self.finish, failed=True)  # after an error that nobody expected
@@ -160,7 +160,8 @@ def wandb_mode(wandb):
 
 def has_key(settings):
     """Whether wandb finds a key without asking for one: in its settings, the environment, or ~/.netrc."""
-    if settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    variables = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if settings.api_key or any(os.environ.get(name) for name in variables):
         return True
     for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         with contextlib.suppress(OSError, netrc.NetrcParseError, TypeError):
