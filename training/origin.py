@@ -97,7 +97,7 @@ def find_origin(c, layout, lock, rewound=None):
 
 
 def refuse_foreign_model(c, saved):
-    """Ends the run where export.py wrote the checkpoint, from a model of another project: nothing trained it here."""
+    """Ends the run if export.py made the checkpoint from a model of another project: it holds no training."""
     if "seed" not in saved:
         source = saved["config"].get("init_from") or "elsewhere"
         fail(f"{c.out_dir} holds a model from {source} and no training to resume: "
