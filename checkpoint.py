@@ -6,15 +6,15 @@ Checkpoints: write, verify, find and read.
         optimizer.pt        tensors by parameter name, readable with torch.load(weights_only=True)
         state.json          step, config, data position, metrics length, ..., the sha256 of each file and its own
 
-A checkpoint is written beside its place, synced and then renamed. So a folder of that name is complete, and a kill at
-any moment leaves the one before it whole. It is written before its step is evaluated: state.json then holds the step's
-record as "unevaluated", and val_loss is added once it is known (`note`). Nothing read from a checkpoint is ever
-executed.
+A checkpoint is written under another name, synced and then renamed. So a folder of that name is complete, and a kill
+at any moment leaves all earlier checkpoints as they were. A checkpoint is written before its step is evaluated:
+state.json then holds the step's record as "unevaluated", and `note` adds val_loss later. Nothing read from a checkpoint
+is ever executed.
 
-checkpoint_format="sharded" is for models that are too large to gather on one rank: each rank writes its own tensors
-(training/sharded_checkpoint.py), and shards take the place of the two files. Where tensor parallelism split attention
-by heads, the heads of c_attn lie in the order that state.json gives as "heads". Shards are written while the training
-continues, from a copy in CPU memory. Such a run is read and resumed like any other. To make it a plain one:
+checkpoint_format="sharded" is for models that are too large to gather on one rank. Each rank writes its own tensors
+(training/sharded_checkpoint.py) while the training continues; these shards replace the two files. If tensor parallelism
+split attention, "heads" in state.json is the order of the heads in c_attn. Such a run is read and resumed like any
+other. To turn its checkpoints into plain ones:
 
     python checkpoint.py consolidate out/mine
 """
@@ -49,11 +49,11 @@ FILES = ("model.safetensors", "optimizer.pt")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+    """A checkpoint that cannot be used. The message names the file, and says what is wrong with it."""
 
 
 class MissingOptimizer(CheckpointError):
-    """A checkpoint whose weights are good and whose optimizer.pt is missing; perhaps it was removed to save space."""
+    """A checkpoint with good weights and without its optimizer.pt. Perhaps somebody removed it to save space."""
 
 
 # -----------------------------------------------------------------------------
@@ -61,9 +61,9 @@ class MissingOptimizer(CheckpointError):
 
 
 def save(out_dir, model, optimizers, state):
-    """Write checkpoint `state["step"]`, where `state` holds JSON values. -> its folder.
+    """Write the checkpoint of step state["step"]; all of `state` must be JSON values. -> its folder
 
-    Raises OSError (disk full) after removing what it wrote; checkpoints that exist stay as they are.
+    Raises OSError (disk full) after removing the half-written folder. Earlier checkpoints stay as they are.
     """
     final = place(out_dir, state)
     if final.exists():
@@ -77,36 +77,38 @@ def save(out_dir, model, optimizers, state):
 
 
 def save_sharded(out_dir, tensors, state, group=None):
-    """Like `save`, but all ranks call it, and each writes and digests its own part of the tensors (of `shards`).
+    """Like `save`, but all ranks call it, and each writes and digests its own `tensors` (from `shards`).
 
-    Raises OSError on all ranks where one fails. `out_dir` is on a disk that all ranks see.
+    If one rank fails, all raise OSError. `out_dir` must be on a disk that all ranks see.
     """
     final = place(out_dir, state)
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if together(lambda: first and final.exists(), group)[0]:
+    is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
+    if together(lambda: is_rank0 and final.exists(), group)[0]:
         return final
     with writing(final):
-        together(lambda: first and begin(final), group)
+        together(lambda: is_rank0 and begin(final), group)
         beside = beside_of(final)
         write_shards(beside, tensors, group)
-        digests_by_rank = together(lambda: {path.name: file_sha256(path) for path in own_shards(beside)}, group)
         files = {}
-        for digests in digests_by_rank:
+        for digests in together(lambda: digests_of(own_shards(beside)), group):
             files |= digests
-        together(lambda: first and finish(final, state, files), group)
+        together(lambda: is_rank0 and finish(final, state, files), group)
     return final
 
 
 def model_tensors(model):
-    """Name -> tensor on the CPU, without torch.compile's prefix, a tied head once."""
-    return {
-        name.removeprefix("_orig_mod."): p.detach().to("cpu").contiguous() for name, p in model.named_parameters()
-    }
+    """Name -> tensor on the CPU. Names are without torch.compile's prefix, and a tied head appears once."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[name.removeprefix("_orig_mod.")] = p.detach().to("cpu").contiguous()
+    return tensors
 
 
 def shards(model, optimizers):
-    """Name -> tensor of all that a sharded checkpoint holds, as it lies on this rank."""
-    tensors = {f"model/{name.removeprefix('_orig_mod.')}": p.detach() for name, p in model.named_parameters()}
+    """Name -> this rank's part of a tensor, for all tensors of a sharded checkpoint."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"model/{name.removeprefix('_orig_mod.')}"] = p.detach()
     for kind, params in optimizers.state_dict().items():
         for name, values in params.items():
             tensors |= {f"{kind}/{name}/{key}": tensor for key, tensor in values.items()}
@@ -119,13 +121,13 @@ def place(out_dir, state):
 
 
 def beside_of(final):
-    """Where a checkpoint lies while it is written, or removed."""
+    """The folder's name while it is being written, or removed."""
     return final.with_name(f".writing_{final.name}")
 
 
 @contextmanager
 def writing(final):
-    """After an error, remove what was written. The error becomes an OSError where a full disk or the like caused it."""
+    """Around writing: after an error, remove the half-written folder. An error of the disk is raised as an OSError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as e:
@@ -133,11 +135,12 @@ def writing(final):
         cause = system_error(e)
         if cause is None:
             raise
-        raise OSError(cause.errno, f"{final} could not be written: {cause.strerror or cause}") from e
+        message = f"{final} could not be written: {cause.strerror or cause}"
+        raise OSError(cause.errno, message) from e
 
 
 def system_error(e):
-    """The OSError behind what torch.save and safetensors raise on a full disk; None where it is something else."""
+    """The OSError behind an error of torch.save or safetensors, for example of a full disk. None for another error."""
     if match := re.search(r"\(os error (\d+)\)", str(e)):  # safetensors: "No space left on device (os error 28)"
         number = int(match[1])
         return OSError(number, os.strerror(number))
@@ -149,11 +152,11 @@ def system_error(e):
 
 
 def begin(final):
-    """Make the folder beside `final`."""
+    """Make the folder beside_of(final)."""
     ckpt = final.parent
     ckpt.mkdir(parents=True, exist_ok=True)
-    sync(ckpt.parent)  # it has new entries the first time
-    for leftover in ckpt.glob(".writing_*"):  # of a run that was killed
+    sync(ckpt.parent)  # the first time, ckpt/ is a new entry there
+    for leftover in ckpt.glob(".writing_*"):  # from a run that was killed
         shutil.rmtree(leftover)
     beside_of(final).mkdir()
 
@@ -163,30 +166,36 @@ def write_model(final, tensors):
 
 
 def write_optimizer(final, optimizer_state):
-    with open(beside_of(final) / "optimizer.pt", "wb") as file:  # a file of Python's, whose errors give a reason
+    with open(beside_of(final) / "optimizer.pt", "wb") as file:  # a Python file, because its errors give a reason
         torch.save(optimizer_state, file)
 
 
 def plain_digests(final):
-    return {name: file_sha256(beside_of(final) / name) for name in FILES}
+    return digests_of(beside_of(final) / name for name in FILES)
+
+
+def digests_of(paths):
+    """Name of a file -> its sha256."""
+    return {path.name: file_sha256(path) for path in paths}
 
 
 def finish(final, state, files):
-    """Once the `files` (name -> sha256) are written: write state.json, sync, and rename to `final`."""
+    """When the `files` (name -> sha256) are written: write state.json, sync, and rename the folder to `final`."""
     beside = beside_of(final)
     state = signed({**state, "files": files})
-    (beside / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
+    text = json.dumps(state, indent=1, sort_keys=True)
+    (beside / "state.json").write_text(text, encoding="utf-8")
     for name in (*files, "state.json"):
         sync(beside / name)
     sync(beside)
-    if final.exists():  # a sharded one, which holds the same tensors
+    if final.exists():  # consolidate: the sharded checkpoint of the same tensors
         final.rename(final.with_name(f"{final.name}.sharded"))
     os.replace(beside, final)
     sync(final.parent)
 
 
 def note(folder, **fields):
-    """Change fields of a complete checkpoint's state.json, which is whole at any moment. -> the new state
+    """Change fields of a complete checkpoint's state.json, atomically. -> the new state
 
     Raises OSError and CheckpointError.
     """
@@ -197,27 +206,27 @@ def note(folder, **fields):
 
 
 def signed(state):
-    """A copy of `state` as it will be read (tuples become lists), with its own sha256."""
+    """A copy of `state` as a reader will see it (tuples become lists), with its own sha256."""
     state = json.loads(json.dumps(state))
     state["sha256"] = own_sha256(state)
     return state
 
 
 def own_sha256(state):
-    """sha256 of state.json's content, without the field that holds it."""
+    """sha256 of state.json's content without the field "sha256"."""
     plain = {key: value for key, value in state.items() if key != "sha256"}
     return sha256(json.dumps(plain, sort_keys=True))
 
 
 def discard(folder):
-    """Remove a checkpoint. Under its other name, a half-removed one is no checkpoint either."""
+    """Remove a checkpoint. It is renamed first, so that a half-removed folder is not taken for a checkpoint."""
     gone = beside_of(folder)
     os.replace(folder, gone)
     shutil.rmtree(gone)
 
 
 def together(function, group=None):
-    """Call `function` on every rank. -> the results by rank. Raises an OSError on all ranks if one rank had it."""
+    """Call `function` on every rank. -> the results by rank. If it raises an OSError on one rank, all raise it."""
     try:
         result = function()
     except OSError as e:
@@ -245,7 +254,7 @@ def read_state(folder):
         intact = complete and state["sha256"] == own_sha256(state)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         raise CheckpointError(f"{path} is missing ({e.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:  # any other OSError says nothing of the checkpoint
+    except (ValueError, KeyError, TypeError, AttributeError) as e:  # another OSError is not the checkpoint's fault
         raise CheckpointError(f"{path} cannot be read ({type(e).__name__}: {e})") from None
     if not intact:
         raise CheckpointError(f"{path} was changed after it was written (sha256 differs)")
@@ -264,19 +273,19 @@ def is_sharded(folder):
 
 
 def verify(folder, only=None):
-    """The state of a checkpoint after a check of all its files, or of `only` one of a plain one. Raises CheckpointError
-    naming the file."""
+    """Check all files of a checkpoint, or `only` one file if it is plain. -> its state. Raises CheckpointError naming
+    the file that is wrong."""
     folder = Path(folder)
     state = read_state(folder)
     digests = state["files"]
     if set(FILES) <= digests.keys():
-        # the weights come first: MissingOptimizer says that they are good
+        # FILES begins with the weights: at MissingOptimizer they have been checked
         for name in FILES if only is None else [only]:
             verify_file(folder / name, digests[name])
         if only is None:
-            load_optimizer_state(folder)  # a file with the right digest can still hold what weights_only refuses
+            load_optimizer_state(folder)  # weights_only may refuse even a file with the right digest
         return state
-    for path in folder.glob("*.safetensors"):  # DCP would read all of them
+    for path in folder.glob("*.safetensors"):  # DCP would read any file that somebody added
         if path.name not in digests:
             raise CheckpointError(f"{path} does not belong to this checkpoint")
     for name, digest in digests.items():
@@ -285,7 +294,7 @@ def verify(folder, only=None):
 
 
 def verify_file(path, digest):
-    """Raise CheckpointError where a checkpoint's file is missing or has another sha256."""
+    """Raise CheckpointError if a checkpoint's file is missing or has another sha256."""
     if not path.exists():
         kind = MissingOptimizer if path.name == "optimizer.pt" else CheckpointError
         raise kind(f"{path} is missing")
@@ -302,7 +311,8 @@ def verify_file(path, digest):
 def load_model_tensors(folder):
     """Name -> tensor. Raises CheckpointError."""
     if is_sharded(folder):
-        return {name.removeprefix("model/"): t for name, t in load_shards(folder, weights=True).items()}
+        tensors = load_shards(folder, weights=True)
+        return {name.removeprefix("model/"): tensor for name, tensor in tensors.items()}
     path = Path(folder) / "model.safetensors"
     try:
         return load_file(path)
@@ -311,11 +321,10 @@ def load_model_tensors(folder):
 
 
 def load_optimizer_state(folder, params=None, heads=None):
-    """The state that Optimizers.state_dict gave. Raises CheckpointError, also for a pickle that asks for more than
-    tensors.
+    """The state_dict of Optimizers. Raises CheckpointError, also for a pickle that would load more than tensors.
 
-    Of a sharded checkpoint, with `params` (this rank's, by name; their c_attn has its `heads` in this order): their
-    part alone, as `load_shards` gives it. All ranks call it.
+    If the checkpoint is sharded, all ranks may call it with `params`, this rank's parameters by name: then it reads
+    only their part, as in `load_shards`. `heads` is the order of the heads in their c_attn.
     """
     if is_sharded(folder):
         state = {}
@@ -331,10 +340,8 @@ def load_optimizer_state(folder, params=None, heads=None):
 
 
 def load_shards(folder, weights, params=None, heads=None):
-    """Name -> tensor, of the weights or else of the optimizer, as read_shards gives them. Raises CheckpointError.
-
-    A c_attn whose heads lie in another order than `heads` is put into the model's own order.
-    """
+    """As read_shards, except that a c_attn with another order than `heads` is put into the model's own order. Raises
+    CheckpointError."""
     written_heads = read_state(folder).get("heads")
     try:
         tensors = read_shards(folder, weights, params, same_heads=written_heads == heads)
@@ -348,8 +355,8 @@ def load_shards(folder, weights, params=None, heads=None):
 
 
 def config_of(state, folder):
-    """The GPTConfig of a checkpoint's model. Raises CheckpointError naming each field that this version does not know:
-    without that field it would be another model."""
+    """The GPTConfig of a checkpoint's model. Raises CheckpointError naming each field that this version does not know,
+    because without such a field it would be another model."""
     known = {field.name for field in fields(GPTConfig)}
     unknown = sorted(state["model"].keys() - known)
     if unknown:
@@ -363,9 +370,9 @@ def config_of(state, folder):
 
 
 def run_of(folder):
-    """The run's folder of a checkpoint's folder, or that folder itself where it is in no run.
+    """The folder of the run that a checkpoint's folder belongs to, or `folder` itself if it belongs to none.
 
-    The tokenizer lies there, also where ckpt/ is a link to another disk, or `folder` a link into a run.
+    The tokenizer is there, even if ckpt/ is a link to another disk, or `folder` is a link into a run.
     """
     places = [Path(folder), Path(os.path.abspath(folder)), Path(folder).resolve()]
     runs = [path.parent.parent for path in places if path.parent.name == "ckpt"]
@@ -401,10 +408,10 @@ def steps(out_dir):
 
 
 def latest_good(out_dir, warn=print):
-    """(folder, state) of the highest step that verifies, or None where a run has no checkpoint.
+    """(folder, state) of the latest checkpoint that verifies, or None if the run has no checkpoint.
 
-    A damaged one is renamed to *.corrupt, with a warning. Raises CheckpointError where none is good though there are
-    checkpoints, or were before they were renamed. Also for one without its optimizer.pt, which is not damaged.
+    A damaged one is renamed to *.corrupt, with a warning. Raises CheckpointError if all are damaged, and for one
+    without its optimizer.pt, which is not damaged.
     """
     folders = steps(out_dir)
     for step, folder in sorted(folders.items(), reverse=True):
@@ -419,7 +426,7 @@ def latest_good(out_dir, warn=print):
             folder.rename(aside)
             warn(f"{e}; set aside as {aside.name}")
     corrupt = list((Path(out_dir) / "ckpt").glob("step_*.corrupt"))
-    if corrupt:  # also the next time: a repeated command must not start from scratch unasked
+    if corrupt:  # now or by an earlier call: a repeated command must not start from scratch unasked
         raise CheckpointError(
             f"{out_dir} has no checkpoint that verifies: all {len(corrupt)} are set aside as *.corrupt; "
             "--init_from=scratch begins again"
@@ -428,10 +435,10 @@ def latest_good(out_dir, warn=print):
 
 
 def without_optimizer(error, out_dir, folders, step):
-    """The message for a run whose latest checkpoint, of `step`, has no optimizer.pt: what can be done instead."""
+    """The message for a run whose latest checkpoint, of `step`, has no optimizer.pt. It says what to do instead."""
     init_from = shlex.quote(f"--init_from={out_dir}")
-    message = (f"{error}, so {out_dir} cannot be resumed; its weights are good: {init_from} with another --out_dir "
-               "starts from them")
+    message = (f"{error}, so {out_dir} cannot be resumed; its weights are good: "
+               f"{init_from} with another --out_dir starts from them")
     earlier = []  # steps that can be resumed
     for other, folder in folders.items():
         sharded = not (folder / "model.safetensors").exists()
@@ -444,10 +451,11 @@ def without_optimizer(error, out_dir, folders, step):
 
 
 def find(out_dir, which="latest", warn=print):
-    """(folder, state) of the checkpoint to read weights from: latest, best (lowest val_loss) or a step number.
+    """(folder, state) of a checkpoint to read weights from. Raises CheckpointError.
 
-    `out_dir` is a run's folder or one checkpoint's. "latest" skips a checkpoint that does not verify, with a warning;
-    it renames nothing, as the run may still be training. Raises CheckpointError.
+    `which` is latest, best (lowest val_loss) or a step number; `out_dir` may be the folder of a checkpoint instead of a
+    run's. "latest" skips a checkpoint that does not verify, with a warning. Unlike latest_good, it renames nothing: the
+    run may still be training.
     """
     if (Path(out_dir) / "state.json").exists():
         return Path(out_dir), verify(out_dir, "model.safetensors")
@@ -473,7 +481,7 @@ def find(out_dir, which="latest", warn=print):
 
 
 def best_step(folders):
-    """The step with the lowest val_loss among `folders` (by step), the earlier one on a tie; None if none was
+    """The step with the lowest val_loss in `folders` (step -> folder). The earlier step wins a tie; None if no step was
     evaluated."""
     losses = {}
     for step, folder in folders.items():
@@ -503,7 +511,7 @@ def prune(out_dir, keep):
 def consolidate(out_dir):
     """Turn each sharded checkpoint of a run into the plain one of the same tensors. -> their folders
 
-    Raises CheckpointError for one that does not verify, and OSError; those that are left stay as they were.
+    Raises CheckpointError for one that does not verify, and OSError; the remaining ones stay sharded.
     """
     for aside in (Path(out_dir) / "ckpt").glob("step_*.sharded"):
         if aside.with_suffix("").exists():
@@ -515,7 +523,7 @@ def consolidate(out_dir):
         state = verify(folder)
         tensors = load_model_tensors(folder)
         optimizer_state = load_optimizer_state(folder)
-        state.pop("heads", None)  # they lie in the model's order now
+        state.pop("heads", None)  # load_model_tensors has put them into the model's order
         with writing(folder):
             begin(folder)
             write_model(folder, tensors)

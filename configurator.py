@@ -14,16 +14,16 @@ That is all: the line is on the command line, in --help and in the record of the
 
     python train.py config/small.py --out_dir=runs/1 --compile
 
-A setting (or key) stands above the first `def`, `class` or call of `configure`, and has a lowercase name that does not
-begin with _. Its default is a literal (`5 * 8` is one): bool, int, float, str, None, or a tuple of these. Its type is
-the annotation's, or without one the default's. Its help is the comment on its line, together with the comments below
-in the same column; comment lines above it are a heading. A number in a script of this project also needs a range:
-add the name to INTERVALS in keys.py.
+A setting (or key) is above the first `def`, `class` or call of `configure`. Its name is lowercase and does not begin
+with _. Its default is a literal (`5 * 8` is one): bool, int, float, str, None, or a tuple of these. Its type comes from
+the annotation, or else from the default. Its help is the comment on its line, with the comments below in the same
+column; comment lines above it are a heading. In a script of this project, a number also needs a range: add its name to
+INTERVALS in keys.py.
 
-A config file is Python, run in a namespace of its own. It sets keys by plain assignment. Modules, functions, classes,
-names it imports, names in CAPITALS and names that begin with _ are its own business; any other name must be a key.
-You can train a run and sample from it with the same config file: a script ignores keys that only the train.py beside
-it has. Every mistake a user can make is one line on stderr and exit code 2.
+A config file is Python, run in a namespace of its own. It sets keys by plain assignment. It may also bind modules,
+functions, classes, imported names, names in CAPITALS and names that begin with _. Any other name must be a key. The
+config file of a run also serves for sampling from it: a script ignores keys that only the train.py beside it has.
+A mistake of the user's is one line on stderr and exit code 2.
 """
 
 import ast
@@ -39,8 +39,8 @@ from typing import NoReturn
 from files import keep_printing
 from keys import BOOLS, KIND, Key, expand_home, fail, kind_of, nearest, range_of, show
 
-# Pairs of keys that say the same thing in two ways. The one set later overrides the other, as if that one had not been
-# set. If one config file, or the command line, sets both, both stay, and they must agree.
+# Pairs of keys that say the same thing in two ways. The key that is set later overrides the other, as if nobody had set
+# that. But if one config file, or the command line, sets both keys, both stay, and they must agree.
 ALTERNATIVES = [("tokens_per_step", "gradient_accumulation_steps")]
 
 LITERAL = (ast.Constant, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop,
@@ -48,9 +48,9 @@ LITERAL = (ast.Constant, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.operat
 
 
 class Settings:
-    """The settings of one call of a script, each an attribute: c.batch_size.
+    """The settings of a script, each an attribute: c.batch_size.
 
-    They never change: `c.changed(batch_size=4)` gives a changed copy. dict(c) gives them as a plain dict.
+    They never change: c.changed(batch_size=4) gives a changed copy. dict(c) gives a plain dict.
     """
 
     def __init__(self, values):
@@ -69,7 +69,7 @@ class Settings:
         return self.__dict__.keys()
 
     def changed(self, **values):
-        """A copy with these values. Raises AttributeError for a name that is no setting."""
+        """A copy with these values. Raises AttributeError for an unknown name."""
         for name in values:
             getattr(self, name)
         return Settings({**self, **values})
@@ -80,7 +80,7 @@ class Settings:
 
 
 def setting_lines(tree):
-    """(name, statement) of each line that is a key."""
+    """Yield (name, statement) for each setting of a script's syntax tree."""
     for node in tree.body:
         calls = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
         called = [getattr(function, "id", getattr(function, "attr", "")) for function in calls]
@@ -116,7 +116,7 @@ def heading_of(node, lines):
 
 
 def read_keys(script, namespace=None):
-    """name -> Key, in source order. Defaults come from `namespace`, or without one from the source."""
+    """Name -> Key for the settings of a script, in source order. Defaults come from `namespace`, or else the source."""
     with tokenize.open(script) as file:
         source = file.read()
     keys = {}
@@ -153,7 +153,8 @@ def keys_of_train(script):
 
 
 def read_file(path, keys, ignored=None):
-    """The keys that a config file sets, checked. Keys of `ignored`, another script's, are checked and dropped."""
+    """Name -> checked value of the keys that a config file sets. Keys of `ignored`, another script's, are only checked.
+    """
     if not os.path.isfile(path):
         fail(f"no config file {path}{nearest_config(path)}")
     scope, lines, imported = run_config(path)
@@ -173,7 +174,7 @@ def read_file(path, keys, ignored=None):
 
 
 def nearest_config(path):
-    """The end of an error about a config file that is missing: the file that may have been meant, or ""."""
+    """The end of an error about a missing config file: the name that the user may have meant, or ""."""
     folder, file = os.path.split(path)
     if not os.path.isdir(folder or "."):
         return ""
@@ -189,11 +190,12 @@ def run_config(path):
             tree = ast.parse(source.read(), path)
         exec(compile(tree, path, "exec", dont_inherit=True), scope)
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
+        frames = traceback.extract_tb(error.__traceback__)  # the line of the config file, not of a library
         inside = [frame.lineno for frame in frames if frame.filename == path]
         line = inside[-1] if inside else getattr(error, "lineno", None)
         where = f"{path}:{line}" if line else path
-        fail(f"{where}: {type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}")
+        message = error.msg if isinstance(error, SyntaxError) else error
+        fail(f"{where}: {type(error).__name__}: {message}")
     lines = {}
     imported = set()
     for node in ast.walk(tree):
@@ -233,7 +235,7 @@ def print_help(namespace, keys, verb, verbs, paths):
 
 
 def refuse(word, keys, verbs=()) -> NoReturn:
-    """Ends the run for a word of the command line that means nothing here, and says what may have been meant."""
+    """Ends the run for an unknown word of the command line, and says what the user may have meant."""
     name, equals, text = word.lstrip("-").partition("=")
     name = name.replace("-", "_")
     positive = name.removeprefix("no_")
@@ -256,7 +258,7 @@ def refuse(word, keys, verbs=()) -> NoReturn:
 
 
 class CommandLine:
-    """The words of a command line, read from first to last into `values`: name -> checked value."""
+    """Reads the words of a command line, from first to last, into `values`: name -> checked value."""
 
     def __init__(self, words, keys, script, verb, verbs, paths):
         self.words = list(words)
@@ -267,11 +269,11 @@ class CommandLine:
         self.paths = paths  # the key that takes the other bare words
         self.values = {}
         self.bare = []
-        self.sources = {}   # name -> which config file, or which stretch of words between two files, set it
-        self.source = 0     # stretches of words are even, files are odd
+        self.sources = {}   # name -> number of the source that set it
+        self.source = 0     # number of the source: config files are odd, the words between two files are even
 
     def read(self):
-        """Reads all words -> values."""
+        """Read all words. -> values"""
         verb_is_open = bool(self.verb)
         while self.words:
             word = self.words.pop(0)
@@ -291,7 +293,7 @@ class CommandLine:
         return self.values
 
     def read_flag(self, word):
-        """--key=value, --key value, or --key alone for a boolean, which never takes the next word."""
+        """Read --key=value, --key value, or --key alone for a boolean, which never takes the next word."""
         name, equals, text = word[2:].partition("=")
         if name not in self.keys:
             refuse(word, self.keys)
@@ -311,7 +313,7 @@ class CommandLine:
         self.source += 2
 
     def drop_overridden(self):
-        """Drops the earlier of two ALTERNATIVES, unless one source set both."""
+        """Drop the earlier of two ALTERNATIVES, unless one source has set both."""
         for pair in ALTERNATIVES:
             names = sorted((name for name in pair if self.values.get(name)), key=self.sources.get)
             if len(names) == 2 and self.sources[names[0]] < self.sources[names[1]]:
@@ -324,11 +326,12 @@ def configure(namespace, argv=None, *, verb="", verbs=(), paths="", given=None, 
     dict in source order. `argv` is the command line, sys.argv[1:] if None.
 
     A word that ends in .py is a config file. `verb` names the key that the first bare word fills, with one of `verbs`.
-    `paths` names the tuple of strings that takes the other bare words. `given` is a set: it gets the name of every key
-    that was set, even if to its default. `also` is another script whose keys are taken too, but only returned.
+    `paths` names the tuple of strings that takes the other bare words. `given` is a set, to which the name of every key
+    is added that the user set, even if to its default. `also` is another script: its keys are accepted as well, but
+    only returned.
 
-    From here on a print never fails (files.keep_printing). If the output of a script is its `product`, its stdout is
-    the exception: the script ends with its reader.
+    From here on, a print never fails (files.keep_printing). The exception is the stdout of a script whose output is its
+    `product`: that script ends when its reader is gone.
     """
     keep_printing(product)
     own = read_keys(namespace["__file__"], namespace)

@@ -1,9 +1,9 @@
 """
-Datasets: which shards a folder holds, whether they are what they should be, and their tokens as one stream.
+Datasets: find the shards of a folder, check them, and read their tokens as one stream.
 
     folder = find_dataset("shakespeare_char")          # a name under data/, or a path
-    tokens = Tokens(folder, "train")                   # the split, over all its shards
-    tokens.read([0, 5000], 64)                         # uint16 (2, 64): 64 tokens from each of these places
+    tokens = Tokens(folder, "train")                   # a split, over all its shards
+    tokens.read([0, 5000], 64)                         # uint16 (2, 64): 64 tokens from each of these positions
 
     folders, manifest, sha256 = open_datasets("a:0.7,b:0.3")   # one dataset, or a mix of several
     tokens = open_tokens(folders, "train", vocab_size)         # -> Tokens, or a Mix
@@ -32,7 +32,7 @@ from tokenizer import load_tokenizer
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's and modded-nanogpt's uint16 shards
 MOST_FILES = 64  # shards that are open at once, of all datasets together; macOS allows a process 256 files
-# First bytes of files that hold no tokens: under nanoGPT's name they would be read as tokens
+# First bytes of files that are not tokens, though a file may have nanoGPT's name for tokens
 NOT_TOKENS = {
     b"\x93NUMPY": "a file of numpy.save; write it with ARRAY.astype('<u2').tofile(FILE)",
     b"version https://git-lfs": "a pointer of Git LFS; run git lfs pull",
@@ -43,13 +43,13 @@ NOT_TOKENS = {
     b"\x28\xb5\x2f\xfd": "compressed with zstd; run unzstd",
     b"PK\x03\x04": "a zip archive; run unzip",
 }
-# Files in folders that people give as a dataset before they prepare one
+# Files in a folder that somebody gives as a dataset before preparing it
 SAVED = ("dataset_dict.json", "dataset_info.json", "*.arrow")  # written by save_to_disk of the package datasets
 TEXTS = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.txt")
 
 
 class DataError(ValueError):
-    """A dataset that cannot be used; the message names the file and the mend."""
+    """A dataset that cannot be used. The message names the file, and says what to do."""
 
 
 # -----------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class DataError(ValueError):
 
 
 def find_dataset(dataset):
-    """The folder of `dataset`: a path, or a name under data/. Raises DataError where none can be used."""
+    """The folder of `dataset`: a path, or a name under data/. Raises DataError if there is no usable one."""
     root = Path(__file__).resolve().parent / "data"
     folders = [folder for folder in (Path(dataset), root / dataset) if folder.is_dir()]
     for folder in folders:
@@ -76,7 +76,7 @@ def find_dataset(dataset):
 
 
 def refuse_unprepared(folder):
-    """Raise DataError saying how to prepare what lies in a folder, where that can be seen."""
+    """Raise DataError for a folder of text or of the package datasets, and say how to prepare it."""
     saved = [*SAVED, *(f"*/{pattern}" for pattern in SAVED)]  # a folder for each split, perhaps
     if any(any(folder.glob(pattern)) for pattern in saved):
         split = "" if (folder / "state.json").exists() else "['train']"
@@ -106,7 +106,7 @@ def parse_mix(dataset):
 def open_datasets(dataset):
     """A dataset, or a mix of several. -> ([(folder, weight), ...], the first one's manifest, sha256 naming the data)
 
-    Raises DataError where one cannot be used, or where they were prepared with different tokenizers.
+    Raises DataError if one cannot be used, or if they were prepared with different tokenizers.
     """
     folders = [(find_dataset(name), weight) for name, weight in parse_mix(dataset)]
     manifests = [read_manifest(folder) for folder, _ in folders]
@@ -114,15 +114,18 @@ def open_datasets(dataset):
     first_tokenizer = tokenizer_sha256(folders[0][0], first_manifest)
     for (folder, _), (manifest, _) in zip(folders[1:], manifests[1:], strict=True):
         if tokenizer_sha256(folder, manifest) != first_tokenizer:
-            raise DataError(f"{folder} was prepared with another tokenizer than {folders[0][0]}: the same ids differ")
+            raise DataError(f"{folder} was prepared with another tokenizer than {folders[0][0]}: "
+                            "the same ids differ")
     if len(folders) == 1:
         return folders, first_manifest, first_sha256
-    names = [f"{digest}:{weight}" for (_, digest), (_, weight) in zip(manifests, folders, strict=True)]
+    names = []
+    for (_, digest), (_, weight) in zip(manifests, folders, strict=True):
+        names.append(f"{digest}:{weight}")
     return folders, first_manifest, sha256(",".join(names))
 
 
 def tokenizer_sha256(folder, manifest):
-    """The sha256 that names a dataset's tokenizer, or that of a meta.pkl which is no tokenizer; None without either."""
+    """The sha256 of a dataset's tokenizer, or of a meta.pkl that is no tokenizer. None without either."""
     if "tokenizer" in manifest:
         return manifest["tokenizer"].get("sha256")
     try:
@@ -135,7 +138,7 @@ def tokenizer_sha256(folder, manifest):
 
 
 def read_manifest(folder):
-    """manifest.json as a dict, and its sha256, which names the dataset. -> ({}, None) where a folder has none."""
+    """-> (manifest.json as a dict, its sha256, which names the dataset); ({}, None) if the folder has no manifest."""
     path = Path(folder) / "manifest.json"
     if not path.exists():
         return {}, None
@@ -150,7 +153,7 @@ def read_manifest(folder):
 
 
 def verify_shards(folder):
-    """Raise DataError naming the first shard that differs from what manifest.json says, even by a bit."""
+    """Raise DataError naming the first shard whose sha256 is not that in manifest.json."""
     splits = read_manifest(folder)[0].get("splits")
     if splits is None:
         raise DataError(f"{folder} has no manifest.json to verify it by: leave verify_data off")
@@ -169,7 +172,7 @@ def find_shards(folder, split):
     """The files of a split, in order: SPLIT_000000.bin, ..., else nanoGPT's SPLIT.bin, else llm.c's and
     modded-nanogpt's NAME_SPLIT_000000.bin, ... or NAME_SPLIT.bin.
 
-    Raises DataError where there is none, or where shards of several datasets lie side by side, of this split or of
+    Raises DataError if there is none, or if the folder has shards of several datasets, be it in this split or in
     training and validation.
     """
     named = shards_by_name(folder, split)
@@ -205,13 +208,13 @@ def shards_by_name(folder, split):
 
 
 def read_header(path):
-    """The 256 int32 that a shard begins with; zeros where the file ends before."""
+    """The first 256 int32 of a file, which are a shard's header. A shorter file is filled up with zeros."""
     with open(path, "rb") as file:
         return np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
 
 
 def count_tokens(path):
-    """The tokens of a shard with a header. Raises DataError where the header or the size of the file is wrong."""
+    """The number of tokens of a shard with a header. Raises DataError if the header or the file's size is wrong."""
     header = read_header(path)
     if header[0] != MAGIC or header[1] != VERSION:
         raise DataError(
@@ -229,7 +232,7 @@ def count_tokens(path):
 
 
 def count_plain_tokens(path):
-    """The tokens of nanoGPT's headerless file. Raises DataError where it is a file of another kind, or damaged."""
+    """The number of tokens of nanoGPT's file without a header. Raises DataError if it is damaged, or another kind."""
     start = read_header(path).tobytes()
     for magic, kind in NOT_TOKENS.items():
         if start.startswith(magic):
@@ -241,7 +244,7 @@ def count_plain_tokens(path):
 
 
 def check_manifest(folder, split, counts):
-    """Raise DataError where manifest.json gives other shards or other token counts than `counts`, {file: tokens}."""
+    """Raise DataError if manifest.json has other shards or other token counts than `counts`, {file: tokens}."""
     splits = read_manifest(folder)[0].get("splits")
     if splits is None:
         return
@@ -293,7 +296,7 @@ class OpenFiles:
 
 
 def most_files():
-    """MOST_FILES, or a quarter of the files that this process may open, whichever is less."""
+    """MOST_FILES, or a quarter of the files that this process may open, if that is less."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such module
         import resource
 
@@ -331,16 +334,17 @@ class Tokens:
         else:
             self.skip = HEADER_BYTES
             counts = [count_tokens(path) for path in self.paths]
-        check_manifest(self.folder, split, {path.name: n for path, n in zip(self.paths, counts, strict=True)})
+        names = [path.name for path in self.paths]
+        check_manifest(self.folder, split, dict(zip(names, counts, strict=True)))
         self.starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # first token of each shard
 
     def __len__(self):
         return int(self.starts[-1])
 
     def read(self, starts, length):
-        """Rows of `length` consecutive tokens from each of `starts`. -> uint16 (len(starts), length)
+        """`length` consecutive tokens from each of `starts`. -> uint16 (len(starts), length)
 
-        Read, not mapped: the pages of a mapping would pile up in this process's memory.
+        It reads the files instead of mapping them: the pages of a mapping would pile up in this process's memory.
         """
         rows = np.empty((len(starts), length), dtype="<u2")
         shards = (np.searchsorted(self.starts, starts, side="right") - 1).tolist()
@@ -365,12 +369,12 @@ class Tokens:
 
     @property
     def parts(self):
-        """[(itself, 1)]: the datasets and weights of a Mix, which has several."""
+        """[(itself, 1)], as the `parts` of a Mix."""
         return [(self, Fraction(1))]
 
-    @lru_cache(maxsize=8)  # noqa: B019  a run has one or two of these, and they last as long as it does
+    @lru_cache(maxsize=8)  # noqa: B019  the cache keeps Tokens alive, but a run has only one or two
     def sha256_of(self, count):
-        """sha256 of the first `count` tokens as uint16, little-endian: it names the tokens an evaluation read."""
+        """sha256 of the first `count` tokens as little-endian uint16. It names the tokens of an evaluation."""
         digest = hashlib.sha256()
         for start in range(0, count, 1 << 20):
             digest.update(self.read([start], min(1 << 20, count - start)).astype("<u2").data)
@@ -390,7 +394,7 @@ class Mix:
         return int(self.bases[-1])
 
     def read(self, starts, length):
-        """Rows of `length` tokens from each of `starts`, each within one dataset. -> uint16 (len(starts), length)"""
+        """`length` tokens from each of `starts`; a row lies in one dataset. -> uint16 (len(starts), length)"""
         starts = np.asarray(starts, dtype=np.int64)
         rows = np.empty((len(starts), length), np.uint16)
         owners = np.searchsorted(self.bases, starts, side="right") - 1  # the dataset of each row

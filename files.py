@@ -1,6 +1,6 @@
 """
-What several scripts do with files: write them whole, digest them, read text and lines, hold a folder for one writer,
-and print to stdout and stderr without ever failing.
+Helpers for files: write them atomically, digest them, read text and lines, reserve a folder for one process, and print
+without ever failing.
 
 It imports only the standard library.
 """
@@ -25,16 +25,16 @@ except ImportError:  # Windows
     fcntl = None
 
 # -----------------------------------------------------------------------------
-# Whole files
+# Atomic writing
 
 
 @contextlib.contextmanager
 def whole_file(path, durable=False):
-    """Open a temporary file beside `path` for writing bytes, and rename it to `path` at the end.
+    """Open a temporary file beside `path` for writing bytes, and rename it to `path` at the end. Raises OSError.
 
-    A kill at any moment leaves the old file or the complete new one; an error leaves the old one and no temporary file.
-    `durable` waits until the disk holds the new file. The temporary name contains the process id, so that several
-    processes may write the same file. Raises OSError.
+    A kill at any moment leaves the old file or the complete new one. An error leaves the old file and no temporary one.
+    With `durable`, it waits until the disk holds the new file. The temporary name contains the process id, so several
+    processes may write the same file.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
@@ -52,7 +52,7 @@ def whole_file(path, durable=False):
 
 
 def write_whole(path, content, durable=False):
-    """Write bytes, or text as UTF-8, to a file that is complete at any moment, as in whole_file. Raises OSError."""
+    """Write bytes, or text as UTF-8, to a file atomically, by whole_file. Raises OSError."""
     with whole_file(path, durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -89,7 +89,7 @@ def file_sha256(file):
 
 
 def finite(value):
-    """`value` as strict JSON can hold it: inf and nan become None, tuples become lists, at any depth."""
+    """`value` made fit for strict JSON: at any depth, inf and nan become None, and tuples become lists."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -114,8 +114,8 @@ def clock_face(seconds):
 def decode_text(raw, name):
     """Bytes of a UTF-8 file -> str, without a byte order mark.
 
-    Raises ValueError with the file's `name` and the first byte that is not UTF-8 and its offset, or the encoding that
-    a byte order mark stands for.
+    Raises ValueError with the file's `name`, and with the first byte that is not UTF-8 and its offset, or the encoding
+    that a byte order mark names.
     """
     utf32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
     utf16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -131,9 +131,9 @@ def decode_text(raw, name):
 
 
 def split_lines(text):
-    """The lines of a text without their line ends: LF, CRLF or CR. A line end at the end of the text begins no line.
+    """The lines of a text without their line ends: LF, CRLF or CR. A line end at the very end begins no new line.
 
-    Form feeds, U+2028 and other characters at which str.splitlines also cuts stay part of a line.
+    Unlike str.splitlines, it does not cut at form feeds, U+2028 and the like.
     """
     lines = re.split("\r\n|\n|\r", text)
     return lines if lines[-1] else lines[:-1]
@@ -151,12 +151,12 @@ def read_lines(path):
 class FolderLock:
     """Reserves a folder for one process, with a lock on the file FOLDER/.lock.
 
-    The system frees the lock when the process ends, however it ends: the file of a killed process blocks nobody. The
-    file says who holds the folder. Windows has no such lock, and nothing is reserved there.
+    The system frees the lock when the process ends, even if it is killed, so a leftover file blocks nobody. The file
+    names the process that holds the folder. Windows has no such lock, so there the class reserves nothing.
     """
 
     def __init__(self, folder, warn=lambda message: None):
-        """`warn` takes one line if the file system has no locks: then nothing reserves the folder."""
+        """`warn` is called with a line if the file system has no locks, so that nothing reserves the folder."""
         self.path = Path(folder) / ".lock"
         self.warn = warn
         self.file = None
@@ -216,7 +216,7 @@ class FolderLock:
 
 
 def read_holder(file):
-    """The process that a lock file names, in words."""
+    """The process that a lock file names, as part of a sentence."""
     try:
         holder = json.loads(file.read())
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
@@ -229,8 +229,8 @@ def read_holder(file):
 
 
 class LastingFile(io.FileIO):
-    """A file descriptor to print to. It drops whatever it cannot write: the reader is gone, the disk is full, the
-    terminal was closed. A run must not die because nobody is listening any more."""
+    """A file descriptor to print to. It drops text that it cannot write, because the reader is gone, the disk is full
+    or the terminal was closed. A run must not die because nobody is listening any more."""
 
     def write(self, data):
         try:
@@ -240,10 +240,10 @@ class LastingFile(io.FileIO):
 
 
 def keep_printing(product=False):
-    """Makes stdout and stderr take every text, as UTF-8, and outlive their readers. With `product`, stdout is the
-    output that a user asked for, and still fails when its reader is gone.
+    """Makes stdout and stderr accept any text, as UTF-8, and never fail, even without a reader. With `product`, stdout
+    is the output that a user asked for: it still fails when its reader is gone.
 
-    This replaces sys.stdout and sys.stderr, which is a global change: a print in any library must not fail either.
+    This replaces sys.stdout and sys.stderr for the whole process: a print in a library must not fail either.
     """
     occupy_closed_descriptors()
     for name, descriptor in (("stdout", 1), ("stderr", 2)):

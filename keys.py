@@ -1,5 +1,7 @@
 """
-One setting (a key): its type, the range of its number, and how text on the command line becomes its value.
+One setting, called a key: its type, the range of its numbers, and its value from text on the command line.
+
+configurator.py reads the keys of a script and uses Key.check for every value that a user gives.
 """
 
 import difflib
@@ -51,11 +53,11 @@ QUOTED = re.compile(r"""[ \t]*(["'])((?:(?!\1).|\1\1)*)\1\s*(?=,|\Z)""", re.DOTA
 def fail(message) -> NoReturn:
     """End the run for a reason that the user can mend: one line on stderr, exit code 2.
 
-    Under torchrun rank 0 reports at once, the first rank of each other machine after 3 seconds, all other ranks after
-    6. An error that all ranks have is printed once, because torchrun ends the ranks that still wait. An error that
-    only one rank has is printed as well.
+    Under torchrun, rank 0 prints immediately, the first rank of each other machine after 3 seconds, all other ranks
+    after 6. So an error of all ranks is printed once, because torchrun ends the ranks that still wait. An error of a
+    single rank is printed all the same.
     """
-    # A rank that is not a number counts as 0: it may be the very mistake that the message is about.
+    # a rank that is not a number counts as 0: the message may be about that very mistake
     seconds = 0
     for name in ("RANK", "LOCAL_RANK"):
         if os.environ.get(name, "").strip().lstrip("0").isdigit():
@@ -73,6 +75,8 @@ def nearest(word, names, prefix=""):
 
 @dataclass
 class Key:
+    """A setting of a script, as configurator.read_keys finds it."""
+
     name: str
     kind: str  # bool, int, float, str, tuple[float, float] (exactly two) or tuple[float, ...] (any number)
     optional: bool  # the annotation allows None
@@ -82,8 +86,10 @@ class Key:
     interval: str = ""  # that a number must lie in, such as "[0, 1)"; empty: any number
 
     def check(self, value, where, parse=False):
-        """`value` in this key's type. With `parse` it is text from the command line. Ends the run if it does not fit,
-        with an error that begins with `where`: config.py:3 or --key."""
+        """-> `value` in this key's type. With `parse`, `value` is text from the command line.
+
+        Ends the run if it does not fit. The error begins with `where`, such as config.py:3 or --key.
+        """
         try:
             if self.optional and (value is None or parse and value.lower() == "none"):
                 return None
@@ -126,7 +132,8 @@ def expand_home(path):
     """`path` with ~ or ~user at its start replaced by the home folder: a shell does not do it in --key=~/x."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and not os.path.exists(expanded):
-        fail(f"{path}: there is no home folder {path.split('/')[0]}; ./{path} is the file of that name")
+        home = path.split("/")[0]
+        fail(f"{path}: there is no home folder {home}; ./{path} is the file of that name")
     return expanded
 
 
@@ -157,7 +164,7 @@ def range_error(number, interval):
 
 
 def as_kind(kind, value):
-    """`value` as `kind`, or ValueError. It converts only if nothing is lost: 1 and 1.0 give the same record."""
+    """`value` as `kind`. Raises ValueError if the conversion would lose something; 1 and 1.0 give the same record."""
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         value = value.tolist()  # a Python number, or the list of an array
     if kind.startswith("tuple") and isinstance(value, (tuple, list)):
@@ -177,7 +184,7 @@ def as_kind(kind, value):
 
 
 def parse_text(kind, text):
-    """The Python value that `text` spells, or ValueError. A string is the text as it stands."""
+    """The Python value that `text` spells. A string is the text itself. Raises ValueError."""
     if kind.startswith("tuple"):
         return parse_tuple(kind, text)
     if kind == "int" and re.search(r"[.e]", text.lower()):  # 1e6; as_kind refuses 1.5
@@ -188,7 +195,7 @@ def parse_text(kind, text):
 
 
 def parse_tuple(kind, text):
-    """The tuple that `text` spells, with or without brackets around it, or ValueError. An empty tuple is ()."""
+    """The tuple that `text` spells, with or without brackets around it. An empty tuple is (). Raises ValueError."""
     blank = " \t" if "str" in kind else None  # a newline may be a string; around a number it is white space
     text = text.strip(blank)
     if not text:

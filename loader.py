@@ -1,10 +1,10 @@
 """
-Tokens -> batches, in an order that is a function of the position.
+Training batches: which tokens each step trains on, and the threads that read them.
 
-A split is one stream over its shards (dataset.py). Epoch e cuts it, from an offset drawn from (seed, e), into windows
-of block_size that do not overlap, and visits each window once, in a permutation that is computed and never stored.
-So any position of a run of any length is found at once and resuming needs no state. The order belongs to the run, not
-to the number of processes that share it. A mix of datasets is one such order: each position belongs to one of them.
+A split is one stream of tokens over its shards (dataset.py). Epoch e cuts it into windows of block_size that do not
+overlap, from an offset drawn from (seed, e). It visits each window once, in a permutation that is computed and never
+stored. So the tokens of any step follow from its number alone, and resuming needs no state. The order is that of the
+run, however many processes share it. A mix of datasets has one such order, in which the datasets take turns.
 """
 
 import hashlib
@@ -19,21 +19,21 @@ import torch
 
 from dataset import DataError, Mix
 
-POSITIONS_AT_ONCE = 4096  # positions whose windows are found together, at the cost of a few alone
-ROWS_AT_ONCE = 256  # small batches are read together, up to this many rows: a training step waits for Python's own time
+POSITIONS_AT_ONCE = 4096  # windows that are computed together, at the cost of a few
+ROWS_AT_ONCE = 256  # read small batches together, up to this many rows: Python's overhead delays the training step
 
 # -----------------------------------------------------------------------------
 # The order
 
 
 def keyed(*parts):
-    """A 64-bit integer that depends on all parts, the same on every machine and in every version."""
+    """A 64-bit hash of all parts, the same on every machine and in every version."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def permute(index, n, key, rounds=6):
-    """Where `index` (any array of ints in [0, n)) goes in the permutation of range(n) named by `key`. -> int64 array
+    """Permute `index` (an array of ints in [0, n)) by the permutation of range(n) that `key` names. -> int64 array
 
     A Feistel network permutes a power of four that is at least n. A value that lands outside range(n) is permuted again
     until it lands inside (cycle walking; Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). Time and
@@ -82,10 +82,10 @@ class Order:
 
 
 class MixedOrder:
-    """Position in the run -> first token of its window in a Mix: each dataset's own Order, in turns.
+    """Position in the run -> first token of its window in a Mix. Each dataset has its own Order; they take turns.
 
-    Of any p positions, the i-th dataset has floor(p * weight) or one more. So the fractions spread as evenly as
-    possible (Beatty's sequences: the first dataset against the rest, then the second against those left, ...).
+    The i-th dataset gets floor(p * weight) of the first p positions, or one more. So the turns spread as evenly as
+    possible (Beatty's sequences: the first dataset against all others, then the second against the rest, ...).
     """
 
     def __init__(self, mix, block_size, seed):
@@ -99,14 +99,14 @@ class MixedOrder:
 
     def starts(self, positions):
         """First tokens of the windows at `positions`, an array of ints >= 0. -> int64 array of that length"""
-        positions = np.array(positions, dtype=np.int64)  # a copy; below, positions among the datasets that are left
+        positions = np.array(positions, dtype=np.int64)  # a copy, renumbered below for the remaining datasets
         starts = np.empty_like(positions)
-        left = np.arange(len(positions))  # which of the positions no dataset has taken yet
+        left = np.arange(len(positions))  # indices of the positions that no dataset has taken yet
         weight_left = Fraction(1)
         for i, ((_, weight), order) in enumerate(zip(self.mix.parts, self.orders, strict=True)):
             share = weight / weight_left
             at = positions[left]
-            before = at * share.numerator // share.denominator  # how many earlier positions are this dataset's
+            before = at * share.numerator // share.denominator  # earlier positions of this dataset
             own = (at + 1) * share.numerator // share.denominator > before
             starts[left[own]] = self.mix.bases[i] + order.starts(before[own])
             positions[left[~own]] -= before[~own]
@@ -120,7 +120,7 @@ class MixedOrder:
 
 
 def data_step(step, skipped=()):
-    """The step-th whole number, from 0 on, that is not in `skipped`: the data that a training step uses."""
+    """The number of the data that training step `step` uses: the step-th whole number, from 0 on, not in `skipped`."""
     for bad_step in sorted(skipped):
         if bad_step > step:
             break
@@ -130,22 +130,24 @@ def data_step(step, skipped=()):
 
 def to_batch(rows):
     """uint16 (B, T + 1) -> inputs and targets, int64 tensors (B, T) each."""
-    return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
+    x = torch.from_numpy(rows[:, :-1].astype(np.int64))
+    y = torch.from_numpy(rows[:, 1:].astype(np.int64))
+    return x, y
 
 
 class Loader:
     """Training batches in order, at least `prefetch` of them read ahead by background threads.
 
-    Step s takes positions [d G, (d + 1) G) of the order, where G = batch_size * accumulation * world and d is the data
-    step of s: s itself, unless some are `skipped`. Micro-step m of rank r takes the rows of micro-batch m * world + r.
+    Step s takes positions [d G, (d + 1) G) of the order, where G = batch_size * accumulation * world, and d is
+    data_step(s, skipped). Micro-step m of rank r takes the rows of micro-batch m * world + r.
 
-    Iterating gives (x, y), int64 (batch_size, block_size), micro-step after micro-step from first_step on, without end.
-    With `pin` they are in page-locked memory, from which a GPU copies while it computes. An error in a thread is raised
-    where the batch is asked for.
+    next(loader) gives the (x, y) of one micro-step after another from first_step on, without end: int64 (batch_size,
+    block_size). With `pin` they are in page-locked memory, from which a GPU copies while it computes. next raises the
+    error of a thread.
     """
 
-    def __init__(self, tokens, block_size, batch_size, *, accumulation=1, seed=0, rank=0, world=1, first_step=0,
-                 prefetch=4, threads=1, pin=False, skipped=()):
+    def __init__(self, tokens, block_size, batch_size, *, accumulation=1, seed=0, rank=0, world=1,
+                 first_step=0, prefetch=4, threads=1, pin=False, skipped=()):
         self.tokens = tokens
         if isinstance(tokens, Mix):
             self.order = MixedOrder(tokens, block_size, seed)
@@ -159,24 +161,26 @@ class Loader:
         self.pin = pin
         self.skipped = skipped
         self.starts_of_block = lru_cache(maxsize=8)(self.find_starts)
-        self.micro_steps = ((step, micro) for step in itertools.count(first_step) for micro in range(accumulation))
+        steps = itertools.count(first_step)
+        self.micro_steps = ((step, micro) for step in steps for micro in range(accumulation))
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self.group = max(1, ROWS_AT_ONCE // batch_size)  # batches that are read together
         groups_ahead = -(-max(1, prefetch) // self.group)  # rounded up
-        self.ready = deque()  # batches
-        self.ahead = deque(self.read_ahead() for _ in range(groups_ahead))  # futures of groups
+        self.ready = deque()  # batches that have been read
+        self.ahead = deque(self.read_ahead() for _ in range(groups_ahead))  # futures of the next groups
 
     def positions(self, step, micro):
-        """Positions of a micro-step's rows in the order. -> int64 (batch_size,)"""
+        """The positions of a micro-step's rows in the order. -> int64 (batch_size,)"""
         micro_batch = data_step(step, self.skipped) * self.accumulation + micro
         first = (micro_batch * self.world + self.rank) * self.batch_size
         return np.arange(first, first + self.batch_size)
 
     def find_starts(self, block):
-        return self.order.starts(np.arange(block * POSITIONS_AT_ONCE, (block + 1) * POSITIONS_AT_ONCE))
+        first = block * POSITIONS_AT_ONCE
+        return self.order.starts(np.arange(first, first + POSITIONS_AT_ONCE))
 
     def starts(self, positions):
-        """First tokens of the windows at rising `positions`. Whole blocks are found at once, and cached."""
+        """First tokens of the windows at rising `positions`. They are computed in blocks, which are cached."""
         first = positions[0] // POSITIONS_AT_ONCE
         last = positions[-1] // POSITIONS_AT_ONCE
         blocks = [self.starts_of_block(block) for block in range(first, last + 1)]
@@ -188,7 +192,8 @@ class Loader:
 
     def batches(self, micro_steps):
         """The batches of some (step, micro-step) in order, read together."""
-        starts = self.starts(np.concatenate([self.positions(step, micro) for step, micro in micro_steps]))
+        positions = [self.positions(step, micro) for step, micro in micro_steps]
+        starts = self.starts(np.concatenate(positions))
         x, y = to_batch(self.tokens.read(starts, self.block_size + 1))
         if self.pin:
             x = x.pin_memory()
@@ -196,7 +201,7 @@ class Loader:
         return list(zip(x.split(self.batch_size), y.split(self.batch_size), strict=True))
 
     def read_ahead(self):
-        """Have a thread read the next group. -> a future of its batches"""
+        """Give a thread the next group to read. -> a future of its batches"""
         return self.pool.submit(self.batches, list(itertools.islice(self.micro_steps, self.group)))
 
     def __iter__(self):
@@ -204,20 +209,21 @@ class Loader:
 
     def __next__(self):
         if not self.ready:
-            self.ready.extend(self.ahead[0].result())  # an error stays in front, and is raised again next time
+            self.ready.extend(self.ahead[0].result())  # a failed future stays first: next raises its error again
             self.ahead.popleft()
             self.ahead.append(self.read_ahead())
         return self.ready.popleft()
 
     def close(self):
+        """Stop the threads, after the group that each is reading."""
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
 def fixed_batches(tokens, block_size, batch_size, limit=0):
-    """The windows of a split in order from its first token, including the tail, for evaluation.
+    """The windows of a split for evaluation, in order from its first token, including a short last one.
 
-    Yields (x, y), int64 (B, block_size), at most `limit` of them (0: the whole split), each target of the split once.
-    Targets past the end of the split are -1. Raises DataError where there is no target at all.
+    Yields (x, y), int64 (B, block_size), at most `limit` of them (0: the whole split). Each token after the first is a
+    target once; targets past the end of the split are -1. Raises DataError if there is no target at all.
     """
     targets = len(tokens) - 1
     if targets < 1:
@@ -238,8 +244,10 @@ def fixed_batches(tokens, block_size, batch_size, limit=0):
 
 
 def context_length(step, block_size, start, until):
-    """Tokens of context at `step`: `start`, doubling in equal stages, and block_size from step `until` on. A short
-    context at first is faster and teaches as much (Li et al. 2021, arXiv:2108.06084)."""
+    """Tokens of context at `step`: `start` at first, doubled in equal stages, and block_size from step `until` on.
+
+    Short contexts early in the training are faster, and teach as much (Li et al. 2021, arXiv:2108.06084).
+    """
     if not start or step >= until:
         return block_size
     doublings = (block_size // start).bit_length() - 1

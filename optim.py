@@ -1,9 +1,9 @@
 """
-Optimizers and learning-rate schedules: which parameter is trained by what, AdamW, Muon.
+Optimizers and learning-rate schedules: which optimizer trains which parameter, AdamW, Muon.
 
-AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) trains everything, or with optimizer="muon" the embeddings, the
-head, gains and biases, while Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) trains the
-matrices of the blocks.
+With optimizer="adamw", AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) trains everything. With optimizer="muon",
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) trains the matrices of the blocks, and AdamW
+trains the embeddings, the head, gains and biases.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 
 
 def split_params(model, muon=False):
-    """Names of the parameters by the group that trains them: {"muon": [...], "decay": [...], "no_decay": [...]}.
+    """The names of a model's parameters in three groups: {"muon": [...], "decay": [...], "no_decay": [...]}.
 
     Weight decay is for matrices and embedding tables; gains and biases have none, as in GPT-2 and minGPT.
     Muon takes the matrices of the blocks, never an embedding or the head.
@@ -30,17 +30,17 @@ def split_params(model, muon=False):
 
 
 class Optimizers:
-    """AdamW, or AdamW and Muon, behind the interface of one optimizer, so that a GradScaler steps both or neither.
+    """AdamW, or AdamW and Muon, with the interface of one optimizer, so that a GradScaler steps both or neither.
 
     The state is saved and loaded by parameter name: {"adamw": {name: {...tensors}}, "muon": {...}}. It holds no
-    learning rates, which follow from the step.
+    learning rates, because they follow from the step.
 
-    A model on many devices comes with parallel.Layout.optimizer_options(): gather_tensor(name, tensor) gathers a
-    matrix for Muon, shard_tensor(name, tensor, p) cuts this rank's part out of it, and `peers` are the ranks that share
-    Muon's work (see there).
+    parallel.Layout.optimizer_options() gives the arguments for a model on many devices. gather_tensor(name, tensor)
+    gathers a matrix for Muon, shard_tensor(name, tensor, p) cuts this rank's part out of it, and `peers` are the ranks
+    that share Muon's work (see there).
 
-    Where `found_inf`, a float on the device, is 1.0, a step changes nothing, and the CPU does not wait to know. Name
-    and meaning are those of PyTorch's fused optimizers, which learn of an overflow from a GradScaler in this way.
+    `found_inf` is None or a float on the device. If it is 1.0, a step changes nothing, and the CPU need not wait to
+    know. PyTorch's fused optimizers have the same attribute: a GradScaler sets it after an overflow.
     """
 
     found_inf = None
@@ -66,7 +66,8 @@ class Optimizers:
                 gather_tensor=gather_tensor, shard_tensor=shard_tensor, peers=peers,
             )
         trained = [id(p) for group in self.param_groups for p in group["params"]]
-        assert sorted(trained) == sorted(map(id, params.values())), "exactly one group trains each parameter"
+        expected = [id(p) for p in params.values()]
+        assert sorted(trained) == sorted(expected), "exactly one group trains each parameter"
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
 
@@ -80,8 +81,10 @@ class Optimizers:
             group["lr"] = group["initial_lr"] * factor
 
     def step(self):
-        if self.found_inf is not None and self.found_inf.device.type == "mps" and self.found_inf.item():
-            return  # it has not been tried whether MPS's fused AdamW reads found_inf, so ask here
+        """One step of all optimizers, unless found_inf is 1.0."""
+        if self.found_inf is not None and self.found_inf.device.type == "mps":
+            if self.found_inf.item():  # nobody has tried whether the fused AdamW of MPS reads found_inf
+                return
         for opt in self.by_kind.values():
             opt.found_inf = self.found_inf
             opt.step()
@@ -91,20 +94,21 @@ class Optimizers:
             opt.zero_grad(set_to_none=True)
 
     def state_dict(self):
+        """Kind of optimizer -> name of a parameter -> its tensors, the optimizer's own and no copies."""
         saved = {}
         for kind, opt in self.by_kind.items():
             saved[kind] = {self.names[p]: dict(state) for p, state in opt.state.items()}
         return saved
 
     def load_state_dict(self, saved):
-        """Raises ValueError naming what is missing, unknown, or of another shape."""
+        """Copy a saved state. Raises ValueError naming an entry that is missing, unknown, or of another shape."""
         if saved.keys() != self.by_kind.keys():
             raise ValueError(f"optimizer state of {', '.join(saved)} does not fit "
                              f"{', '.join(self.by_kind)}")
         for kind, opt in self.by_kind.items():
             params = {self.names[p]: p for group in opt.param_groups for p in group["params"]}
             odd = sorted(saved[kind].keys() ^ params.keys())
-            if odd and saved[kind]:  # before the first step there is no state
+            if odd and saved[kind]:  # {} was saved before the first step
                 raise ValueError(f"the {kind} state does not fit the model: only one of them has "
                                  f"{', '.join(odd)}")
             for name, state in saved[kind].items():
@@ -113,12 +117,13 @@ class Optimizers:
                     if value.ndim and value.shape != p.shape:
                         raise ValueError(f"{name}: {key} has shape {tuple(value.shape)}, "
                                          f"not {tuple(p.shape)}")
-                # the step count as well: fused AdamW reads it on the device
+                # the step count goes to the device as well: fused AdamW reads it there
                 opt.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
 
 
 def map_state(state, function):
-    """The state_dict of Optimizers with function(name, tensor) in place of each tensor of the parameter `name`."""
+    """A copy of a state_dict of Optimizers, in which function(name, tensor) replaces each tensor of parameter `name`.
+    """
     mapped = {kind: {} for kind in state}
     for kind, by_name in state.items():
         for name, values in by_name.items():
@@ -131,7 +136,7 @@ def map_state(state, function):
 
 
 def orthogonalize(G, steps=5, dtype=torch.float32):
-    """Nearly the orthogonal factor U V^T of each matrix of G (n, rows, cols), by Newton-Schulz in `dtype`.
+    """An approximation of the orthogonal factor U V^T of each matrix of G (n, rows, cols), by Newton-Schulz in `dtype`.
 
     The quintic's coefficients (Jordan 2024) trade exactness for speed: singular values end in about [0.7, 1.2].
     """
@@ -150,13 +155,13 @@ def orthogonalize(G, steps=5, dtype=torch.float32):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) UV^T.
 
-    Nesterov momentum as in the original. Matrices of one shape are orthogonalised in one batch. `dtype` is that of
-    the Newton-Schulz iteration: fp32 is reproducible to 1e-7 between layouts, bf16 faster on GPUs.
+    Nesterov momentum as in the original. Matrices of one shape are orthogonalised in one batch. The Newton-Schulz
+    iteration runs in `dtype`: fp32 is reproducible to 1e-7 between layouts, bf16 is faster on GPUs.
 
-    Ranks that hold the same matrices divide the work and exchange the updates. `peers` is this rank's place among them,
-    their number, and their all-gather: a vector (n,) of each, equally long -> (ranks, n). Momentum costs little, so
-    each rank keeps it for every matrix it holds. `names` maps a parameter to its name, for gather_tensor and
-    shard_tensor, which are Optimizers'.
+    Ranks that hold the same matrices divide the work and exchange the updates. `peers` is (this rank's place among
+    them, their number, their all-gather: a vector (n,) of each rank -> (ranks, n)). Momentum costs little, so each rank
+    computes it for every matrix that it holds. `names` maps a parameter to its name, which gather_tensor and
+    shard_tensor take as in Optimizers.
     """
 
     found_inf = None  # as in Optimizers
@@ -168,12 +173,13 @@ class Muon(torch.optim.Optimizer):
         self.gather_tensor = gather_tensor
         self.shard_tensor = shard_tensor
         self.rank, self.ranks, self.all_gather = peers
-        self.dtype = dtype  # no default of the groups: those are saved, as plain values
+        self.dtype = dtype
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, ns_steps=ns_steps)
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
+        """Momentum, orthogonalise this rank's share, exchange the updates with the peers, apply them."""
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
@@ -181,8 +187,8 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(p.shape, []).append(p)
             order = [p for params in by_shape.values() for p in params]
             owners = dict(zip(order, share_out([p.shape for p in order], self.ranks), strict=True))
-            updates = {}  # of this rank's share, orthogonal
-            shapes = {}   # of every whole update
+            updates = {}  # parameter -> orthogonal update, for this rank's share
+            shapes = {}   # parameter -> shape of its whole update
             for params in by_shape.values():
                 own = {}
                 for p, update in zip(params, self.momentum_updates(params, group), strict=True):
@@ -193,7 +199,7 @@ class Muon(torch.optim.Optimizer):
                         own[p] = update
                 if own:
                     updates |= self.orthogonal(own, group)
-                if self.ranks == 1:  # at once, so that memory holds the updates of one shape only
+                if self.ranks == 1:  # apply them now, so that memory holds the updates of one shape only
                     self.apply_updates(params, updates, group)
             if self.ranks > 1:
                 updates = self.exchange(updates, owners, shapes)
@@ -201,28 +207,29 @@ class Muon(torch.optim.Optimizer):
                     self.apply_updates(params, updates, group)
 
     def momentum_updates(self, params, group):
-        """Update the momentum of some parameters by their gradients. -> this rank's part of each Nesterov update, which
-        is not orthogonal yet"""
+        """Update the momentum of `params` by their gradients. -> this rank's part of each Nesterov update, before it is
+        made orthogonal"""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
         grads = [local(p.grad) for p in params]
         if self.found_inf is not None:
-            # a buffer that is its own gradient stays as it is
+            # momentum does not change if the buffer itself takes the place of the gradient
             bad = self.found_inf.to(grads[0].device).bool()
             grads = [torch.where(bad, b, g) for b, g in zip(buffers, grads, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         return torch._foreach_lerp(grads, buffers, group["momentum"])
 
     def orthogonal(self, updates, group):
-        """Parameter -> update, all of one shape -> the same, orthogonalised in one batch."""
+        """{parameter: update}, all of one shape -> the same with orthogonal updates, computed in one batch."""
         batch = torch.stack(list(updates.values()))  # (n, rows, cols)
         batch = orthogonalize(batch, group["ns_steps"], self.dtype)
         return dict(zip(updates, batch.unbind(), strict=True))
 
     def exchange(self, updates, owners, shapes):
-        """The updates of this rank's share -> those of all ranks, in `dtype`, which loses nothing."""
+        """{parameter: update} of this rank's share -> of all ranks. `owners` maps a parameter to the rank that has its
+        update, `shapes` to the update's shape. They travel in self.dtype: Newton-Schulz had no more precision."""
         lengths = [0] * self.ranks
         for p, owner in owners.items():
             lengths[owner] += shapes[p].numel()
@@ -232,15 +239,16 @@ class Muon(torch.optim.Optimizer):
             own[: lengths[self.rank]] = torch.cat([update.flatten() for update in updates.values()])
         gathered = self.all_gather(own)  # (ranks, longest)
         begins = [0] * self.ranks
-        everyones = {}
+        all_updates = {}
         for p, owner in owners.items():
             begin = begins[owner]
-            begins[owner] = end = begin + shapes[p].numel()
-            everyones[p] = gathered[owner, begin:end].view(shapes[p])
-        return everyones
+            end = begin + shapes[p].numel()
+            all_updates[p] = gathered[owner, begin:end].view(shapes[p])
+            begins[owner] = end
+        return all_updates
 
     def apply_updates(self, params, updates, group):
-        """Take the whole updates of some parameters of one shape out of `updates`, and apply them."""
+        """Take the updates of `params`, all of one shape, out of `updates`, and apply them to this rank's part."""
         steps = [updates.pop(p).to(p.dtype) for p in params]
         rows, cols = steps[0].shape
         if self.shard_tensor:
@@ -248,7 +256,7 @@ class Muon(torch.optim.Optimizer):
                      for step, p in zip(steps, params, strict=True)]
         weights = [local(p) for p in params]
         decay = 1 - group["lr"] * group["weight_decay"]
-        if self.found_inf is not None:
+        if self.found_inf is not None:  # where it is 1, neither step nor decay
             bad = self.found_inf.to(steps[0].device).bool()
             steps = [step * ~bad for step in steps]
             decay = torch.where(bad, 1.0, decay)
@@ -259,18 +267,21 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_dtensor(tensor):
-    """Whether it lies on several ranks. Asked so because DTensor is slow to import and rarely needed."""
+    """Whether a tensor is a DTensor, without importing DTensor, which is slow and rarely needed."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor):
-    """The part of a tensor that lies on this rank. Not every torch takes lists of DTensors, and their layouts do not
-    survive every operation: 2.9 loses the order of rows that tensor parallelism and ZeRO both split."""
+    """This rank's part of a tensor.
+
+    Muon and the norms work on these parts: not every torch takes lists of DTensors, and not every operation keeps their
+    layout. torch 2.9 loses the order of rows that both tensor parallelism and ZeRO split.
+    """
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def laid_out_like(own, p):
-    """This rank's part of a tensor -> that tensor, with the layout and the device of `p`."""
+    """This rank's part of a tensor -> the tensor, with the layout and the device of `p`."""
     if not is_dtensor(p):
         return own
     tensor = torch.empty_like(p.detach())
@@ -279,8 +290,8 @@ def laid_out_like(own, p):
 
 
 def share_out(shapes, ranks):
-    """The rank that orthogonalises each of some matrices: about as many FLOPs for each rank, in runs, so that matrices
-    of one shape stay together as far as they can."""
+    """The rank that orthogonalises each matrix, with about as many FLOPs for each rank. -> numbers of ranks, rising:
+    neighbours, which have the same shape, mostly stay together"""
     # FLOPs of a Newton-Schulz step, up to a factor
     flops = [2 * min(shape) ** 2 * max(shape) + min(shape) ** 3 for shape in shapes]
     ends = list(accumulate(flops))
@@ -292,10 +303,10 @@ def share_out(shapes, ranks):
 
 
 def lr_at(step, *, learning_rate, min_lr, schedule, warmup_iters, lr_decay_iters, decay_frac=0.2):
-    """Learning rate of the update that follows `step` updates; above 0 at step 0.
+    """The learning rate of the update that follows `step` updates; above 0 at step 0.
 
-    Linear warm-up first. Then cosine or linear from learning_rate down to min_lr at lr_decay_iters, or wsd, which stays
-    flat and falls linearly over the last decay_frac of lr_decay_iters (Hu et al. 2024, arXiv:2404.06395), or constant.
+    After a linear warm-up, "cosine" and "linear" fall from learning_rate to min_lr at lr_decay_iters. "wsd" stays flat
+    and falls linearly over the last decay_frac of lr_decay_iters (Hu et al. 2024, arXiv:2404.06395). "constant" stays.
     """
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)

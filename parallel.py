@@ -1,5 +1,5 @@
 """
-A model on many devices: data, tensor and pipeline parallelism on one grid of processes, all of it PyTorch's own.
+A model on many devices: data, tensor and pipeline parallelism on one grid of processes, with PyTorch's own tools.
 
     torchrun --standalone --nproc_per_node=4 train.py config/owt_124m.py --zero_stage=3 --tp_size=2
 
@@ -8,8 +8,8 @@ The grid is pipeline x data x tensor. Data parallelism is DDP, or with zero_stag
 between uses. Tensor parallelism (training/tensor_parallel.py) splits heads and hidden widths. Pipeline parallelism
 (training/pipeline_parallel.py) gives each rank some of the layers.
 
-The model knows nothing of this. It is initialised and loaded whole, with the same seed on every rank, and then placed,
-so every layout has the same weights. It is gathered whole for a checkpoint. One process needs no process group.
+The model knows nothing of this. Every rank initialises or loads the whole model, with the same seed. Layout.place then
+puts it on the grid, so every layout has the same weights. Layout.gather joins it again for a checkpoint.
 """
 
 import warnings
@@ -31,10 +31,10 @@ from training.tensor_parallel import SplitLayers, with_local
 
 
 class Layout(Ranks):
-    """The grid of processes, where this one stands in it, and how a model is trained on it.
+    """The grid of processes, the place of this process in it, and how a model is trained on it.
 
-    `pp`, `dp` and `tp` are the sizes of the grid, `pp_rank`, `dp_rank` and `tp_rank` the place of this process. The
-    methods of a training step and of gathering work on the model that was placed; every rank calls them.
+    `pp`, `dp` and `tp` are the sizes of the grid, `pp_rank`, `dp_rank` and `tp_rank` the place of this process. After
+    `place`, the other methods work on the placed model. Every rank calls them.
     """
 
     def __init__(self, device=None, *, backend="nccl", zero_stage=0, tp_size=1, pp_size=1,
@@ -53,25 +53,24 @@ class Layout(Ranks):
             raise ValueError(f"tp_size={tp_size} x pp_size={pp_size} does not divide "
                              f"the {self.world} processes")
         if cpu_offload and (not self.zero or self.device.type != "cuda"):
-            raise ValueError("cpu_offload=True moves from GPUs what zero_stage=1, 2 or 3 shards: "
-                             "it needs both")
+            raise ValueError("cpu_offload=True moves the shards of zero_stage=1, 2 or 3 from GPUs to the CPU: "
+                             "it needs a GPU and a zero_stage")
 
         self.accumulation = 1     # micro-batches of this rank in a step
-        self.model = None         # what this rank trains
-        self.module = None        # what a forward pass calls: the model, in DDP, or compiled
-        self.ddp = None           # the model in DDP, if it is
-        self.split = None         # the SplitLayers of tensor parallelism
-        self.heads = None         # the order of c_attn's heads that goes with it
-        self.pipeline = None      # the Pipeline
+        self.model = None         # the part of the model that this rank trains
+        self.module = None        # what a forward pass calls: the model, perhaps in DDP or compiled
+        self.ddp = None           # the model in DDP, or None
+        self.split = None         # the SplitLayers of tensor parallelism, or None
+        self.heads = None         # the order of c_attn's heads under tensor parallelism
+        self.pipeline = None      # the Pipeline, or None
         self.context = nullcontext
         self.pp_rank = self.dp_rank = self.tp_rank = 0
-        self.peer_group = None    # the ranks that train the same layers, if not all do
+        self.peer_group = None    # the process group of the ranks that train the same layers; None: all ranks
         if self.world == 1:
             return
         self.join_group(self.device, backend)
         grid = (self.pp, self.dp, self.tp)
-        names = ("pp", "dp", "tp")
-        self.mesh = dist.init_device_mesh(self.device.type, grid, mesh_dim_names=names)
+        self.mesh = dist.init_device_mesh(self.device.type, grid, mesh_dim_names=("pp", "dp", "tp"))
         self.pp_rank, self.dp_rank, self.tp_rank = self.mesh.get_coordinate()
         if self.pp > 1:
             self.peer_group = own_group(self.mesh.mesh.flatten(1))
@@ -89,26 +88,27 @@ class Layout(Ranks):
         return f"{self.world} processes: {' x '.join(parts)}"
 
     # -------------------------------------------------------------------------
-    # Does a run fit the grid
+    # Whether a run fits the grid
 
     def check(self, config, dtype=torch.float32):
-        """Raises ValueError where a model of this GPTConfig cannot be laid out so."""
+        """Raises ValueError if a model of this GPTConfig does not fit the grid."""
         if config.n_head % self.tp or config.mlp_dim % self.tp:
             raise ValueError(f"tp_size={self.tp} does not divide n_head={config.n_head} "
                              f"and the MLP's {config.mlp_dim}")
         if config.kv_heads % self.tp and self.tp % config.kv_heads:
             raise ValueError(f"tp_size={self.tp} and n_kv_head={config.kv_heads}: "
                              "one has to divide the other")
-        if config.n_layer < (stages := count_stages(self.pp, self.pp_schedule)):
+        stages = count_stages(self.pp, self.pp_schedule)
+        if config.n_layer < stages:
             raise ValueError(f"n_layer={config.n_layer} is too few for the {stages} stages of {self}")
         if self.pp > 1 and dtype == torch.float16:
             raise ValueError("pp_size above 1 has no loss scaling for float16: use bfloat16 or float32")
 
-    def accumulation_of(self, micro_batches):
-        """The micro-batches of an update over all ranks -> how many are this rank's, which `accumulation` keeps.
+    def share_micro_batches(self, micro_batches):
+        """Divide an update's micro-batches among the ranks. -> this rank's number of them, now `accumulation`.
         Raises ValueError naming numbers that would work."""
         least = self.pp * self.dp  # fewer would leave ranks of a pipeline without work
-        unit = self.dp
+        unit = self.dp  # the number must be a multiple of it
         if self.pp_schedule == "interleaved":
             unit *= self.pp  # its micro-batches come in rounds of one for each rank
         if micro_batches % unit or micro_batches < least:
@@ -122,10 +122,10 @@ class Layout(Ranks):
     # Placing a model
 
     def place(self, model, context=nullcontext, dtype=torch.float32):
-        """A model that is whole and the same on each rank -> what this rank trains, under the same parameter names.
+        """The whole model, the same on each rank -> the part that this rank trains, with the same parameter names.
 
         Forward passes run in `context()`, which computes in `dtype`. The order is fixed: split layers, recompute
-        activations, cut into stages, and then data parallelism around them.
+        activations, cut into stages, and wrap these for data parallelism.
         """
         self.context = context
         if self.tp > 1:
@@ -140,7 +140,7 @@ class Layout(Ranks):
             model = self.pipeline.model
         self.model = model
         for root in self.roots:
-            if self.tp > 1 and "wpe" in root.transformer:  # GPT.embed reads it, and calls nothing
+            if self.tp > 1 and "wpe" in root.transformer:  # GPT.embed reads this table without calling its module
                 with_local(root, root.transformer.wpe, "weight")
             if self.zero:
                 self.shard_weights(root, dtype)
@@ -157,20 +157,19 @@ class Layout(Ranks):
         return self.pipeline.stages if self.pipeline else [self.model]
 
     def shard_weights(self, root, dtype):
-        """ZeRO: gather attention and MLP of each block when they are needed, norms and both ends with `root`.
+        """ZeRO: gather attention and MLP of each block when they run; embedding, norms and head come with `root`.
 
-        In half precision the weights are gathered in `dtype`, else autocast would keep a copy of each whole one.
-        Gradients are reduced in fp32. Inputs and outputs keep their dtype, so the numbers are autocast's.
+        In half precision the weights are gathered in `dtype`, because autocast would keep a second copy of each whole
+        weight. Gradients are reduced in fp32. Inputs and outputs keep their dtype, so the numbers are autocast's.
         """
         from torch.distributed import fsdp
 
-        # nobody changes that view in place
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes to it
         offload = fsdp.CPUOffloadPolicy() if self.offload else fsdp.OffloadPolicy()
         shard = partial(fsdp.fully_shard, mesh=self.mesh["dp"], offload_policy=offload)
-        half = {"param_dtype": dtype, "reduce_dtype": torch.float32}
-        precision = half if dtype != torch.float32 else {}
-        policy = fsdp.MixedPrecisionPolicy(**precision, cast_forward_inputs=False)
+        policy = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False)
+        if dtype != torch.float32:
+            policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         units = parts_of_blocks(root)
         for module in units:
             shard(module, reshard_after_forward=self.zero == 3, mp_policy=policy)
@@ -188,7 +187,7 @@ class Layout(Ranks):
         return 1 if self.pp > 1 else self.accumulation
 
     def next_batch(self, loader):
-        """The tokens of the next pass, (x, y) on the CPU, each (B, T); a pipeline's are those of the whole step."""
+        """The tokens of the next pass, (x, y) on the CPU, each (B, T). A pipeline takes the whole step in one pass."""
         if self.pp == 1:
             return next(loader)
         batches = [next(loader) for _ in range(self.accumulation)]
@@ -196,15 +195,15 @@ class Layout(Ranks):
         return torch.cat(x), torch.cat(y)
 
     def repeat_batch(self, batch):
-        """The (x, y) of one micro-batch -> those of a pass, which in a pipeline repeats it."""
+        """The (x, y) of one micro-batch -> (x, y) of a pass. A pipeline's pass repeats it for each micro-batch."""
         repeats = self.accumulation if self.pp > 1 else 1
         return [tokens.repeat(repeats, 1) for tokens in batch]
 
     def forward_backward(self, x, y, micro, scaler=None, timer=None):
         """Pass number `micro` of a step, forward and backward. x, y (B, T) -> the mean loss, detached.
 
-        Gradients are reduced in the last pass, number passes - 1; -1 stands for one that is not the last. In a pipeline
-        the loss is 0 on the ranks without the last stage. `timer` has a mark(part) for the parts of the step.
+        Gradients are reduced in the last pass, number passes - 1; -1 is never the last. In a pipeline the loss is 0 on
+        the ranks without the last stage. `timer` (monitor.StepTimer) measures the parts of the step.
         """
         mark = timer.mark if timer else lambda part: None
         if self.pipeline:
@@ -223,11 +222,11 @@ class Layout(Ranks):
         return loss.detach()
 
     def before_forward(self, last):
-        """Tell DDP or ZeRO whether the next pass is the last of its step. Only then are gradients reduced, except that
-        ZeRO-2 and 3 always reduce them, and weights freed, except that ZeRO-3 always frees them."""
+        """Tell DDP or ZeRO whether the next pass is the `last` of its step: it reduces gradients, and with ZeRO it
+        frees gathered weights. ZeRO-2 and 3 reduce gradients in every pass; ZeRO-3 frees weights in every pass."""
         if self.ddp:
             self.ddp.require_backward_grad_sync = last
-        elif self.zero and not self.pipeline:  # a pipeline's stages see to it themselves
+        elif self.zero and not self.pipeline:  # PyTorch's pipeline schedules do this themselves
             self.model.set_requires_gradient_sync(last or self.zero > 1)
             self.model.set_reshard_after_backward(last or self.zero == 3)
 
@@ -236,7 +235,7 @@ class Layout(Ranks):
         if self.tp == self.pp == 1:
             return
         for p in self.model.parameters():
-            if is_dtensor(p) and p.grad.placements != p.placements:
+            if is_dtensor(p) and p.grad.placements != p.placements:  # a partial sum
                 p.grad = p.grad.redistribute(placements=p.placements)
         grads = {name: local(p.grad) for name, p in self.model.named_parameters()}
         if self.dp > 1 and not self.zero:
@@ -247,14 +246,14 @@ class Layout(Ranks):
             self.pipeline.sum_tied_table(grads)
 
     def mean(self, losses):
-        """The mean over the data-parallel ranks of losses that are 0 on all but the last rank of a pipeline."""
+        """Average losses over the data-parallel ranks. In a pipeline only the last rank has a loss; others have 0."""
         if self.world > 1:
             dist.all_reduce(losses)
             losses /= self.dp * self.tp
         return losses
 
     def free_gathered(self):
-        """After a forward pass without a backward one: free the weights that ZeRO has gathered."""
+        """After a forward pass without a backward pass: free the weights that ZeRO has gathered."""
         if self.zero:
             for module in self.model.modules():
                 if hasattr(module, "reshard"):
@@ -265,22 +264,22 @@ class Layout(Ranks):
 
     @property
     def copies_whole(self):
-        """Whether each rank has all of the model, and all of its gradient after the last backward pass of a step."""
+        """Whether each rank has the whole model, and after the last pass of a step its whole gradient."""
         return self.world == 1 or bool(self.ddp)
 
     @property
     def warm_ups(self):
-        """Passes before the first step. After its first backward pass DDP puts its buckets in another order, and with
-        them its sums. A resumed run has the bits of an unbroken one only if both begin with two idle passes."""
+        """The number of idle passes before the first step: two with DDP, which reorders its buckets, and so its sums,
+        after the first backward pass. A resumed run has the bits of an unbroken one only if both run these passes."""
         return 2 if self.ddp else 0
 
     def cannot_compile(self):
-        """Why no layer is compiled in this layout, or None: tensor parallelism's collectives lie within them."""
+        """Why this layout cannot be compiled, or None. With tensor parallelism there are collectives within layers."""
         return f"not with {self}" if self.tp > 1 else None
 
     def compile(self):
-        """Have passes call compiled code: the whole module, or with ZeRO and in a pipeline attention and MLP of each
-        block and the loss, so that hooks and collectives around them stay as they are."""
+        """Compile the module that passes call. With ZeRO and in a pipeline, compile only attention and MLP of each
+        block and the loss: the hooks and collectives between them stay as they are."""
         if self.copies_whole:
             self.module = torch.compile(self.module, dynamic=False)  # a kernel for each shape
             return
@@ -290,7 +289,7 @@ class Layout(Ranks):
             root.loss = partial(root.loss, fuse=self.device.type == "cuda")
 
     def run_uncompiled(self):
-        """Back to the module as it was placed, whatever is compiled within it."""
+        """Call the module as it was placed, and run everything compiled within it eagerly."""
         self.module = self.ddp or self.model
         torch.compiler.set_stance("force_eager")
 
@@ -328,12 +327,12 @@ class Layout(Ranks):
         return squares.sqrt()
 
     def weights_are_finite(self):
-        """Whether every weight is, on every rank."""
+        """Whether every weight on every rank is finite."""
         finite = all(local(p).isfinite().all() for p in self.model.parameters())
         return not self.agree(int(not finite))[0]
 
     def gather_probe(self, figures):
-        """What training/probe.py has measured in this rank's layers and heads -> the same of all the model's."""
+        """Figures of probe.attention for this rank's layers and heads -> the same for the whole model."""
         if self.split:
             self.split.join_heads(figures)
         if self.pipeline:
@@ -350,13 +349,13 @@ class Layout(Ranks):
     # Gathering and sharding tensors
 
     def gather_tensor(self, name, tensor):
-        """A parameter, its gradient or optimizer state -> as one process has it. All ranks that hold it call it."""
+        """A parameter, its gradient or optimizer state -> the whole tensor. All ranks that hold a part call it."""
         if is_dtensor(tensor):
             tensor = tensor.full_tensor()
         return self.split.to_model_order(name, tensor) if self.split else tensor
 
     def shard_tensor(self, name, tensor, p):
-        """`tensor`, if it is whole, laid out as the parameter `p` of that name is on this rank."""
+        """A whole tensor -> this rank's part of it, laid out like the parameter `p` of that name. A part stays."""
         if is_dtensor(tensor) or not is_dtensor(p) or not tensor.ndim:
             return tensor.to(p.device)
         if self.split:
@@ -364,7 +363,7 @@ class Layout(Ranks):
         return laid_out_like(self.zero_part(tensor), p)
 
     def zero_part(self, tensor):
-        """The rows of a tensor that ZeRO leaves on this rank, maybe none; without ZeRO all."""
+        """The rows of a tensor that ZeRO keeps on this rank, perhaps none. Without ZeRO, all."""
         if not self.zero:
             return tensor
         parts = tensor.chunk(self.dp)
@@ -378,7 +377,7 @@ class Layout(Ranks):
         return dict(gather_tensor=self.gather_tensor, shard_tensor=self.shard_tensor, peers=peers)
 
     def gather(self, opt):
-        """The model and its optimizers as one process has them, for checkpoint.save. Of use on rank 0 alone."""
+        """The whole model and its optimizers on the CPU, for checkpoint.save on rank 0. Other ranks get fragments."""
         if self.world == 1:
             return self.model, opt
         weights = self.gather_weights()
@@ -389,10 +388,11 @@ class Layout(Ranks):
         return model, SimpleNamespace(state_dict=lambda: state)
 
     def gather_weights(self):
+        """Name -> whole weight on the CPU, on rank 0."""
         return self.gather_tensors({name: p.detach() for name, p in self.model.named_parameters()})
 
     def gather_tensors(self, tensors):
-        """Tensors by the names of parameters -> on rank 0 the whole model's on the CPU; elsewhere of no use."""
+        """Name -> this rank's part of a tensor; on rank 0 it becomes name -> whole tensor of the whole model."""
         gathered = {name: self.gather_to_cpu(name, tensor) for name, tensor in tensors.items()}
         return self.join_stages(gathered)
 
@@ -402,12 +402,13 @@ class Layout(Ranks):
         return tensor.to("cpu").contiguous() if self.dp_rank == self.tp_rank == 0 else None
 
     def join_stages(self, tensors):
+        """Name -> tensor of this rank's layers; on rank 0 it becomes that of all layers."""
         if self.pipeline and self.dp_rank == self.tp_rank == 0:
             return self.pipeline.join_tensors(tensors)
         return tensors
 
     def gather_model(self):
-        """A model that runs on rank 0 alone; None elsewhere."""
+        """The whole model on rank 0, where it can run alone. None on other ranks."""
         if self.copies_whole:
             return self.model if self.rank == 0 else None
         weights = self.gather_weights()
@@ -420,12 +421,12 @@ class Layout(Ranks):
         return copy
 
     def load_optimizer_state(self, folder):
-        """The optimizer state in a checkpoint, for this rank's parameters; a sharded one is read no further."""
+        """A checkpoint's optimizer state for this rank's parameters. Of a sharded checkpoint, only that is read."""
         params = dict(self.model.named_parameters()) if checkpoint.is_sharded(folder) else None
         return self.shard_state(checkpoint.load_optimizer_state(folder, params, self.heads))
 
     def shard_state(self, state):
-        """An optimizer state as one process saves it -> that of this rank's parameters."""
+        """The optimizer state of a whole model -> that of this rank's parameters."""
         if self.world == 1:
             return state
         params = dict(self.model.named_parameters())
@@ -436,13 +437,13 @@ class Layout(Ranks):
 
 
 def parts_of_blocks(model):
-    """Attention and MLP of each block, in the order in which they run."""
+    """The attention and MLP modules of all blocks, in the order in which they run."""
     return [module for module in model.modules() if isinstance(module, (Attention, MLP))]
 
 
 def checkpoint_activations(model, kind):
-    """Keep only the inputs of each block ("full"), or of its attention and MLP ("selective"), and compute the rest
-    again in the backward pass (Chen et al. 2016, arXiv:1604.06174). The numbers stay the same, and so does dropout."""
+    """Keep only the inputs of each block ("full"), or of its attention and MLP ("selective"), and recompute the other
+    activations in the backward pass (Chen et al. 2016, arXiv:1604.06174). The numbers and dropout stay the same."""
     for block in model.transformer.h:
         modules = [block] if kind == "full" else [block.attn, block.mlp]
         for module in modules:

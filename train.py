@@ -11,7 +11,6 @@ with the bits of a run that was told to skip its batch. Many processes share the
 on some of the micro-batches, and rank 0 writes.
 """
 
-import gc
 import shlex
 import signal
 import sys
@@ -157,19 +156,20 @@ backend = "nccl"              # communication between GPUs: nccl | gloo; CPUs us
 def main(c, given, stop, lock, rewound=None):
     """One run, from its settings to its exit code.
 
-    `given` names the settings that somebody set, `stop` is the StopSignal, `lock` holds out_dir, `rewound` are the data
-    steps to skip after a rewind. Raises guard.Diverged where the run is lost, and guard.Rewind where it has to begin
-    again at its last checkpoint.
+    `given` names the settings that the user set, `stop` is the StopSignal, and `lock` is the FolderLock of out_dir.
+    After a rewind, `rewound` lists the data steps to skip. Raises guard.Diverged if the run is lost, and guard.Rewind
+    if it has to begin again at its last checkpoint.
     """
     with start.one_line_errors():
-        # ---- the machine, and the grid of processes ------------------------------------------
+        # ---- the machine and the grid of processes -------------------------------------------
         start.check_settings(c)
         machine = start.prepare_machine(c)
         layout = Layout(
-            machine.device, backend=c.backend, zero_stage=c.zero_stage, tp_size=c.tp_size, pp_size=c.pp_size,
-            pp_schedule=c.pp_schedule, cpu_offload=c.cpu_offload, activation_checkpointing=c.activation_checkpointing,
+            machine.device, backend=c.backend, zero_stage=c.zero_stage,
+            tp_size=c.tp_size, pp_size=c.pp_size, pp_schedule=c.pp_schedule,
+            cpu_offload=c.cpu_offload, activation_checkpointing=c.activation_checkpointing,
         )
-        profiler = Profiler(c.profile, machine.device, c.out_dir, c.max_iters, writes=layout.rank == 0)
+        profiler = Profiler(c.profile, machine.device, c.out_dir, c.max_iters, layout.rank == 0)
 
         # ---- where the run begins: from scratch, at its checkpoint, or at another model ------
         origin = find_origin(c, layout, lock, rewound)
@@ -196,7 +196,8 @@ def main(c, given, stop, lock, rewound=None):
         model = layout.place(model, machine.context, machine.dtype)
         opt = make_optimizer(c, model, layout, machine)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-        judge = guard.Guard(c.spike_z, c.spike_window, scaler.is_enabled(), origin.guard_window, c.on_nan, c.on_spike)
+        judge = guard.Guard(c.spike_z, c.spike_window, scaler.is_enabled(), origin.guard_window,
+                            c.on_nan, c.on_spike)
         origin.restore(opt, scaler, layout)
 
     if c.eval_only:  # writes nothing
@@ -206,15 +207,18 @@ def main(c, given, stop, lock, rewound=None):
 
     # ---- what the run leaves behind ----------------------------------------------------------
     with start.one_line_errors():
-        loader = Loader(data.train, c.block_size, c.batch_size, accumulation=layout.accumulation, seed=c.seed,
-                        rank=layout.dp_rank, world=layout.dp, first_step=state["step"], prefetch=c.prefetch,
-                        threads=c.loader_threads, pin=machine.device.type == "cuda", skipped=origin.skipped)
+        loader = Loader(
+            data.train, c.block_size, c.batch_size, accumulation=layout.accumulation, seed=c.seed,
+            rank=layout.dp_rank, world=layout.dp, first_step=state["step"], skipped=origin.skipped,
+            prefetch=c.prefetch, threads=c.loader_threads, pin=machine.device.type == "cuda",
+        )
         start.open_run(c, run, lock, layout, origin, data, machine)
         watch = guard.Watch(run.warn)
         saver = Saver(c, layout, opt, scaler, judge, state, run, watch, costs.weights)
     measure = Measure(c, layout, machine, data, run, costs)
     start.announce_run(c, run, origin, changed, budget, measure)
     saver.watch_disk()
+    start.start_tracker(c, run)
 
     # ---- the steps ---------------------------------------------------------------------------
     bad_end_noted = guard.bad_end_noted(c, run, saver, layout, origin.skipped, profiler, stop)
@@ -245,7 +249,8 @@ def main(c, given, stop, lock, rewound=None):
             micro_losses = []
             for micro in range(layout.passes):
                 x, y = layout.next_batch(loader)  # (batch_size, block_size) token ids
-                x, y = measure.to_device(x, step, loader.pin), measure.to_device(y, step, loader.pin)
+                x = measure.to_device(x, step, loader.pin)
+                y = measure.to_device(y, step, loader.pin)
                 timer.mark("data_ms")
                 seed_dropout(c, layout, step, micro)
                 micro_losses.append(layout.forward_backward(x, y, micro, scaler, timer))
@@ -256,7 +261,8 @@ def main(c, given, stop, lock, rewound=None):
             norm = layout.grad_norm()
             if c.on_nan == "log":
                 opt.found_inf = (~norm.isfinite()).float()  # stays on the device: nobody waits for it
-            update = timer.aside("optim_ms", lambda: Update(model, layout.group_norms)) if probing else None
+            if probing:
+                update = timer.aside("optim_ms", lambda: Update(model, layout.group_norms))
             if c.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), c.grad_clip, norm)
             scaler.step(opt)
@@ -291,16 +297,17 @@ def main(c, given, stop, lock, rewound=None):
             seconds, steps = pace.read()
             state["wall_s"] += seconds
             step_ms = (1000 * seconds - parts.get("probe_ms", 0.0)) / steps
-            for at, loss, grad_norm in zip(steps_read, losses, norms, strict=True):
-                outcome = measure.outcome(at, state["wall_s"], loss, grad_norm)
-                judge.check(outcome, data_step(at - 1, origin.skipped), run)
+            for past_step, loss, grad_norm in zip(steps_read, losses, norms, strict=True):
+                outcome = measure.outcome(past_step, state["wall_s"], loss, grad_norm)
+                judge.check(outcome, data_step(past_step - 1, origin.skipped), run)
             watch.step(step, parts)
 
-            # log, save, evaluate
+            # log, save, evaluate; loss and grad_norm are now those of this step
             with pace.aside():
                 inside = measure.look_inside(update) if probing else {}
             if log_due or eval_due:
-                record = measure.record(step, state["wall_s"], loss, lr, grad_norm, step_ms, parts) | inside
+                record = measure.record(step, state["wall_s"], loss, lr, grad_norm, step_ms, parts)
+                record |= inside
                 if not eval_due:
                     measure.log(record)
                 saver.poll()
@@ -324,13 +331,13 @@ def main(c, given, stop, lock, rewound=None):
     saved = saver.wait() and saved
     run.say_lines(profiler.after(state["step"]))
     run.event("end", step=state["step"], wall_s=state["wall_s"])
-    done = (f"trained {state['step'] - first_step:,} steps in {state['wall_s'] - first_wall_s:.1f} s; "
-            f"val loss {val_loss:.4f}")
+    seconds = state["wall_s"] - first_wall_s
+    summary = f"trained {state['step'] - first_step:,} steps in {seconds:.1f} s; val loss {val_loss:.4f}"
     if not saved:
-        run.say(f"{done}; the last checkpoint could not be saved (the reason is above)")
+        run.say(f"{summary}; the last checkpoint could not be saved (the reason is above)")
         return 1
-    words = "" if data.tokenizer else " --tokenizer=FILE"
-    run.say(f"{done}; next: python sample.py {shlex.quote(f'--out_dir={c.out_dir}')}{words}")
+    tokenizer = "" if data.tokenizer else " --tokenizer=FILE"
+    run.say(f"{summary}; next: python sample.py {shlex.quote(f'--out_dir={c.out_dir}')}{tokenizer}")
     return 0
 
 
@@ -339,24 +346,30 @@ def main(c, given, stop, lock, rewound=None):
 
 
 def make_optimizer(c, model, layout, machine):
-    bfloat16 = c.muon_dtype == "bfloat16" or c.muon_dtype == "auto" and machine.dtype == torch.bfloat16
+    """AdamW, or AdamW and Muon, for what this rank trains."""
+    bfloat16 = c.muon_dtype == "bfloat16"
+    if c.muon_dtype == "auto":
+        bfloat16 = machine.dtype == torch.bfloat16
     return Optimizers(
-        model, optimizer=c.optimizer, learning_rate=c.learning_rate, muon_learning_rate=c.muon_learning_rate,
-        weight_decay=c.weight_decay, betas=(c.beta1, c.beta2), muon_momentum=c.muon_momentum,
-        muon_dtype=torch.bfloat16 if bfloat16 else torch.float32, **layout.optimizer_options(),
+        model, optimizer=c.optimizer, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2),
+        learning_rate=c.learning_rate, muon_learning_rate=c.muon_learning_rate,
+        muon_momentum=c.muon_momentum, muon_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        **layout.optimizer_options(),
     )
 
 
 def learning_rate_at(c, step):
+    """AdamW's learning rate of the update that follows `step` updates."""
     return lr_at(
-        step, learning_rate=c.learning_rate, min_lr=c.min_lr, schedule=c.lr_schedule if c.decay_lr else "constant",
-        warmup_iters=c.warmup_iters if c.decay_lr else 0, lr_decay_iters=c.lr_decay_iters or c.max_iters,
-        decay_frac=c.wsd_decay_frac,
+        step, learning_rate=c.learning_rate, min_lr=c.min_lr,
+        schedule=c.lr_schedule if c.decay_lr else "constant",
+        warmup_iters=c.warmup_iters if c.decay_lr else 0,
+        lr_decay_iters=c.lr_decay_iters or c.max_iters, decay_frac=c.wsd_decay_frac,
     )
 
 
 def stop_early(c, run, signum, saved):
-    """A signal has ended the run after a step. -> the exit code"""
+    """Note that a signal ended the run, and say how to resume it. -> the exit code"""
     name = signal.Signals(signum).name
     run.event("stop", step=run.state["step"], reason=name)
     how = "saved; resume" if saved else "not saved; resume the last checkpoint, if there is one,"
@@ -366,16 +379,18 @@ def stop_early(c, run, signum, saved):
 
 
 class StopSignal:
-    """SIGINT, SIGTERM or SIGHUP (the terminal was closed): remembered, so that the step is finished and saved. A second
-    one ends the process at once. A signal that comes while a rewind sets the run up again is not lost."""
+    """Remembers SIGINT, SIGTERM or SIGHUP (the terminal was closed), so that the run can finish its step and save it.
+
+    A second signal ends the process immediately. A signal that comes while a rewind sets the run up again is not lost.
+    """
 
     def __init__(self):
         self.signum = 0  # the signal that this process got
         self.agreed = 0  # the signal that all ranks stop for
-        self.handlers = {}  # the handlers before
+        self.handlers = {}  # signal -> its handler before listen
 
     def listen(self):
-        """From here on. In a thread, where Python has no signals, nothing changes."""
+        """Begin to remember signals. In a thread, where Python handles no signals, this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             return
         signums = {signal.SIGINT, signal.SIGTERM}
@@ -389,7 +404,7 @@ class StopSignal:
         signal.signal(signum, signal.SIG_DFL)
 
     def put_back(self):
-        """Restore the handlers of before: in a notebook the process outlives the run."""
+        """Restore the old handlers: in a notebook the process outlives the run."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self.handlers = {}
@@ -399,7 +414,7 @@ class StopSignal:
 
 
 def run_until_done(c, given):
-    """main, and main again after each rewind, set up as for a resume. -> the exit code"""
+    """Call main, and call it again after each rewind; it then sets the run up as for a resume. -> the exit code"""
     stop = StopSignal()
     lock = FolderLock(c.out_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     rewound = None
@@ -413,32 +428,19 @@ def run_until_done(c, given):
                 if stop.agreed:
                     return 128 + stop.agreed
                 c, rewound = rewind.settings, rewind.skipped
-            free_memory_of_run()
+            start.free_last_run()
     finally:
         stop.put_back()
         lock.let_go()
-
-
-def free_memory_of_run():
-    """Let go of the model and of what was compiled for it, before there is another."""
-    gc.collect()
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.set_stance("default")
-        torch.compiler.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
     given = set()
     c = Settings(configure(globals(), given=given))
     try:
-        with all_fail_together():
+        with all_fail_together(), start.full_memory_explained(c):
             sys.exit(run_until_done(c, given))
     except KeyboardInterrupt:  # before the loop, which has StopSignal
         sys.exit(130)
-    except (checkpoint.CheckpointError, DataError) as e:
+    except (checkpoint.CheckpointError, DataError, start.FullMemory) as e:
         fail(e)
-    except (MemoryError, RuntimeError):
-        with start.full_memory_explained(c):
-            raise

@@ -110,7 +110,7 @@ def train(layout, changes, optimizer, layers, scale=1.0):
         for p in model.parameters():  # so that biases are not 0, gains not 1, and logits do differ
             p.add_(torch.randn_like(p) * 0.05)
     layout.check(model.config)
-    accumulation = layout.accumulation_of(MICRO_BATCHES)
+    accumulation = layout.share_micro_batches(MICRO_BATCHES)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     model = layout.place(model)
     opt = Optimizers(model, optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1, **layout.optimizer_options())

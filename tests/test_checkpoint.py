@@ -737,6 +737,7 @@ def test_a_model_from_elsewhere_has_no_training_to_resume(tiny, finished, tmp_pa
     checkpoint.save(tmp_path, model, export.NoOptimizer(), state)
     error = one_error(tiny(tmp_path, init_from="resume"))
     assert "a model from gpt2 and no training to resume" in error and f"--init_from={tmp_path}" in error
+    assert one_error(tiny(tmp_path, init_from="resume", batch_size=0, tokens_per_step=64)) == error
 
 
 def test_a_noted_checkpoint_is_whole(trained, tmp_path):

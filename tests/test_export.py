@@ -296,7 +296,7 @@ def test_training_starts_from_a_model_of_any_kind(kind, tmp_path, call_script, t
     code, out, err = call_script("train.py", *words, f"--init_from={name}")
     assert code == 0, err
     assert came == (["gpt2"] if kind == "hub" else [])
-    assert ("says nothing of its tokenizer" in err) == (kind == "ckpt.pt")
+    assert ("does not say which tokenizer it has" in err) == (kind == "ckpt.pt")
     first, config, loss = started(tmp_path / "more", tiny_dataset)
     assert first == loss(ours)
     fields = ("block_size", "n_layer", "n_head", "n_embd", "bias", "activation")

@@ -330,7 +330,7 @@ def test_a_rewind_ends_as_a_run_that_skipped_the_batch(fault, log_interval, sett
     acts = {"on_nan": "rewind"} if fault != SPIKE else {"on_spike": "rewind"}
     done = tiny(tmp_path, before=faulty({5: fault}), **acts, **settings)
     assert done.code == 0 and done.err.count("\n") == 1, done.err
-    assert "at step 6; back to step 4, and on without its batch, data step 5" in done.err
+    assert "at step 6; back to step 4, skipping its batch, data step 5" in done.err
     rewound, = events(tmp_path, "rewind")
     assert rewound["step"] == 6 and rewound["skipped"] == [5] and rewound["to"] == 4
     assert rewound["what"] == ("grad_norm" if fault == GRADIENT else "loss")

@@ -274,9 +274,9 @@ def test_micro_batches_that_do_not_divide(settings, grid, steps, would_do):
     layout = Layout(**settings)
     vars(layout).update(grid)
     with pytest.raises(ValueError, match=would_do):
-        layout.accumulation_of(steps)
+        layout.share_micro_batches(steps)
     for number in would_do.split()[::2][:2]:
-        assert layout.accumulation_of(int(number)) == int(number) // grid["dp"] == layout.accumulation
+        assert layout.share_micro_batches(int(number)) == int(number) // grid["dp"] == layout.accumulation
 
 
 @pytest.mark.parametrize("grid, changes, named", [
@@ -547,6 +547,26 @@ def test_a_rank_that_does_not_compile_amid_collectives_stops_all(tiny, tmp_path)
                 before=ONE_DOES_NOT_COMPILE.format(when="options"))
     assert done.code and "Traceback" not in done.err
     assert "error: torch.compile failed (RuntimeError: no room for kernels); --compile=false" in done.err
+
+
+ONE_IS_FULL = """
+import os, optim
+step, calls = optim.Optimizers.step, []
+def full(self):
+    calls.append(None)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        raise MemoryError("no room for an array")
+    step(self)
+optim.Optimizers.step = full
+"""
+
+
+def test_a_rank_whose_memory_is_full_stops_all(tiny, tmp_path):
+    """Its error has the advice, in which batch_size=0 is settled; the other rank names the cause."""
+    done = tiny(tmp_path / "run", ranks=2, batch_size=0, tokens_per_step=128, before=ONE_IS_FULL)
+    assert done.code and "Traceback" not in done.err
+    assert "error: this machine's memory is full (no room for an array): --batch_size=2 is the same update" in done.err
+    assert "rank 0 stops: rank 1 failed (FullMemory: this machine's memory is full" in done.err
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """
-Around train.py's loop, in the order of a run:
+The parts of a run around train.py's loop, in the order of their use:
 
     start              the machine, the data, settings that follow from others, what the run leaves behind
     origin             where the run begins: from scratch, at its checkpoint, or at another model

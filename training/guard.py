@@ -1,10 +1,11 @@
 """
 Guardrails: judge each step, remember the batches to skip, and warn once of trouble ahead.
 
-A step is bad where its loss or gradient norm is not finite (nan), or far above the steps before it (spike). The
-settings on_nan and on_spike choose an action: log it, stop (Diverged), or rewind (Rewind): resume from the last
-checkpoint, or begin again where there is none, and skip the batch of the bad step. A batch is named by its data step:
-the training step that would read it in a run that skips no batch.
+A step is bad if its loss or gradient norm is not finite (nan), or far above the steps before it (spike). The settings
+on_nan and on_spike choose what happens then. `log` warns and trains on. `stop` ends the run (Diverged). `rewind`
+resumes from the last checkpoint, or starts over if there is none, and skips the batch of the bad step (Rewind).
+
+A batch is named by its data step: the training step that would read it in a run that skips no batch.
 """
 
 import json
@@ -22,15 +23,15 @@ from files import write_whole
 from loader import data_step
 
 ACTIONS = ("log", "stop", "rewind")
-LEAST_DEVIATION = 1e-3  # nats, or ln(norm): a flat window still has this standard deviation, so it raises no alarm
+LEAST_DEVIATION = 1e-3  # nats, or ln(norm): a flat window counts as this noisy, so that it raises no false alarm
 
 # thresholds of the warnings
 WINDOW = 32          # records a median is taken over; no warning before there are this many
 SLOW = 5             # a step is slow at this many times the median ...
 SLOW_MS = 1000       # ... if it also takes this much longer: shorter hiccups happen on every machine
 STALLED = 0.3        # share of a step spent waiting for its batches
-AHEAD = 3            # the disk must have room for this many checkpoints more
-BYTES_A_WEIGHT = 12  # of a checkpoint that is not there yet: fp32 weights and AdamW's two moments
+AHEAD = 3            # the disk must have room for this many more checkpoints
+BYTES_A_WEIGHT = 12  # estimate for the first checkpoint: fp32 weights and AdamW's two moments
 
 # -----------------------------------------------------------------------------
 # Bad steps
@@ -45,9 +46,9 @@ class Diverged(Exception):
 
 
 class Rewind(Exception):
-    """`bad` step number `step` asks the run to go back to its last checkpoint and to skip `batch`, a data step.
+    """Step number `step` is `bad`: the run goes back to its last checkpoint and skips `batch`, a data step.
 
-    train.py adds the `settings` and the `skipped` data steps that the run begins again with.
+    note_rewind adds the `settings` of the run and the `skipped` data steps, with which train.py calls main again.
     """
 
     def __init__(self, step, bad, batch):
@@ -70,20 +71,23 @@ class Bad:
         if self.kind == "nan":
             return f"the {'loss' if self.what == 'loss' else 'gradient'} is not finite"
         name = "loss" if self.what == "loss" else "gradient norm"
-        return f"the {name} is {self.value:.4g}, {self.z:.1f} standard deviations above the {self.mean:.4g} before it"
+        height = f"{self.z:.1f} standard deviations above the {self.mean:.4g} before it"
+        return f"the {name} is {self.value:.4g}, {height}"
 
 
 class Guard:
     """Judges each step by its loss (nats) and its gradient norm.
 
-    A spike is a value whose z-score is above `spike_z` (0: nothing is a spike): (value - mean) / standard deviation of
-    the `window` steps before it; there are no spikes until the window is full. The idea is llm.c's. The norm is scored
-    by its logarithm: norms are positive, fall by a factor early on and scatter by factors later, so their distribution
-    has a long upper tail that would raise false alarms, while their logarithms are nearly normal, as losses are. A
-    value below the mean is never a spike.
+    A spike is a value whose z-score is above `spike_z` (0: nothing is a spike). The z-score is (value - mean) /
+    deviation over the `window` steps before it. There are no spikes until the window is full, and a value below the
+    mean is never one. The idea is llm.c's.
 
-    A spike enters the window clipped to spike_z: one spike does not hide the next, and a level that stays becomes
-    normal soon. With a GradScaler (`scaled`) a gradient that is not finite is no fault: the scaler searches its scale.
+    The norm is scored by its logarithm. Norms are positive, fall by a factor early on and scatter by factors later, so
+    their distribution has a long upper tail that would raise false alarms. Their logarithms are nearly normal, as
+    losses are.
+
+    A spike enters the window clipped to spike_z: one spike does not hide the next, and a new level soon counts as
+    normal. With a GradScaler (`scaled`) a gradient that is not finite is no fault: the scaler is searching its scale.
     """
 
     def __init__(self, spike_z, window, scaled=False, state=None, on_nan="stop", on_spike="log"):
@@ -93,11 +97,11 @@ class Guard:
         self.windows = {name: deque(state.get(name, ()), window) for name in ("loss", "grad_norm")}
 
     def state(self):
-        """The windows, for a checkpoint: a resumed run judges the same steps in the same way."""
+        """The windows, for a checkpoint: a resumed run judges its steps as an unbroken run does."""
         return {name: list(values) for name, values in self.windows.items()}
 
     def judge(self, loss, norm):
-        """The next step's loss and gradient norm -> Bad, or None for a good step. Of two spikes the larger counts."""
+        """The next step's loss and gradient norm -> Bad, or None for a good step. The larger of two spikes counts."""
         if not math.isfinite(loss):
             return Bad("nan", "loss", loss)
         if not math.isfinite(norm) and not self.scaled:
@@ -108,7 +112,7 @@ class Guard:
         return max((bad for bad in scores if bad), key=lambda bad: bad.z, default=None)
 
     def score(self, name, value, scored):
-        """Bad or None. `scored`, which is `value` or its logarithm, joins the window."""
+        """-> Bad or None. `scored` is `value` or its logarithm; it joins the window."""
         window = self.windows[name]
         if not self.spike_z or len(window) < window.maxlen:
             window.append(scored)
@@ -123,17 +127,18 @@ class Guard:
         return Bad("spike", name, value, z, mean if name == "loss" else math.exp(mean))
 
     def check(self, record, batch, run):
-        """Judge the step of a `record` (step, loss, grad_norm, ...) that trained on data step `batch`, and act on it.
+        """Judge the step of a `record` (step, loss, grad_norm, ...), which trained on data step `batch`.
 
-        A bad step becomes an event of the `run` (monitor.Run). Raises Rewind or Diverged, as on_nan and on_spike ask;
-        before Diverged the record is logged.
+        A bad step becomes an event of the `run` (monitor.Run). Then on_nan or on_spike decides: a warning, Rewind, or
+        Diverged. The record is logged before Diverged is raised, because the run ends there.
         """
         step, norm = record["step"], record["grad_norm"]
         bad = self.judge(record["loss"], norm)
         if bad is None:
             return
         action = self.actions[bad.kind]
-        run.event(bad.kind, step=step, what=bad.what, value=bad.value, z=bad.z, data_step=batch, action=action)
+        run.event(bad.kind, step=step, what=bad.what, value=bad.value, z=bad.z, data_step=batch,
+                  action=action)
         if action == "rewind":
             raise Rewind(step, bad, batch)
         if action == "stop":
@@ -148,7 +153,7 @@ class Guard:
 
 
 def parse_steps(text):
-    """ "812,4077" -> [812, 4077], rising, without repeats. Raises ValueError."""
+    """ "812,4077" -> [812, 4077], sorted, without repeats. Raises ValueError."""
     if not text.strip():
         return []
     parts = [part.strip() for part in text.split(",")]
@@ -162,7 +167,7 @@ def skipped_file(out_dir):
 
 
 def read_skipped(out_dir):
-    """The data steps that keep_skipped wrote; [] where it wrote none. Raises ValueError."""
+    """The data steps that keep_skipped wrote; [] if it wrote none. Raises ValueError."""
     path = skipped_file(out_dir)
     if not path.exists():
         return []
@@ -174,8 +179,10 @@ def read_skipped(out_dir):
 
 
 def keep_skipped(out_dir, skipped):
-    """Write the skipped data steps to the disk, before the first checkpoint that knows them: a run that is killed at
-    any moment after a rewind skips the same batches again. Raises OSError."""
+    """Write the skipped data steps to the disk. Raises OSError.
+
+    A rewind writes them long before the next checkpoint does. So a run that is killed in between skips them again.
+    """
     path = skipped_file(out_dir)
     if skipped:
         write_whole(path, json.dumps({"skipped": skipped}), durable=True)
@@ -189,7 +196,7 @@ def keep_skipped(out_dir, skipped):
 
 @contextmanager
 def bad_end_noted(c, run, saver, layout, skipped, profiler, stop):
-    """Around the steps: a run that is lost, or has to rewind, says so on the screen and in its folder."""
+    """Around the steps: report a lost run or a rewind on the screen and in the run's folder, then raise it again."""
     try:
         yield
     except Diverged as diverged:
@@ -210,29 +217,32 @@ def bad_end_noted(c, run, saver, layout, skipped, profiler, stop):
 
 
 def note_divergence(c, diverged, run, saver):
+    """Write a "stop" event, and tell the user which checkpoint is left."""
     saver.wait()
     run.event("stop", step=diverged.step, reason=str(diverged.why))
     folders = list(checkpoint.steps(c.out_dir).values())
-    kept = f"{folders[-1]} is from" if folders else "there is no checkpoint from"
-    run.tell("error", f"{diverged}; {kept} before it. Lower learning_rate, or check the data")
+    last = f"{folders[-1]} is from" if folders else "there is no checkpoint from"
+    run.tell("error", f"{diverged}; {last} before it. Lower learning_rate, or check the data")
 
 
 def note_rewind(c, rewind, run, layout, skipped):
-    """Write down which batches the run skips when it begins again. Raises Diverged where it has rewound too often to
-    the same checkpoint, or the disk refuses."""
-    bad = rewind.bad
+    """Write down which batches the run skips when it begins again. Raises Diverged if it has rewound to the same
+    checkpoint too often, or if the disk is full."""
+    bad, step = rewind.bad, rewind.step
     to = layout.on_rank0(lambda: max(checkpoint.steps(c.out_dir), default=0))
     asked = parse_steps(c.skip_batches)
-    since = [batch for batch in skipped if batch > data_step(to - 1, skipped) and batch not in asked]
+    # every rewind to this checkpoint has left one skipped batch after it
+    last_seen = data_step(to - 1, skipped)
+    since = [batch for batch in skipped if batch > last_seen and batch not in asked]
     if len(since) >= c.max_rewinds:
-        raise Diverged(rewind.step, f"after {len(since)} rewinds to step {to}, without data steps {since}, {bad}")
+        raise Diverged(step, f"after {len(since)} rewinds to step {to}, without data steps {since}, {bad}")
     rewind.settings = c
     rewind.skipped = sorted({*skipped, rewind.batch})
 
     def note():
         try:
-            run.event("rewind", step=rewind.step, what=bad.what, value=bad.value, z=bad.z, skipped=[rewind.batch],
-                      to=to)
+            run.event("rewind", step=step, what=bad.what, value=bad.value, z=bad.z,
+                      skipped=[rewind.batch], to=to)
             run.flush()
             keep_skipped(c.out_dir, rewind.skipped)
         except OSError as e:
@@ -241,9 +251,9 @@ def note_rewind(c, rewind, run, layout, skipped):
 
     trouble = layout.on_rank0(note)
     if trouble:
-        raise Diverged(rewind.step, f"a rewind could not be noted ({trouble}), but {bad}")
+        raise Diverged(step, f"a rewind could not be noted ({trouble}), but {bad}")
     back = f"step {to}" if to else "the beginning"
-    run.tell("warning", f"{rewind}; back to {back}, and on without its batch, data step {rewind.batch}")
+    run.tell("warning", f"{rewind}; back to {back}, skipping its batch, data step {rewind.batch}")
 
 
 # -----------------------------------------------------------------------------
@@ -251,7 +261,7 @@ def note_rewind(c, rewind, run, layout, skipped):
 
 
 class Watch:
-    """Warns of what slows a run down or will end it: each trouble once, with its figure. `warn` takes the line."""
+    """Warns once of each trouble that slows a run down or will end it. `warn` takes the line."""
 
     def __init__(self, warn):
         self.warn = warn
@@ -282,8 +292,10 @@ class Watch:
                           "loader_threads or prefetch, or a faster disk")
 
     def disk(self, out_dir, checkpoints, keep, weights):
-        """Warn where the next checkpoints will not fit. `keep` of them and the best one stay, and a new one is written
-        before an old one is removed. `checkpoints` are the folders there are, rising; the model has `weights` weights.
+        """Warn if the next checkpoints will not fit on the disk.
+
+        The last `keep` and the best one stay, and a new one is written before an old one is removed. `checkpoints`
+        are the existing folders, oldest first; the model has `weights` weights.
         """
         try:
             sizes = [folder_bytes(folder) for folder in checkpoints]

@@ -1,7 +1,7 @@
 """
-Measures a run while it trains: validation, a look inside the model, communication, and the record of a step.
+Measurements of a run while it trains: validation, probes, communication, and the record of a step.
 
-Nothing here changes the run: weights, optimizer and random numbers are the same to the bit without any measurement.
+Nothing here changes the run: with or without a measurement, weights, optimizer and random numbers are the same bits.
 """
 
 import math
@@ -17,23 +17,24 @@ from training.guard import Diverged
 from training.monitor import Hardware, show
 from training.probe import attention
 
-EVAL_TOKENS = 16384  # of an evaluation's batch
+EVAL_TOKENS = 16384  # tokens in a batch of an evaluation
 
 
 def context_at(c, step):
-    """Tokens of context at `step`. Rows of a batch are cut to it, so the order of the data stays the same."""
+    """Tokens of context at `step`. The rows of a batch are cut to it, so the data keeps its order."""
     return context_length(step, c.block_size, c.context_start, c.context_iters or c.max_iters // 2)
 
 
 def seed_dropout(c, layout, step, micro):
-    """Seed what dropout draws in a pass, by (seed, step, micro-step of all ranks): a resumed run drops the same."""
+    """Seed the dropout of one pass by (seed, step, micro-batch), so that a resumed run drops the same activations."""
     if c.dropout:
-        drawn = keyed(c.seed, step, micro * layout.dp + layout.dp_rank, "dropout") >> 1
-        torch.manual_seed(drawn + layout.pp_rank)
+        micro_batch = micro * layout.dp + layout.dp_rank  # its number among those of all ranks
+        pass_seed = keyed(c.seed, step, micro_batch, "dropout") >> 1  # 63 bits
+        torch.manual_seed(pass_seed + layout.pp_rank)
 
 
 def validation_loss(c, layout, tokens, context, compiled=None):
-    """eval.evaluate over the fixed validation windows, shared by the ranks. `compiled` runs the full batches."""
+    """eval.evaluate over the fixed validation windows, which the ranks share. `compiled` runs the full batches."""
     rows = max(1, EVAL_TOKENS // c.block_size)
     result = evaluate(layout.model, tokens, c.block_size, rows, c.eval_iters, context,
                       layout.dp_rank, layout.dp, layout.gather_objects, compiled=compiled)
@@ -42,7 +43,7 @@ def validation_loss(c, layout, tokens, context, compiled=None):
 
 
 class Costs:
-    """What a whole model costs: its `weights`, and the `flops` of a training token by length of context."""
+    """The size of a whole model: its number of `weights`, and the `flops` of a training token by context length."""
 
     def __init__(self, model, block_size):
         self.weights = model.num_params()
@@ -54,7 +55,12 @@ class Measure:
     """The measurements of one run. All ranks call all methods."""
 
     def __init__(self, c, layout, machine, data, run, costs):
-        self.c, self.layout, self.machine, self.data, self.run, self.costs = c, layout, machine, data, run, costs
+        self.c = c
+        self.layout = layout
+        self.machine = machine
+        self.data = data
+        self.run = run
+        self.costs = costs
         self.evaluator = None  # the compiled model for evaluations; None: they run uncompiled
         self.hardware = Hardware(machine.device)
         self.tokens_per_step = c.batch_size * layout.accumulation * layout.dp * c.block_size
@@ -68,7 +74,7 @@ class Measure:
     # Validation
 
     def validate(self, step):
-        """-> the loss over the validation windows, and which tokens they hold. Prints a sample, if one is asked for."""
+        """Evaluate, and print a sample if the settings ask for one. -> the loss, and a digest of its tokens"""
         result = self.validation_loss()
         c, data = self.c, self.data
         if c.sample_tokens and data.tokenizer and math.isfinite(result["loss"]):
@@ -77,21 +83,27 @@ class Measure:
                 text = self.sample(model)
                 self.run.event("sample", step=step, text=text)
                 print(f"---- sample at step {step}\n{text}\n----")
-        return {"val_loss": result["loss"], "val_tokens": result["tokens"], "val_sha256": result["tokens_sha256"]}
+        return {
+            "val_loss": result["loss"], "val_tokens": result["tokens"],
+            "val_sha256": result["tokens_sha256"],
+        }
 
     def validation_loss(self):
+        """validation_loss of the run; if the compiled model fails, again without it."""
+        c, layout, tokens, context = self.c, self.layout, self.data.val, self.machine.context
         evaluator = self.evaluator
         try:
-            return validation_loss(self.c, self.layout, self.data.val, self.machine.context, evaluator)
+            return validation_loss(c, layout, tokens, context, evaluator)
         except RuntimeError as e:
             if evaluator is None or not isinstance(e, torch._dynamo.exc.TorchDynamoException):
                 raise
             self.evaluator = None
-            self.run.warn(f"torch.compile does not work for the evaluation ({what_failed(e)}); it runs uncompiled")
-            return validation_loss(self.c, self.layout, self.data.val, self.machine.context)
+            why = what_failed(e)
+            self.run.warn(f"torch.compile does not work for the evaluation ({why}); it runs uncompiled")
+            return validation_loss(c, layout, tokens, context)
 
     def sample(self, model):
-        """sample_tokens tokens that follow sample_start, as text. The same weights write the same text each time."""
+        """sample_start and sample_tokens more tokens, as text. The same weights write the same text each time."""
         c, tokenizer = self.c, self.data.tokenizer
         prompt = tokenizer.encode(c.sample_start)
         model.eval()
@@ -102,9 +114,11 @@ class Measure:
         return tokenizer.decode(tokens)
 
     def evaluate_step(self, record, saver, saved, **more):
-        """Validate the step of `record`, log the record with the result and `more`, and note it in the step's
-        checkpoint, if that was `saved`. -> the validation loss. Raises Diverged where it is not finite, after removing
-        that checkpoint."""
+        """Validate the step of `record`, and log the record with the result and `more`. -> the validation loss
+
+        If the step's checkpoint was `saved`, it gets the result as well. Raises Diverged for a loss that is not finite,
+        after removing that checkpoint.
+        """
         result = self.validate(record["step"])
         if not math.isfinite(result["val_loss"]):
             if saved:
@@ -120,47 +134,52 @@ class Measure:
     # The record of a step
 
     def outcome(self, step, wall_s, loss, grad_norm):
-        """What a step came to; `wall_s` is the run's training time at the last step that was read."""
-        return {"step": step, "tokens": step * self.tokens_per_step, "wall_s": round(wall_s, 3), "loss": loss,
-                "grad_norm": grad_norm}
+        """The record of a step that may be bad. `wall_s` is the training time of the run so far."""
+        return {
+            "step": step, "tokens": step * self.tokens_per_step, "wall_s": round(wall_s, 3),
+            "loss": loss, "grad_norm": grad_norm,
+        }
 
     def record(self, step, wall_s, loss, lr, grad_norm, step_ms, parts):
-        """What metrics.jsonl holds of a step. `parts` are its parts in ms, `step_ms` is the mean since the last one."""
+        """The line of a step in metrics.jsonl. `parts` are the milliseconds of its parts; `step_ms` is the mean time of
+        a step since the last record."""
         tok_per_s = self.tokens_per_step / (step_ms / 1000)
         mfu = None
         if self.peak:
             flops = tok_per_s * self.costs.flops[context_at(self.c, step - 1)]
             mfu = flops / (self.peak * self.layout.world)
         record = {
-            "step": step, "tokens": step * self.tokens_per_step, "wall_s": round(wall_s, 3), "loss": loss, "lr": lr,
-            "grad_norm": grad_norm, "tok_per_s": round(tok_per_s), "mfu": mfu, **self.hardware.read(),
+            "step": step, "tokens": step * self.tokens_per_step, "wall_s": round(wall_s, 3),
+            "loss": loss, "lr": lr, "grad_norm": grad_norm,
+            "tok_per_s": round(tok_per_s), "mfu": mfu, **self.hardware.read(),
             "step_ms": round(step_ms, 3),
         }
         return record | {part: round(ms, 3) for part, ms in parts.items()}
 
     def log(self, record):
-        """A line in metrics.jsonl, and one on the screen."""
+        """Write a line to metrics.jsonl, and one to the screen."""
         self.run.metrics(record)
         if self.run.writes:
             show(record, self.data.unit, self.c.max_iters)
 
     # -------------------------------------------------------------------------
-    # Inside the model, and between the ranks
+    # Probes and communication
 
     def look_inside(self, update):
         """Probe one step: its `update` (probe.Update), and the attention on the first validation window."""
         x, y = next(fixed_batches(self.data.val.parts[0][0], self.c.block_size, 1))
-        length = int((y != -1).sum())  # of the window that has targets
-        figures = attention(self.layout.model, x[:, :length].to(self.machine.device), self.machine.context)
+        length = int((y != -1).sum())  # a short split ends within its first window
+        window = x[:, :length].to(self.machine.device)
+        figures = attention(self.layout.model, window, self.machine.context)
         figures = self.layout.gather_probe(figures)
         self.layout.free_gathered()
         return update.read() | {name: by_layer.tolist() for name, by_layer in figures.items()}
 
     def communication(self, loader, opt, profiler, step):
-        """Communication of a step that no computation hides -> {"comm_ms": ms}, or {} while steps are being traced.
+        """Measure the communication of a step that no computation hides. -> {"comm_ms": ms}; {} during a trace
 
-        Three micro-batches are measured, each twice, and the faster time counts: the first one, the second one, which
-        stands for all between, and the last one, which reduces the gradients.
+        It runs three micro-batches twice each, and the faster time counts: the first; the second, which stands for all
+        others in the middle; and the last, which reduces the gradients.
         """
         layout, last = self.layout, self.layout.passes - 1
         x, y = layout.repeat_batch(loader.batch(step))
@@ -173,15 +192,17 @@ class Measure:
                 layout.reduce_gradients()
 
         stands_for = {0: 1, 1: last - 1, last: 1}  # micro-batch -> number of micro-batches like it
-        times = {micro: [] for micro, count in stands_for.items() if count > 0}
+        times = {micro: [] for micro, count in stands_for.items() if count > 0}  # two of each, in ms
         for _ in range(2):
             for micro, ms in times.items():
                 ms.append(profiler.exposed(lambda micro=micro: run_pass(micro)))
             opt.zero_grad()
         if None in times[0]:
             return {}
-        return {"comm_ms": round(sum(stands_for[micro] * min(ms) for micro, ms in times.items()), 3)}
+        total = sum(stands_for[micro] * min(ms) for micro, ms in times.items())
+        return {"comm_ms": round(total, 3)}
 
     def to_device(self, tokens, step, pinned=False):
-        """A batch of token ids (B, T), its rows cut to the context of `step`."""
-        return tokens.to(self.machine.device, non_blocking=pinned).view(-1, context_at(self.c, step))
+        """Token ids (B, block_size) -> on the device, with each row cut into rows of the context at `step`."""
+        tokens = tokens.to(self.machine.device, non_blocking=pinned)
+        return tokens.view(-1, context_at(self.c, step))

@@ -1,13 +1,13 @@
 """
-The run folder and its logs: config, environment, metrics, events. How a step is timed, and the lines on the screen.
+The run folder and its logs; the clocks of a step; the lines on the screen.
 
     out_dir/config.json     the resolved settings
     out_dir/env.json        commit, packages, hardware, dataset
     out_dir/metrics.jsonl   one record per logged step
     out_dir/events.jsonl    start, resume, warning, sample, nan, spike, rewind, stop, end
-    out_dir/profile/        a trace of some steps, if asked for (profiler.py)
+    out_dir/profile/        a trace of some steps, if the settings ask for one (profiler.py)
     out_dir/ckpt/           checkpoints (checkpoint.py)
-    out_dir/.lock           the process that trains into it now (files.py)
+    out_dir/.lock           the process that is training into the folder (files.py)
 """
 
 import contextlib
@@ -29,12 +29,13 @@ from files import clock_face, finite, sha256, write_whole
 from model import pick_attention
 
 # -----------------------------------------------------------------------------
-# What a result depends on
+# The environment: everything besides the config that a result depends on
 
-PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "flash-attn", "datasets", "wandb", "transformers")
+PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "flash-attn", "datasets", "wandb",
+            "transformers")
 LONGEST_DIFF = 10_000_000  # characters
 
-# a user's configuration of git must not change the answers that are read here
+# a user's configuration of git must not change the format of its answers
 GIT_SETTINGS = ("color.ui=never", "core.quotepath=off", "diff.relative=false", "status.showUntrackedFiles=normal")
 DIFF_OPTIONS = ("--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short", "--no-renames")
 PATCH_OPTIONS = (*DIFF_OPTIONS, "--unified=3", "--src-prefix=a/", "--dst-prefix=b/", "--binary", "HEAD")
@@ -45,10 +46,10 @@ def git(*args):
     command = ["git"]
     for setting in GIT_SETTINGS:
         command += ["-c", setting]
-    environment = {name: value for name, value in os.environ.items() if name != "GIT_DIFF_OPTS"}
+    variables = {name: value for name, value in os.environ.items() if name != "GIT_DIFF_OPTS"}
     try:
-        done = subprocess.run([*command, *args], cwd=Path(__file__).parent, env=environment, capture_output=True,
-                              timeout=10)
+        done = subprocess.run([*command, *args], cwd=Path(__file__).parent, env=variables,
+                              capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode != 0:
@@ -57,8 +58,10 @@ def git(*args):
 
 
 def uncommitted_diff():
-    """The changes since the last commit, binary files included, as `git apply` takes them. None where there is no
-    repository, "" without changes. Of a diff that is too large, the names of the files."""
+    """The changes since the last commit, in the format of `git apply`, binary files included.
+
+    None if there is no repository, "" without changes. If the diff is too large, the names of the files instead.
+    """
     diff = git("diff", *PATCH_OPTIONS)
     if diff is not None and len(diff) <= LONGEST_DIFF:
         return diff
@@ -80,15 +83,16 @@ def uncommitted_diff():
 
 
 def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    """The CPU's name, such as "AMD EPYC 7763 64-Core Processor", or at least its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def environment(device, dataset_sha256):
-    """What a result depends on besides the config: env.json. `environment_sha256` names packages and hardware."""
+    """The content of env.json. `environment_sha256` names the packages and the hardware."""
     packages = {}
     for name in PACKAGES:
         try:
@@ -109,7 +113,7 @@ def environment(device, dataset_sha256):
         **machine,
         "environment_sha256": sha256(json.dumps(machine, sort_keys=True)),
         "commit": git("rev-parse", "HEAD"),
-        "dirty_diff": diff and diff + "\n",  # git apply wants the last line end
+        "dirty_diff": diff and diff + "\n",  # git apply needs the last line end
         "untracked": (git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
         "dataset_sha256": dataset_sha256,
     }
@@ -120,9 +124,10 @@ def environment(device, dataset_sha256):
 
 
 class Run:
-    """The run folder, open for writing. A line that cannot be written waits for the next one: a full disk loses none.
+    """The run folder, open for writing. A line that cannot be written now is written with the next one, so a full disk
+    loses no line.
 
-    Of several processes one `writes`; the others drop their lines. `state["step"]` is the step of the warnings.
+    Only the process that `writes` does so; all others drop their lines. Warnings are noted with `state["step"]`.
     """
 
     def __init__(self, out_dir, writes=True, state=None):
@@ -130,10 +135,10 @@ class Run:
         self.metrics_path = self.dir / "metrics.jsonl"
         self.events_path = self.dir / "events.jsonl"
         self.pending = {self.metrics_path: b"", self.events_path: b""}
-        self.length = {}  # bytes of each log that are known to be whole lines
-        self.kept = {}    # name -> content of the files beside the logs
+        self.length = {}  # log -> bytes of the whole lines in it
+        self.kept = {}    # name -> content of the other files
         self.renewed = False
-        self.tracker = None  # track.Tracker, which gets each record as well
+        self.tracker = None  # track.Tracker, which gets every record
 
     def open(self, config, env, metrics_bytes=0):
         """Write config.json and env.json; cut metrics.jsonl to the length that the checkpoint knows."""
@@ -144,12 +149,13 @@ class Run:
             path.touch()
             self.length[path] = path.read_bytes().rfind(b"\n") + 1
         if self.length[self.metrics_path] < metrics_bytes:
-            self.event("warning", message=f"metrics.jsonl lacks some of the {metrics_bytes} bytes the checkpoint knows")
+            message = f"metrics.jsonl lacks some of the {metrics_bytes} bytes the checkpoint knows"
+            self.event("warning", message=message)
         self.length[self.metrics_path] = min(metrics_bytes, self.length[self.metrics_path])
         os.truncate(self.metrics_path, self.length[self.metrics_path])
 
     def keep(self, name, content):
-        """Write the file `name`, and write it again if the folder is gone later."""
+        """Write the file `name`. If the folder is removed during the run, the file is written again."""
         self.kept[name] = content
         write_whole(self.dir / name, content)
 
@@ -160,29 +166,30 @@ class Run:
             self.tracker.log(finite(record))
 
     def event(self, kind, **fields):
+        """One line of events.jsonl. The events "stop" and "end" close the tracker."""
         self._write(self.events_path, {"event": kind, "time": round(time.time(), 3), **fields})
         if self.tracker and kind in ("stop", "end"):
             self.tracker.finish(failed=kind == "stop")
 
     def warn(self, message):
-        """Warn on stderr, and in the events."""
+        """A warning on stderr and in events.jsonl."""
         self.tell("warning", message)
         step = {"step": self.state["step"]} if self.state else {}
         self.event("warning", **step, message=message)
 
     def tell(self, kind, message):
-        """A line on stderr, where this process writes."""
+        """A line on stderr, if this process writes."""
         if self.writes:
             clear_bar()
             print(f"{kind}: {message}", file=sys.stderr)
 
     def say(self, line):
-        """A line on stdout, where this process writes."""
+        """A line on stdout, if this process writes."""
         if self.writes:
             print(line, flush=True)
 
     def say_lines(self, lines):
-        """Lines on stdout while the progress bar may be there."""
+        """Lines on stdout in place of the progress bar, if this process writes."""
         if self.writes and lines:
             clear_bar()
             print(*lines, sep="\n", flush=True)
@@ -211,7 +218,7 @@ class Run:
         self.pending[path] = b""
 
     def _renew(self, path):
-        """Somebody removed a log, or moved the folder: begin the log again, so that the run can still be saved."""
+        """Somebody removed a log or moved the folder: begin it again, so that the run can still be saved."""
         self.dir.mkdir(parents=True, exist_ok=True)
         for name, content in self.kept.items():
             if not (self.dir / name).exists():
@@ -220,8 +227,8 @@ class Run:
         self.length[path] = 0
         if not self.renewed:
             self.renewed = True
-            self.warn(f"{path} was removed or moved while the run wrote to it: a new one begins here, and checkpoints "
-                      f"are saved in {self.dir}")
+            self.warn(f"{path} was removed or moved while the run wrote to it: "
+                      f"a new one begins here, and checkpoints are saved in {self.dir}")
 
     def flush(self):
         """Write every line to the disk. -> bytes of metrics.jsonl. Raises OSError (disk full)."""
@@ -235,9 +242,9 @@ class Run:
 
 
 class StepTimer:
-    """Where a step's time goes. mark("forward_ms") adds the time since the mark before to that part.
+    """Times the parts of a step. mark("forward_ms") adds the time since the previous mark to that part.
 
-    On CUDA the marks are events in the stream, read when the step is logged, so that nothing waits for them.
+    On CUDA the marks are events in the stream. They are read when the step is logged, so no step waits for them.
     """
 
     def __init__(self, device):
@@ -259,7 +266,7 @@ class StepTimer:
         self.mark("start")
 
     def aside(self, part, call):
-        """The result of `call`. The time until now counts as `part`, the time of the call as "probe_ms"."""
+        """-> the result of `call`. The time until now counts as `part`, the time of the call as "probe_ms"."""
         self.mark(part)
         result = call()
         self.mark("probe_ms")
@@ -277,8 +284,8 @@ class StepTimer:
 
 
 class Pace:
-    """Time from the start of a step to the start of the next: all that StepTimer marks, and the host's work between
-    steps, such as logging. `steps` counts the steps since the last reading."""
+    """Times whole steps, from start to start: the parts that StepTimer marks, and the work between steps, such as
+    logging. The training loop counts `steps` since the last reading."""
 
     def __init__(self):
         self.since, self.steps = time.perf_counter(), 0
@@ -312,17 +319,17 @@ class Hardware:
                 self.nvml, self.gpu = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
 
     def read(self):
-        """-> {"mem_gb": peak of the GPU or this process, "rss_gb": this process now}, and where the driver reports on
-        the GPU also {"gpu_util": share of the time it was busy, "gpu_power_w", "gpu_mem_gb": in use by all}."""
-        found = {"mem_gb": memory_gb(self.device), "rss_gb": rss_gb()}
+        """-> {"mem_gb": peak of the GPU or this process, "rss_gb": this process now}. If the driver reports on the GPU,
+        also "gpu_util", the share of the time that it was busy, "gpu_power_w", and "gpu_mem_gb", of all processes."""
+        figures = {"mem_gb": memory_gb(self.device), "rss_gb": rss_gb()}
         if self.gpu is not None:
             try:
-                found["gpu_util"] = self.nvml.nvmlDeviceGetUtilizationRates(self.gpu).gpu / 100
-                found["gpu_power_w"] = self.nvml.nvmlDeviceGetPowerUsage(self.gpu) / 1000
-                found["gpu_mem_gb"] = self.nvml.nvmlDeviceGetMemoryInfo(self.gpu).used / 1e9
+                figures["gpu_util"] = self.nvml.nvmlDeviceGetUtilizationRates(self.gpu).gpu / 100
+                figures["gpu_power_w"] = self.nvml.nvmlDeviceGetPowerUsage(self.gpu) / 1000
+                figures["gpu_mem_gb"] = self.nvml.nvmlDeviceGetMemoryInfo(self.gpu).used / 1e9
             except self.nvml.NVMLError:
-                self.gpu = None  # it has no such figure: not asked again
-        return found
+                self.gpu = None  # this GPU does not report a figure: do not ask again
+        return figures
 
 
 # -----------------------------------------------------------------------------
@@ -340,7 +347,7 @@ def clear_bar():
 
 
 def show(record, unit, max_iters):
-    """One line of progress. On a terminal it has a bar, and replaces the line before, unless that is an evaluation."""
+    """One line of progress. On a terminal it has a bar, and the next line replaces it, unless it is an evaluation."""
     done = record["step"] / max_iters
     parts = [
         f"step {record['step']:>{len(str(max_iters))}}/{max_iters}",
@@ -400,11 +407,13 @@ def announce(c, run, budget, measure, model_config):
 
 def describe_attention(c, machine, model_config):
     """-> (the kind of attention, why it was chosen, and on CUDA which kernel runs it)"""
-    kind, why = pick_attention(c.attn, machine.device, machine.dtype, c.block_size, model_config.head_dim)
-    if kind == "sdpa" and machine.device.type == "cuda":
-        kernel = sdpa_kernel_of(machine.device, machine.dtype, batch=c.batch_size, queries=c.block_size,
-                                keys=c.block_size, heads=c.n_head // c.tp_size,
-                                kv_heads=max(1, model_config.kv_heads // c.tp_size),
-                                head_dim=model_config.head_dim, causal=True)
+    device, dtype, head_dim = machine.device, machine.dtype, model_config.head_dim
+    kind, why = pick_attention(c.attn, device, dtype, c.block_size, head_dim)
+    if kind == "sdpa" and device.type == "cuda":
+        kernel = sdpa_kernel_of(
+            device, dtype, batch=c.batch_size, queries=c.block_size, keys=c.block_size,
+            heads=c.n_head // c.tp_size, kv_heads=max(1, model_config.kv_heads // c.tp_size),
+            head_dim=head_dim, causal=True,
+        )
         why = f"{why}; {kernel} kernel"
     return kind, why

@@ -1,7 +1,10 @@
 """
-Where a run begins: from scratch, at its own last checkpoint, or at another model; and whether that may be.
+Where a run begins: from scratch, at its own last checkpoint, or at another model.
+
+find_origin decides that. check_origin refuses a checkpoint of another run, and a model that does not fit the settings.
 """
 
+import math
 import os
 import shlex
 import sys
@@ -15,7 +18,7 @@ from model import GPTConfig
 from training.guard import parse_steps, read_skipped
 from training.pretrained import read_model
 
-# these must be the same on resume, besides the model's shape: otherwise it would be another run
+# these must be the same on resume, and so must the model's shape: otherwise it would be another run
 MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "optimizer")
 
 # fields of the model that may differ from the checkpoint: they change no weight's meaning
@@ -49,7 +52,9 @@ class Origin:
     @property
     def progress(self):
         """How far the run had come, as fields of its state."""
-        return {key: self.state[key] for key in ("step", "wall_s", "metrics_bytes")} if self.resumes else {}
+        if not self.resumes:
+            return {}
+        return {key: self.state[key] for key in ("step", "wall_s", "metrics_bytes")}
 
     def is_finished(self, c):
         """Whether there is nothing left to do."""
@@ -58,13 +63,14 @@ class Origin:
         return self.state["step"] >= c.max_iters and not self.unevaluated
 
     def load_weights(self, model, c):
-        """Put the weights that the run begins with into `model`; from scratch it keeps its own."""
+        """Copy the weights of the checkpoint or the other model into `model`. From scratch, it keeps its own."""
         if self.resumes:
             checkpoint.load_model(model, self.folder)
         elif self.model:
             tensors = self.model.state_dict()
             if c.pos == "learned":  # a shorter context takes the first positions
-                tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][: c.block_size]
+                positions = tensors["transformer.wpe.weight"]
+                tensors["transformer.wpe.weight"] = positions[: c.block_size]
             model.load_state_dict(tensors)
             self.model = None  # free its memory
 
@@ -77,50 +83,66 @@ class Origin:
 
 
 def find_origin(c, layout, lock, rewound=None):
-    """Where the run begins, agreed between the ranks, and which batches it skips. -> Origin, without another model."""
+    """Rank 0 decides where the run begins and which batches it skips. -> Origin; read_other_model adds a model"""
     if not c.eval_only:
-        layout.on_rank0(lambda: lock.take(create=False))  # before this process judges another one's checkpoint
-    found = layout.on_rank0(lambda: checkpoint_to_resume(c, rewound))
-    origin = Origin(*found) if found else Origin()
+        # first of all: a checkpoint of a process that is still training must not be judged, or set aside
+        layout.on_rank0(lambda: lock.take(create=False))
+    folder_and_state = layout.on_rank0(lambda: checkpoint_to_resume(c, rewound))
+    origin = Origin(*folder_and_state) if folder_and_state else Origin()
     if origin.resumes:
         checkpoint.config_of(origin.state, origin.folder)  # refuses a model that this code does not know
+        refuse_foreign_model(c, origin.state)
     origin.skipped = layout.on_rank0(lambda: batches_to_skip(c, origin.state, rewound))
     return origin
 
 
+def refuse_foreign_model(c, saved):
+    """Ends the run if export.py made the checkpoint from a model of another project: it holds no training."""
+    if "seed" not in saved:
+        source = saved["config"].get("init_from") or "elsewhere"
+        fail(f"{c.out_dir} holds a model from {source} and no training to resume: "
+             f"start from it with {shlex.quote(f'--init_from={c.out_dir}')} and another --out_dir")
+
+
 def checkpoint_to_resume(c, rewound=None):
-    """(folder, state) of the checkpoint to resume, or None to begin. Ends the run where init_from forbids it."""
+    """(folder, state) of the checkpoint to resume, or None to begin. Ends the run if init_from forbids that."""
     steps = checkpoint.steps(c.out_dir)
     if c.init_from in ("resume", "auto") and steps and c.eval_only:
         return checkpoint.find(c.out_dir)
     if c.init_from in ("resume", "auto") or rewound:
-        good = checkpoint.latest_good(c.out_dir, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-        if good is None and c.init_from == "resume":
-            fail(f"nothing to resume: {c.out_dir} holds no checkpoint; --init_from=scratch begins, auto does either")
-        return good
+        latest = checkpoint.latest_good(c.out_dir, warn=warn)
+        if latest is None and c.init_from == "resume":
+            fail(f"nothing to resume: {c.out_dir} holds no checkpoint; "
+                 "--init_from=scratch begins a run, auto resumes one or begins one")
+        return latest
     words = ("scratch", "resume", "auto")
-    if c.init_from not in words and not os.path.exists(c.init_from) and (mend := nearest(c.init_from, words)):
-        fail(f"init_from={c.init_from!r} is no model to start from{mend}")
+    if c.init_from not in words and not os.path.exists(c.init_from):
+        if mend := nearest(c.init_from, words):
+            fail(f"init_from={c.init_from!r} is no model to start from{mend}")
     if steps:
         fail(f"{c.out_dir} already holds a run (step {max(steps)}): continue it with --init_from=resume, "
              "or begin in another --out_dir")
     return None
 
 
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def batches_to_skip(c, saved, rewound=None):
-    """Data steps to skip, rising: the settings', the resumed run's, and those of a rewind. Ends the run where one of
-    the settings' was trained on already."""
+    """The data steps to skip, sorted: from the settings, the checkpoint's state `saved`, and a rewind. Ends the run if
+    the settings name one that the checkpoint was trained on already."""
     asked = parse_steps(c.skip_batches)
+    steps_done = saved["step"] if saved else 0
     before = saved.get("skipped", []) if saved else []
-    last_seen = data_step((saved["step"] if saved else 0) - 1, before)
+    last_seen = data_step(steps_done - 1, before)
     for batch in asked:
         if batch not in before and batch <= last_seen:
-            fail(f"skip_batches={c.skip_batches}: {c.out_dir} resumes at step {saved['step']}, which has seen data "
-                 f"step {batch}")
-    if rewound:
-        since = rewound
-    else:
-        since = read_skipped(c.out_dir) if saved or c.init_from == "auto" else []
+            fail(f"skip_batches={c.skip_batches}: {c.out_dir} resumes at step {steps_done}, "
+                 f"which has seen data step {batch}")
+    since = rewound or []
+    if not rewound and (saved or c.init_from == "auto"):
+        since = read_skipped(c.out_dir)  # a rewind after the checkpoint, and then the run was killed
     return sorted({*asked, *before, *since})
 
 
@@ -131,7 +153,10 @@ def read_other_model(c, origin):
 
 
 def adopt_sizes(c, given, origin):
-    """Settings of the model that nobody `given` come from the checkpoint or the model that the run begins at."""
+    """Model settings that the user did not set come from the checkpoint or the other model. -> c with these
+
+    `given` names the settings that the user set.
+    """
     if origin.resumes:
         sizes = origin.state["model"]
     elif origin.model:
@@ -143,8 +168,10 @@ def adopt_sizes(c, given, origin):
 
 
 def check_origin(c, origin, state, model_config, data):
-    """Ends the run where what it begins at is another run, or a model of another meaning. -> {key: [before, now]} of
-    the settings that changed since the checkpoint, and may."""
+    """Ends the run if the checkpoint is another run's, or the other model does not fit the settings.
+
+    -> {key: [before, now]} of the settings that have changed since the checkpoint, and may
+    """
     if origin.resumes:
         return check_resume(c, origin.state, state)
     if origin.model:
@@ -153,36 +180,38 @@ def check_origin(c, origin, state, model_config, data):
 
 
 def check_resume(c, saved, state):
-    """Ends the run where the saved one was another; -> {key: [before, now]} of what changed and may."""
-    if "seed" not in saved:  # export.py made it of a model from elsewhere
-        source = saved["config"].get("init_from") or "elsewhere"
-        fail(f"{c.out_dir} holds a model from {source} and no training to resume: "
-             f"start from it with {shlex.quote(f'--init_from={c.out_dir}')} and another --out_dir")
-    # a field of the model that the checkpoint does not know has its default
+    """Ends the run if `saved`, the checkpoint's state, is another run's. -> as check_origin"""
+    # a field of the model that an older checkpoint does not have gets its default
     before = {**saved, **asdict(GPTConfig()), **saved["model"]}
     now = {**state, **asdict(GPTConfig()), **state["model"]}
     for key in (*MUST_MATCH, *state["model"]):
         if before.get(key) != now[key] and key not in FREE_FIELDS:
-            fail(f"cannot resume {c.out_dir}: it was trained with {key}={before.get(key)}, now it is {now[key]}; "
-                 "set it back, or begin in another --out_dir")
-    sequences = [s["batch_size"] * s["gradient_accumulation_steps"] for s in (saved, state)]
-    if sequences[0] != sequences[1]:  # an update may be cut into other micro-batches
-        products = [f"{s['batch_size']} x {s['gradient_accumulation_steps']}" for s in (saved, state)]
-        fail(f"cannot resume {c.out_dir}: it was trained with batch_size x gradient_accumulation_steps = {products[0]},"
-             f" now it is {products[1]}; their product must stay: set it back, or begin in another --out_dir")
+            fail(f"cannot resume {c.out_dir}: it was trained with {key}={before.get(key)}, "
+                 f"now it is {now[key]}; set it back, or begin in another --out_dir")
+    check_sequences(c, saved, state)
     changed = {}
     for key, value in state["config"].items():
         if saved["config"].get(key, value) != value and key not in ("init_from", "out_dir"):
             changed[key] = [saved["config"][key], value]
-    # these are equal to rounding only, and the micro-batch decides which activations dropout drops
+    # with another one of these the run is the same up to rounding, and dropout drops other activations
     for key in ("threads", "dtype", "ranks", "batch_size", "gradient_accumulation_steps"):
         if saved.get(key) != state[key]:
             changed[key] = [saved.get(key), state[key]]
     return changed
 
 
+def check_sequences(c, saved, state):
+    """Ends the run if an update has another number of sequences than before. It may be cut into other micro-batches."""
+    before = saved["batch_size"], saved["gradient_accumulation_steps"]
+    now = state["batch_size"], state["gradient_accumulation_steps"]
+    if math.prod(before) != math.prod(now):
+        fail(f"cannot resume {c.out_dir}: it was trained with batch_size x gradient_accumulation_steps "
+             f"= {before[0]} x {before[1]}, now it is {now[0]} x {now[1]}; "
+             "their product must stay: set it back, or begin in another --out_dir")
+
+
 def check_other_model(c, origin, model_config, tokenizer):
-    """Ends the run where another model's weights, though of the same shape, would mean something else in this one."""
+    """Ends the run if another model's weights, even of the same shape, would mean something else in this one."""
     theirs = origin.model.config
     for key, value in asdict(model_config).items():
         their_value = getattr(theirs, key)
@@ -191,12 +220,14 @@ def check_other_model(c, origin, model_config, tokenizer):
         if key == "block_size" and (c.pos == "rope" or value < their_value):
             continue
         fail(f"init_from={c.init_from}: that model has {key}={their_value}, this one {value}")
-    first, here = (round(config.block_size / config.rope_factor) for config in (theirs, model_config))
-    if c.rope_scaling == "yarn" and first != here:
-        fail(f"rope_scaling='yarn': block_size={c.block_size} must be rope_factor={c.rope_factor} times {first}, which "
-             f"{c.init_from} was first trained at")
+    # both must stretch the same context, the one that the model was first trained at
+    first = round(theirs.block_size / theirs.rope_factor)
+    stretched = round(model_config.block_size / model_config.rope_factor)
+    if c.rope_scaling == "yarn" and first != stretched:
+        fail(f"rope_scaling='yarn': block_size={c.block_size} must be rope_factor={c.rope_factor} "
+             f"times {first}, which {c.init_from} was first trained at")
     if tokenizer and not origin.tokenizer:
-        print(f"warning: {c.init_from} says nothing of its tokenizer, which should be that of {c.dataset}",
-              file=sys.stderr)
+        warn(f"{c.init_from} does not say which tokenizer it has; it should be that of {c.dataset}")
     elif tokenizer and origin.tokenizer.sha256 != tokenizer.sha256:
-        fail(f"init_from={c.init_from}: its tokenizer is not that of {c.dataset}, so the same ids are other text")
+        fail(f"init_from={c.init_from}: its tokenizer is not that of {c.dataset}, "
+             "so the same ids are other text")

@@ -18,16 +18,16 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
 
 def count_stages(ranks, schedule):
-    """The number of parts that the layers are cut into. Interleaved, each rank has two that do not touch."""
+    """The number of stages that the layers are cut into: one a rank. Interleaved: two, which are not neighbours."""
     if schedule == "interleaved" and ranks > 1:
         return 2 * ranks
     return ranks
 
 
 class Stage(GPT):
-    """Some layers of a GPT, under the names they have there.
+    """Some layers of a GPT, under their names in the GPT.
 
-    The `first` stage has the embedding, the `last` one the head and the loss. Of a tied table both hold a copy.
+    The `first` stage has the embedding, the `last` stage has the head and the loss. Both have a copy of a tied table.
     """
 
     def __init__(self, model, layers, first, last, context):
@@ -36,14 +36,14 @@ class Stage(GPT):
         self.first = first
         self.last = last
         self.context = context
-        wanted = []
+        ends = []
         if first or last and model.config.tie_weights:
-            wanted.append("wte")
+            ends.append("wte")
         if first:
-            wanted += ["wpe", "ln_e"]
+            ends += ["wpe", "ln_e"]
         if last:
-            wanted.append("ln_f")
-        parts = {name: model.transformer[name] for name in wanted if name in model.transformer}
+            ends.append("ln_f")
+        parts = {name: model.transformer[name] for name in ends if name in model.transformer}
         parts["h"] = nn.ModuleDict({str(i): model.transformer.h[i] for i in layers})
         self.transformer = nn.ModuleDict(parts)
         if last:
@@ -52,9 +52,9 @@ class Stage(GPT):
             self.register_buffer(name, buffer, persistent=False)
 
     def forward(self, x, targets=None, cache=None):
-        """Token ids (B, T), or the output (B, T, n_embd) of the stage before -> (B, T, n_embd).
+        """Token ids (B, T), or the output (B, T, n_embd) of the previous stage -> (B, T, n_embd).
 
-        The last stage returns the mean loss (1,), except where a cache stands in for attention as in GPT.forward.
+        The last stage returns the mean loss (1,), unless a cache replaces attention as in GPT.forward.
         """
         with self.context():
             rope = self.rope(x.size(1))
@@ -71,7 +71,7 @@ class Stage(GPT):
 class Pipeline:
     """A GPT cut into stages over the ranks of a grid. Stage i lies on rank i modulo the number of ranks.
 
-    `stages` are this rank's. `model` is all that the rank trains, as one module; it runs the whole pipeline forward.
+    `stages` are this rank's. `model` is one module of all their layers; its forward pass runs the whole pipeline.
     """
 
     def __init__(self, model, grid, schedule, device, context):
@@ -96,16 +96,16 @@ class Pipeline:
         last = self.rank == self.ranks - 1
         self.model = Stage(model, layers, self.rank == 0, last, context)
         self.model.forward = self.forward
-        # the same modules a second time, so that their methods reach them; their names here come second
+        # model.modules() and model.train() must reach the stages; their parameters keep their first names
         self.model.stages = nn.ModuleList(self.stages)
 
-        self.tied_group = None  # of the first and the last rank, if both hold the embedding table
+        self.tied_group = None  # process group of the first and the last rank, if both hold the embedding table
         if model.config.tie_weights:
             self.tied_group = own_group(grid.mesh[[0, -1]].flatten(1).T)
 
     def forward_backward(self, x, y, micro_batches):
-        """Forward and backward pass of a step's micro-batches. x, y (B, T) -> their mean loss where the last stage is,
-        0 on the other ranks."""
+        """Forward and backward pass of a step's micro-batches. x, y (B, T) -> their mean loss on the rank with the last
+        stage, 0 on the others."""
         if x.shape not in self.by_shape:
             self.by_shape[x.shape] = self.new_schedule(x, micro_batches)
         inputs = [x] if self.rank == 0 else []
@@ -116,6 +116,7 @@ class Pipeline:
         return torch.stack(losses).sum().detach()
 
     def new_schedule(self, x, micro_batches):
+        """PyTorch's schedule for steps of this shape: it has to know the shapes that travel between stages."""
         from torch.distributed import pipelining
 
         rows = x[: len(x) // micro_batches]  # (B, T) of a micro-batch
@@ -140,26 +141,26 @@ class Pipeline:
         return kinds[self.schedule](
             stages if self.schedule == "interleaved" else stages[0],
             micro_batches, scale_grads=False,
-            # the mean over micro-batches, as without a pipeline
+            # a mean over micro-batches, as without a pipeline
             loss_fn=lambda loss, _: loss.sum() / micro_batches,
         )
 
     def forward(self, idx, targets=None, *, loss_only=True, cache=None):
-        """GPT.forward without a backward pass: one stage after another, and every rank learns the loss.
+        """GPT.forward without a backward pass: one stage after another, and every rank gets the loss.
 
-        -> (None, loss), or with a cache (None, None): what the cache has seen is what the caller wants.
+        -> (None, loss), or with a cache (None, None), because the caller then wants what the cache has recorded.
         """
         x = idx
         for i in range(self.count):
             here = i % self.ranks
-            before = (i - 1) % self.ranks
-            travels = i > 0 and before != here
-            if travels and self.rank == before:
+            previous = (i - 1) % self.ranks
+            travels = i > 0 and previous != here
+            if travels and self.rank == previous:
                 dist.send(x, group=self.group, group_dst=here)
             if self.rank == here:
                 if travels:
                     x = torch.empty(*idx.shape, self.model.config.n_embd, device=self.device)
-                    dist.recv(x, group=self.group, group_src=before)
+                    dist.recv(x, group=self.group, group_src=previous)
                 x = self.stages[i // self.ranks](x, targets, cache)
         if cache is not None:
             return None, None
@@ -174,11 +175,11 @@ class Pipeline:
             dist.all_reduce(grads["transformer.wte.weight"], group=self.tied_group)
 
     def counts(self, name):
-        """Whether this rank counts a tensor that lies on it: a tied table is counted by the first stage."""
+        """Whether a norm counts this rank's tensor of that name: a tied table is counted on the first rank only."""
         return not (self.tied_group and self.rank and name == "transformer.wte.weight")
 
     def join_layers(self, by_layer):
-        """One number for each layer of this rank -> (n_layer,), those of all ranks."""
+        """One number for each layer of this rank -> (n_layer,), one for each layer of the model."""
         own = torch.tensor([int(i) for i in self.model.transformer.h], device=self.device)
         numbers = by_layer.new_zeros(self.model.config.n_layer)
         numbers.index_copy_(0, own, by_layer)
@@ -186,7 +187,7 @@ class Pipeline:
         return numbers
 
     def join_tensors(self, tensors):
-        """This rank's tensors by name -> on the first rank those of all; elsewhere nothing."""
+        """This rank's tensors by name -> on the first rank the tensors of all ranks; elsewhere {}."""
         gathered = [None] * self.ranks if self.rank == 0 else None
         dist.gather_object(tensors, gathered, group=self.group, group_dst=0)
         joined = {}

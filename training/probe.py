@@ -12,6 +12,7 @@ Nothing here draws a random number or leaves a trace: a run is the same to the b
 
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -19,9 +20,9 @@ from model import Block
 
 
 class Attend:
-    """Passed to GPT.forward as its cache. It spells attention out, and notes what SDPA does not show."""
+    """GPT.forward takes it as a cache. It computes attention step by step, and records what SDPA does not show."""
 
-    rows = slice(-1, None)  # forward computes the logits of these positions; nobody reads them
+    rows = slice(-1, None)  # forward computes the logits of these positions only; nobody reads them
 
     def __init__(self, model, T, device):
         self.positions = torch.arange(T, device=device)
@@ -53,16 +54,16 @@ class Attend:
 
 @torch.no_grad()
 def attention(model, idx, context):
-    """One forward pass of a GPT over `idx` (B, T) in evaluation mode, within `context()`, with attention spelled out.
+    """One forward pass of a GPT over `idx` (B, T) in evaluation mode, within `context()`, with attention by Attend.
 
     -> {"attn_entropy", "attn_logit_max", "act_rms"}, each a tensor with one number a layer:
 
-    - the entropy of the attention weights in nats, mean over heads and query positions. Query t sees t + 1 keys, so
+    - the entropy of the attention weights in nats, averaged over heads and query positions. Query t sees t + 1 keys, so
       uniform attention has the mean of ln(t + 1), about ln T - 1: divide by that to compare lengths.
     - the largest scaled logit before the softmax.
     - the root mean square of the residual stream after the block.
 
-    Of a model on many ranks (parallel.py), the layers and heads of this rank.
+    With many ranks (parallel.py), these are the figures of this rank's layers and heads.
     """
     rms = []
 
@@ -72,7 +73,7 @@ def attention(model, idx, context):
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     hooks = [block.register_forward_hook(note_rms) for block in blocks]
     probe = Attend(model, idx.size(1), idx.device)
-    # where torch.compile is in use, it would compile every layer again for a single pass
+    # if torch.compile is in use, it would compile every layer again for this single pass
     compiles = "torch._dynamo" in sys.modules
     training = model.training
     model.eval()
@@ -88,8 +89,8 @@ def attention(model, idx, context):
 
 
 def groups_of(config):
-    """Names of the groups of a GPTConfig's parameters. There is no "head" where it has no parameters, not even its
-    norm's gain."""
+    """Names of the groups of a GPTConfig's parameters. There is no group "head" if neither the head nor its norm has
+    parameters of its own."""
     groups = ["embed", *(f"layer_{i}" for i in range(config.n_layer))]
     if not config.tie_weights or config.norm != "rmsnorm_nogain":
         groups.append("head")
@@ -106,25 +107,25 @@ def group_of(name, n_layer):
 
 
 class Update:
-    """Looks at one optimizer step. Begin it between the backward pass and the step, while the gradient is there."""
+    """Measures one optimizer step. Create it after the backward pass and before the step."""
 
     @torch.no_grad()
     def __init__(self, model, norms):
         """Keeps a copy of the weights until the step is done.
 
-        `norms(tensors, group_of, n)` gives the norms of `n` groups of tensors by name, which are laid out like the
-        parameters (parallel.Layout.group_norms).
+        `norms(tensors, group_of, n)` computes the norms of `n` groups of tensors (parallel.Layout.group_norms).
         """
         self.model = model
         self.groups = groups_of(model.config)
         n_layer = model.config.n_layer
-        self.norms = lambda tensors: norms(tensors, lambda name: group_of(name, n_layer), n_layer + 2)
+        number_of = partial(group_of, n_layer=n_layer)
+        self.norms = partial(norms, group_of=number_of, n=n_layer + 2)
         self.grads = self.norms({name: p.grad for name, p in model.named_parameters()})
         self.before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
     def end(self):
-        """Call it after the step. It reads nothing from the device yet."""
+        """Call this after the step. It does not wait for the device."""
         weights = self.norms(self.before)
         for name, p in self.model.named_parameters():
             self.before[name].sub_(p.detach())  # in place: no second copy
@@ -133,7 +134,7 @@ class Update:
 
     def read(self):
         """-> {"grad_norms": {group: norm}, "update_ratio": {group: ||update|| / ||weights before it||}}"""
-        # not strict: norms counts a head, which may be no group
+        # not strict: there is a norm for the head, which may not be a group
         return {
             "grad_norms": dict(zip(self.groups, self.grads.tolist(), strict=False)),
             "update_ratio": dict(zip(self.groups, self.ratios.tolist(), strict=False)),

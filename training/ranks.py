@@ -1,8 +1,8 @@
 """
-The processes of a run: who they are, how they find each other, what they agree on, and how they end together.
+The processes of a run: their numbers, how they find each other, how they agree, and how they end together.
 
-torchrun starts the processes and tells each one its place in environment variables. Without torchrun there is one
-process and no process group, and everything here returns at once.
+torchrun starts the processes and tells each its rank in environment variables. Without torchrun there is one process
+and no process group, and nothing here communicates.
 """
 
 import atexit
@@ -37,8 +37,8 @@ def world():
 def own_device(name, device, backend="nccl"):
     """The device of this process: under torchrun the LOCAL_RANK-th GPU of its machine, otherwise `device`.
 
-    Over gloo, processes may share a GPU, which is how one GPU tests that they communicate. `name` is the setting as the
-    user wrote it. Raises ValueError where there is no GPU for this process.
+    Over gloo, processes may share a GPU, so a machine with one GPU can test their communication. `name` is the setting
+    as the user wrote it. Raises ValueError if there is no GPU for this process.
     """
     local_rank = from_environment("LOCAL_RANK", 0)
     if world() == 1 or device.type != "cuda":
@@ -59,10 +59,10 @@ def own_device(name, device, backend="nccl"):
 
 
 def fresh_store(store):
-    """`store` under a prefix that belongs to this start of the processes alone.
+    """`store` under a prefix that only this start of the processes has.
 
-    torchrun's store outlives a restart and still holds the addresses of the processes before it, and the number of
-    restarts is not the same on every machine. So rank 0 draws a name for this start. Each other rank draws a mailbox,
+    torchrun's store outlives a restart. It still holds the addresses of the old processes, and machines may count the
+    restarts differently. So rank 0 draws a random name for this start. Each other rank draws a random mailbox,
     announces it, and waits there for the name.
     """
     own = uuid.uuid4().hex
@@ -72,7 +72,7 @@ def fresh_store(store):
         store.set(f"{start}/{rank()}", "")
         return dist.PrefixStore(start, store)
     for other in range(1, world()):
-        # the mailbox may still be that of a process before the restart, so post the name until it is confirmed
+        # the announced mailbox may belong to a process before the restart, so post the name until it is confirmed
         while not store.check([f"{own}/{other}"]):
             mailbox = store.get(f"here/{other}").decode()
             store.set(mailbox, own)
@@ -81,21 +81,21 @@ def fresh_store(store):
 
 
 def own_group(rows):
-    """The process group of this rank's row of `rows` (n, ranks), or None where no row has it. All ranks call it."""
+    """Make a process group of each row of `rows` (n, ranks). -> this rank's, or None. All ranks call it."""
     group, _ = dist.new_subgroups_by_enumeration(rows.tolist())
     return group
 
 
 @contextmanager
 def all_fail_together():
-    """Around a whole run: where one rank fails, all of them end, and the error that is shown is that rank's."""
+    """Around a whole run: if one rank fails, all ranks end, and only the error of that rank is shown."""
     try:
         yield
     except (Exception, SystemExit) as e:
         if not dist.is_initialized():
             raise
         if isinstance(e, SystemExit) and (e.code in (None, 0) or e.code > 128):
-            leave(e.code or 0)  # a run that is done, or was stopped by a signal, ends so on every rank
+            leave(e.code or 0)  # every rank ends like this when a run is done or a signal stopped it
         from torch.distributed.distributed_c10d import _get_default_store
 
         own = f"rank {rank()} failed ({type(e).__name__}: {e})"
@@ -111,8 +111,8 @@ def all_fail_together():
 def leave(code):
     """End this process of a group without taking the interpreter down.
 
-    One of gloo's threads may still hold tensors of the last collective. To free them while the interpreter shuts down
-    aborts a process whose work is done.
+    One of gloo's threads may still hold tensors of the last collective. If it frees them while the interpreter shuts
+    down, a process that has done its work aborts.
     """
     dist.destroy_process_group()
     atexit._run_exitfuncs()
@@ -126,14 +126,14 @@ def leave(code):
 
 
 def gather_objects(value, ranks, group=None):
-    """The values of the `ranks` processes of a group, in the order of their ranks. All of them call it."""
+    """Collect a value from each of the `ranks` processes of a group. -> the values by rank. All of them call it."""
     values = [None] * ranks
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def gather_vectors(own, ranks, group=None):
-    """A vector (n,) of each of the `ranks` processes of a group, all equally long -> (ranks, n)"""
+    """Collect a vector (n,) from each of the `ranks` processes of a group. -> (ranks, n). All of them call it."""
     gathered = own.new_empty(ranks, len(own))
     dist.all_gather(list(gathered), own, group=group)
     return gathered
@@ -149,7 +149,7 @@ def average_in_place(tensors, ranks, group):
 
 
 class Ranks:
-    """All processes of a run, as one of them sees them: its `rank`, and how many there are (`world`).
+    """The processes of a run: the `rank` of this one, and their number, `world`.
 
     Every rank calls each of these methods, in the same order.
     """
@@ -159,20 +159,20 @@ class Ranks:
         self.world = world()
 
     def join_group(self, device, backend):
-        """Join the run's process group, once. `backend` is for tensors on GPUs; those on CPUs go by gloo."""
+        """Join the run's process group, once. `backend` carries tensors on GPUs, and gloo tensors on CPUs."""
         if dist.is_initialized():
             return
         store, _, _ = next(dist.rendezvous("env://"))
         backends = "gloo"
         if device.type == "cuda":
-            # what the processes agree on stays on the CPU, where it waits for no kernel
+            # on_rank0 and agree use the CPU, so that they wait for no kernel
             backends = f"cpu:gloo,cuda:{backend}"
         dist.init_process_group(
             backends, store=fresh_store(store), rank=self.rank, world_size=self.world
         )
 
     def on_rank0(self, function):
-        """Call `function` on rank 0 alone. -> what it returns, on every rank. If it ends the run, it ends on all."""
+        """Call `function` on rank 0 only. -> its result, on every rank. An exception there ends all ranks."""
         if self.world == 1:
             return function()
         result = None
@@ -192,7 +192,7 @@ class Ranks:
         return result
 
     def agree(self, *numbers):
-        """The largest of each whole number over the ranks."""
+        """The maximum of each whole number over the ranks."""
         if self.world == 1:
             return numbers
         numbers = torch.tensor(numbers)
@@ -200,7 +200,7 @@ class Ranks:
         return numbers.tolist()
 
     def any_trouble(self, line):
-        """A line of text or None from each rank -> the first rank's that has one, with its number; or None."""
+        """Each rank gives a line of text or None. -> the line of the first rank that has one, with its rank; or None"""
         if self.world == 1:
             return line
         for rank, text in enumerate(gather_objects(line, self.world)):

@@ -1,12 +1,12 @@
 """
-Saves checkpoints while a run trains: when a step is done, before it is evaluated, whatever the disk does.
+Saves checkpoints while a run trains.
 
-A checkpoint is written before its step is evaluated, so nothing that fails during an evaluation loses it. Its state
-holds the step's record as "unevaluated" until the evaluation is noted; a resume that finds such a record evaluates
-first. A full disk never ends a run: it trains on, and the checkpoints that are there stay good.
+A checkpoint is written before its step is evaluated, so an evaluation that fails cannot lose it. Its state holds the
+step's record as "unevaluated" until the result is noted; a resume that finds such a record evaluates first. A full disk
+never ends a run: the run trains on, and its earlier checkpoints stay good.
 
-With checkpoint_format="plain" rank 0 writes the gathered model before the next step begins. With "sharded" each rank
-writes its own part behind the steps (Background), from a copy in CPU memory. checkpoint.py has both formats.
+With checkpoint_format="plain", rank 0 writes the gathered model before the next step begins. With "sharded", each rank
+copies its own part to CPU memory and writes it in a thread (Background). checkpoint.py has both formats.
 """
 
 import threading
@@ -19,13 +19,22 @@ from files import finite
 
 
 class Saver:
-    """Saves the run that `layout` and `opt` train. `state` is the run's state as state.json has it; it changes with
-    every step. `guard` and `scaler` add theirs. `watch` (guard.Watch) warns before the disk is full; the model has
-    `weights` weights. All ranks call all methods."""
+    """Saves the model of `layout`, the optimizer `opt`, and the run's `state`, to which scaler and guard add theirs.
+
+    `state` is the dict that becomes state.json; the training loop changes it in place. `watch` (guard.Watch) warns
+    before the disk is full; the model has `weights` weights. All ranks call all methods.
+    """
 
     def __init__(self, c, layout, opt, scaler, guard, state, run, watch, weights):
-        self.c, self.layout, self.opt, self.scaler, self.guard = c, layout, opt, scaler, guard
-        self.state, self.run, self.watch, self.weights = state, run, watch, weights
+        self.c = c
+        self.layout = layout
+        self.opt = opt
+        self.scaler = scaler
+        self.guard = guard
+        self.state = state
+        self.run = run
+        self.watch = watch
+        self.weights = weights
         self.keep = c.keep_checkpoints if c.always_save_checkpoint else 1
         self.background = Background(layout.heads) if c.checkpoint_format == "sharded" else None
         self.evaluations = {}  # checkpoint folder -> fields that its state.json does not hold yet
@@ -34,11 +43,11 @@ class Saver:
     # Saving
 
     def save(self, unevaluated=None):
-        """Save a checkpoint of now. `unevaluated` is the record of a step whose evaluation is still to come.
+        """Save a checkpoint now. `unevaluated` is the record of a step whose evaluation is still to come.
 
         -> whether the checkpoint is written; for shards, whether writing has begun
         """
-        self.wait()  # otherwise a failure of the checkpoint before would look like one of this
+        self.wait()  # so that a failure of the last checkpoint is not taken for a failure of this one
         if self.background:
             model, optimizers = self.layout.model, self.opt
         else:
@@ -53,7 +62,7 @@ class Saver:
 
         def write_plain():
             checkpoint.save(self.c.out_dir, model, optimizers, saved)
-            if not unevaluated:  # otherwise once the evaluation says whether this is the best one
+            if not unevaluated:  # otherwise prune after the evaluation, which may find that this one is the best
                 checkpoint.prune(self.c.out_dir, self.keep)
             if self.state["step"] < self.c.max_iters:
                 self.watch_disk()
@@ -63,32 +72,33 @@ class Saver:
         return self.layout.on_rank0(lambda: self.succeeds(write_plain, self.state["step"]))
 
     def succeeds(self, write, step):
-        """Whether `write` could write the checkpoint of `step`. Where the disk refuses, the run warns and trains on."""
+        """Write the checkpoint of `step` by calling `write`. -> whether that worked; an OSError is only a warning"""
         try:
             write()
         except OSError as e:
-            self.run.warn(f"no checkpoint at step {step}: {e}; earlier ones stay, make room in {self.c.out_dir}")
+            self.run.warn(f"no checkpoint at step {step}: {e}; earlier ones stay, "
+                          f"make room in {self.c.out_dir}")
             return False
         return True
 
     def flush_logs(self):
-        """-> bytes of metrics.jsonl on the disk. Logs that cannot be written never keep a checkpoint from the disk."""
+        """Write the logs to the disk. -> bytes of metrics.jsonl there. A failure only warns: checkpoints matter more"""
         try:
             return self.run.flush()
         except OSError as e:
-            self.watch.once("logs", f"the logs of {self.c.out_dir} cannot be written ({e}): their lines wait in "
-                            "memory, and checkpoints are saved all the same")
+            self.watch.once("logs", f"the logs of {self.c.out_dir} cannot be written ({e}): "
+                            "their lines wait in memory, and checkpoints are saved all the same")
             return self.run.length[self.run.metrics_path]
 
     def watch_disk(self):
-        """Warn where the next checkpoints will not fit."""
+        """Warn if the next checkpoints will not fit on the disk."""
         if self.layout.rank:
             return
         folders = checkpoint.steps(self.c.out_dir).values()
         self.watch.disk(self.c.out_dir, folders, self.keep, self.weights)
 
     def wait(self):
-        """Wait for shards that are being written. -> whether every checkpoint that was begun is written"""
+        """Wait for shards that are being written. -> False if one could not be written"""
         written = True
         if self.background:
             written = self.succeeds(self.background.wait, self.background.step)
@@ -98,15 +108,15 @@ class Saver:
         return written
 
     def poll(self):
-        """Learn of shards that were written meanwhile, or could not be."""
+        """Find out, without waiting, whether shards have been written or have failed."""
         if self.background and self.background.done():
             self.wait()
 
     # -------------------------------------------------------------------------
-    # Evaluations, which come after the checkpoint of their step
+    # Evaluations: each comes after the checkpoint of its step
 
     def note(self, record):
-        """Have the checkpoint of a step hold its evaluation: the `record` with the val_loss."""
+        """Add an evaluation to the checkpoint of its step. `record` has the val_loss."""
         length = self.layout.on_rank0(self.flush_logs)
         self.state["metrics_bytes"] = length
         folder = checkpoint.place(self.c.out_dir, record)
@@ -115,10 +125,11 @@ class Saver:
             self.wait()
 
     def note_evaluations(self):
+        """Write them into state.json; then it is known which checkpoint is the best, so prune."""
         for folder, fields in self.evaluations.items():
             try:
                 checkpoint.note(folder, **fields, unevaluated=None)
-            except OSError as e:  # a full disk: a resume evaluates again
+            except OSError as e:  # a full disk; a resume would evaluate again
                 self.run.warn(f"{folder} does not hold its val_loss: {e}")
         if self.evaluations:
             checkpoint.prune(self.c.out_dir, self.keep)
@@ -126,18 +137,19 @@ class Saver:
     def discard(self, record):
         """Remove the checkpoint of a step whose evaluation is not finite."""
         if self.wait():
-            self.layout.on_rank0(lambda: checkpoint.discard(checkpoint.place(self.c.out_dir, record)))
+            folder = checkpoint.place(self.c.out_dir, record)
+            self.layout.on_rank0(lambda: checkpoint.discard(folder))
 
 
 # -----------------------------------------------------------------------------
-# Shards, behind the steps
+# Shards, written while the next steps run
 
 
 class Background:
-    """Writes sharded checkpoints one after another while the training continues.
+    """Writes sharded checkpoints in a thread, one after another, while the training continues.
 
-    Each rank has one and makes the same calls. Its threads talk in a process group of their own. Each checkpoint notes
-    `heads`, the order in which tensor parallelism keeps the rows of c_attn.
+    Each rank has a Background, and all make the same calls. Their threads communicate in a process group of their own.
+    Each state.json notes `heads`, the order in which tensor parallelism keeps the rows of c_attn.
     """
 
     def __init__(self, heads=None):
@@ -146,9 +158,11 @@ class Background:
         self.thread = self.error = self.step = None
 
     def save(self, out_dir, model, optimizers, state, keep):
-        """Begin as soon as the checkpoint before is written. When this returns, this rank's tensors are copied to CPU
-        memory, so model and optimizers may change. Prunes once all is written. Raises what `wait` raises, before it
-        begins."""
+        """Wait for the last checkpoint, copy this rank's tensors to CPU memory, and begin to write them.
+
+        When this returns, model and optimizers may change. The thread prunes once all ranks have written. Raises what
+        `wait` raises.
+        """
         from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
         self.wait()
@@ -157,10 +171,12 @@ class Background:
         state = deepcopy(state)
         if self.heads:
             state["heads"] = self.heads
-        self.thread = threading.Thread(target=self.write, args=(out_dir, tensors, state, keep), daemon=True)
+        arguments = (out_dir, tensors, state, keep)
+        self.thread = threading.Thread(target=self.write, args=arguments, daemon=True)
         self.thread.start()
 
     def write(self, out_dir, tensors, state, keep):
+        """The thread: write, prune, and keep an error for `wait`."""
         try:
             checkpoint.save_sharded(out_dir, tensors, state, self.group)
             rank = dist.get_rank() if dist.is_initialized() else 0
@@ -169,11 +185,11 @@ class Background:
             self.error = e
 
     def done(self):
-        """Whether a checkpoint has been written, or has failed, that nobody has waited for yet."""
+        """Whether a checkpoint is written, or has failed, and nobody has called `wait` since."""
         return self.thread is not None and not self.thread.is_alive()
 
     def wait(self):
-        """Wait until all is written. Raises, once and on all ranks, the OSError of a checkpoint that failed."""
+        """Wait until the checkpoint is written. If that failed, raises the OSError, once and on all ranks."""
         if self.thread:
             self.thread.join()
         error = self.error

@@ -1,9 +1,9 @@
 """
-Sharded checkpoints: each rank writes and reads the tensors that lie on it, by torch.distributed.checkpoint (DCP).
+Sharded checkpoints: each rank writes and reads its own tensors, with torch.distributed.checkpoint (DCP).
 
-checkpoint.py decides when, where, and what else belongs to a checkpoint. The files are those of DCP's safetensors
-storage, which keeps no pickled index: shard-0000R-model-00001-of-00001.safetensors, with tensors named model/NAME,
-adamw/NAME/exp_avg, ... and in each header where in the whole tensor they belong.
+checkpoint.py calls this, and adds everything else that belongs to a checkpoint. DCP's safetensors storage needs no
+pickled index. Its files are named shard-0000R-model-00001-of-00001.safetensors, their tensors model/NAME,
+adamw/NAME/exp_avg, ... Each header gives the place of each slice in the whole tensor.
 """
 
 import re
@@ -17,8 +17,8 @@ SHARD = re.compile(r"shard-\d{5,}-.*\.safetensors")  # DCP's name for the file o
 
 
 def write_shards(folder, tensors, group=None):
-    """Write the part of each of `tensors` (by name) that lies on this rank. All ranks call it. Raises, on all of them,
-    the error of a rank that failed."""
+    """Write this rank's part of each tensor (`tensors` by name). All ranks call it. If one fails, all raise its error.
+    """
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
     with one_error():
@@ -27,17 +27,17 @@ def write_shards(folder, tensors, group=None):
 
 
 def own_shards(folder):
-    """Paths of the files that this rank wrote."""
+    """The files that this rank has written."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return list(folder.glob(f"shard-{rank + 1:05d}-*"))
 
 
 def read_shards(folder, weights, params=None, same_heads=True):
-    """Name -> tensor, of the weights or else of the optimizer. Raises what DCP and safetensors do.
+    """Name -> tensor: the weights, or else the optimizer's state. Raises DCP's and safetensors' errors.
 
-    Without `params` the tensors are whole and on the CPU. With `params` (by name; all ranks call it) they are those of
-    these parameters, laid out like them. The exception is a c_attn, unless the file has the `same_heads` in the same
-    order: it comes whole.
+    Without `params` the tensors are whole and on the CPU. With `params` (name -> parameter; all ranks call it) only
+    these parameters are read, each laid out like the parameter. A c_attn comes whole, unless the files have the
+    `same_heads` in the same order.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
@@ -59,8 +59,7 @@ def read_shards(folder, weights, params=None, same_heads=True):
 
 
 def in_model_order(tensor, heads):
-    """The rows of a c_attn, whose heads lie in the order `heads`, some of them twice -> head by head, as in the
-    model."""
+    """The rows of a c_attn, with its heads in the order `heads`, some more than once -> in the model's own order."""
     by_head = tensor.unflatten(0, (len(heads), -1))
     ordered = by_head.new_empty(max(heads) + 1, *by_head.shape[1:])
     ordered[heads] = by_head
@@ -69,10 +68,10 @@ def in_model_order(tensor, heads):
 
 @contextmanager
 def one_error():
-    """DCP tells every rank which ranks failed, in an exception of its own. Raise the first rank's own error instead."""
+    """DCP raises an exception of its own on every rank, which lists the ranks that failed. Raise the first's error."""
     from torch.distributed.checkpoint import CheckpointException
 
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant to be one
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a run may have a single process
     warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # DCP's own call, in torch 2.9 and on GPUs
     try:
         yield

@@ -1,9 +1,11 @@
 """
-Before the first step: the machine, the data, the settings that follow from others, and what the run leaves behind.
+Setting up a run: the machine, the data, the settings that follow from others, the run's folder.
 
-Whatever the user can get wrong ends here or in origin.py, in one line, before anything is written.
+train.py calls these functions in the order in which they stand here. A mistake of the user's ends the run here or in
+origin.py, with one line, before anything is written.
 """
 
+import gc
 import math
 import os
 import sys
@@ -38,42 +40,68 @@ from training.ranks import from_environment, own_device, rank
 from training.track import TRACKERS, Tracker
 
 CHOICES = {
-    "optimizer": ("adamw", "muon"), "muon_dtype": ("float32", "bfloat16", "auto"),
-    "lr_schedule": ("cosine", "linear", "wsd"), "zero_stage": (0, 1, 2, 3), "backend": ("nccl", "gloo"), "sdpa": SDPA,
-    "checkpoint_format": ("plain", "sharded"), "pp_schedule": SCHEDULES, "on_nan": ACTIONS, "on_spike": ACTIONS,
-    "tracker": TRACKERS, "activation_checkpointing": ("none", "selective", "full"),
+    "optimizer": ("adamw", "muon"),
+    "muon_dtype": ("float32", "bfloat16", "auto"),
+    "lr_schedule": ("cosine", "linear", "wsd"),
+    "zero_stage": (0, 1, 2, 3),
+    "backend": ("nccl", "gloo"),
+    "sdpa": SDPA,
+    "checkpoint_format": ("plain", "sharded"),
+    "pp_schedule": SCHEDULES,
+    "on_nan": ACTIONS,
+    "on_spike": ACTIONS,
+    "tracker": TRACKERS,
+    "activation_checkpointing": ("none", "selective", "full"),
 }
 
 
 @contextmanager
 def one_line_errors():
-    """Around the setup: a setting that cannot be had is the user's to mend. Later errors keep their traceback."""
+    """Around the setup: an error here is one that the user can mend. Later errors keep their traceback."""
     try:
         yield
     except (ValueError, OSError) as e:
         fail(e)
 
 
+class FullMemory(MemoryError):
+    """Memory is full. The message says what took it, and which settings take less."""
+
+
 @contextmanager
 def full_memory_explained(c):
-    """Ends the run in one line where memory is full: what took it, and which settings take less."""
+    """Around a run: turns an error about full memory into FullMemory, with advice that fits the settings `c`."""
     try:
         yield
-    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
-        if full := memory_is_full(e):
-            fail(f"{full}: {smaller(c)}")
+    except FullMemory:
         raise
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
+        full = memory_is_full(e)
+        if not full:
+            raise
+        raise FullMemory(f"{full}: {smaller(c)}") from e
 
 
 def check_settings(c):
     """Ends the run for a setting that has no meaning."""
-    plan.model_fields(dict(c))  # says which key is missing
+    plan.model_fields(dict(c))  # refuses a key that GPTConfig has and train.py does not
     if c.decay_lr and not 0 <= c.min_lr <= c.learning_rate:
-        fail(f"min_lr={c.min_lr} must lie between 0 and learning_rate={c.learning_rate}; or set decay_lr=false")
+        fail(f"min_lr={c.min_lr} must lie between 0 and learning_rate={c.learning_rate}; "
+             "or set decay_lr=false")
     for key, choices in CHOICES.items():
         if c[key] not in choices:
             named = ", ".join(str(choice) or "nothing" for choice in choices)
             fail(f"{key}={c[key]!r} is not one of {named}")
+
+
+def free_last_run():
+    """After a rewind: free the model and all that was compiled for it, before the run builds another one."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.set_stance("default")
+        torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # -----------------------------------------------------------------------------
@@ -110,7 +138,8 @@ def prepare_machine(c):
     use_tf32(c.tf32, device)
     use_sdpa(c.sdpa, device)
     if c.attn == "flash" and (device.type != "cuda" or dtype == torch.float32):
-        fail(f"attn='flash' needs a CUDA device and half precision, not {device.type} in {machine.dtype_name}")
+        fail("attn='flash' needs a CUDA device and half precision, "
+             f"not {device.type} in {machine.dtype_name}")
     if c.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -123,13 +152,13 @@ def prepare_machine(c):
 
 @dataclass
 class Data:
-    """A dataset, or a mix of several: its folders with their weights, what names it, and its two splits."""
+    """A dataset, or a mix of several, and its two splits."""
 
     folders: list  # (folder, weight)
-    sha256: str
-    tokenizer: Any  # None where the dataset has token ids alone
+    sha256: str  # names the dataset
+    tokenizer: Any  # None for a dataset of bare token ids
     vocab_size: int
-    train: Any = None  # loader.Tokens, once open_splits has opened them
+    train: Any = None  # dataset.Tokens, opened by open_splits
     val: Any = None
 
     @property
@@ -148,8 +177,11 @@ def open_data(dataset):
 
 
 def vocabulary(source, manifest):
-    """(tokenizer or None, vocab_size) of a dataset. One that says nothing is GPT-2's, as nanoGPT's datasets are; of
-    nanoGPT's meta.pkl the vocab_size is enough. Raises ValueError for a tokenizer that cannot be read."""
+    """(tokenizer or None, vocab_size) of a dataset. Raises ValueError for a tokenizer that cannot be read.
+
+    A dataset without a tokenizer has GPT-2's token ids, as nanoGPT's datasets do. A meta.pkl of nanoGPT's that is no
+    tokenizer can still give the vocab_size.
+    """
     try:
         tokenizer = load_tokenizer(source)
     except FileNotFoundError:
@@ -159,17 +191,18 @@ def vocabulary(source, manifest):
         if size is None:
             raise
         if rank() == 0:
-            print(f"warning: {e}; the run trains on its {size:,} token ids and has no tokenizer", file=sys.stderr)
+            message = f"{e}; the run trains on its {size:,} token ids and has no tokenizer"
+            print(f"warning: {message}", file=sys.stderr)
         return None, size
     return tokenizer, max(tokenizer.vocab_size, meta_vocab_size(source) or 0)
 
 
 def open_splits(c, data, vocab_size, layout):
-    """Open the training and validation tokens of `data`. Ends the run where they do not fit the settings."""
+    """Open the training and validation tokens of `data`. Ends the run if they do not fit the settings."""
     tokenizer = data.tokenizer
     if tokenizer and vocab_size < data.vocab_size:
-        fail(f"vocab_size={c.vocab_size} is too small for {data.source}, which has {data.vocab_size} token ids; "
-             "0 takes that")
+        fail(f"vocab_size={c.vocab_size} is too small for {data.source}, "
+             f"which has {data.vocab_size} token ids; 0 takes that")
     if tokenizer and c.sample_tokens:
         check_sample_start(c, tokenizer)
     if c.verify_data:
@@ -183,7 +216,7 @@ def open_splits(c, data, vocab_size, layout):
 
 
 def check_sample_start(c, tokenizer):
-    """Ends the run where sample_start is no prompt."""
+    """Ends the run if a sample cannot start from sample_start."""
     try:
         prompt = tokenizer.encode(c.sample_start)
     except ValueError as e:
@@ -193,12 +226,12 @@ def check_sample_start(c, tokenizer):
 
 
 def check_validation(c, val_tokens):
-    """Read the tokens of an evaluation before the first step. Raises DataError for damaged ones."""
+    """Read the tokens of an evaluation once, so that damaged data is found before the first step. Raises DataError."""
     for part, _ in val_tokens.parts:
         targets = len(part) - 1
         if c.eval_iters:
             targets = min(targets, c.eval_iters * max(1, 16384 // c.block_size) * c.block_size)
-        part.sha256_of(targets + 1)  # kept: the evaluation asks for the same digest
+        part.sha256_of(targets + 1)  # cached, for the evaluation needs the same digest
 
 
 # -----------------------------------------------------------------------------
@@ -206,22 +239,25 @@ def check_validation(c, val_tokens):
 
 
 def make_model_config(c, data):
+    """The GPTConfig of the settings, with the vocab_size of the dataset if the settings have none."""
     sizes = {f.name: c[f.name] for f in fields(GPTConfig)}
     return GPTConfig(**{**sizes, "vocab_size": c.vocab_size or data.vocab_size})
 
 
 @dataclass
 class Budget:
-    """How an update is cut into micro-batches (over all ranks), and the memory of a step, in bytes."""
+    """How an update is cut into micro-batches, and the memory that a step takes."""
 
-    micro_batches: int
+    micro_batches: int  # over all ranks
     step_bytes: float  # plan.py's estimate
-    free_bytes: float  # None where it is not known
+    free_bytes: float  # None if nothing says how much is free
 
 
 def settle_batch(c, origin, model_config, layout, machine):
-    """Settle the micro-batch and the accumulation. -> (c with its batch_size, Budget). Ends the run where no batch
-    fits the settings."""
+    """Settle batch_size and the number of micro-batches. -> (c with its batch_size, Budget)
+
+    Ends the run if the settings contradict each other, or if no batch fits into memory.
+    """
     with torch.device("meta"):
         costs = plan.costs_of(GPT(model_config))
     free = free_memory(machine.device, from_environment("LOCAL_WORLD_SIZE", 1))
@@ -229,41 +265,48 @@ def settle_batch(c, origin, model_config, layout, machine):
 
     def step_bytes(batch_size, accumulation):
         cuda = machine.device.type == "cuda"
-        return plan.step_memory(costs, batch_size, machine.dtype, 0, grid, accumulation, cuda)["total"]
+        memory = plan.step_memory(costs, batch_size, machine.dtype, 0, grid, accumulation, cuda)
+        return memory["total"]
 
     if not c.batch_size and origin.resumes:  # the same micro-batches give the same bits
         c = c.changed(batch_size=origin.state["batch_size"],
                       gradient_accumulation_steps=origin.state["gradient_accumulation_steps"])
     elif not c.batch_size:
-        c = c.changed(batch_size=largest_batch(c, step_bytes, free, layout), gradient_accumulation_steps=None)
+        batch_size = largest_batch(c, step_bytes, free, layout)
+        c = c.changed(batch_size=batch_size, gradient_accumulation_steps=None)
     micro_batches = micro_batches_of(c)
-    accumulation = layout.accumulation_of(micro_batches)
+    accumulation = layout.share_micro_batches(micro_batches)
     return c, Budget(micro_batches, step_bytes(c.batch_size, accumulation), free)
 
 
 def largest_batch(c, step_bytes, free, layout):
-    """The largest micro-batch that divides tokens_per_step and leaves plan.py's reserve of the `free` bytes.
-    step_bytes(batch_size, accumulation) are the bytes a step takes. Ends the run where nothing fits."""
+    """The largest batch_size that divides tokens_per_step and leaves plan.py's reserve of the `free` bytes.
+
+    step_bytes(batch_size, accumulation) estimates the bytes of a step. Ends the run if no batch_size fits.
+    """
     sequences, rest = divmod(c.tokens_per_step, c.block_size)
     if rest or not sequences or not free:
-        mend = f"set it, for example to {8 * c.block_size}" if free else "here nothing says how much memory is free"
-        fail(f"batch_size=0 takes what fits, of tokens_per_step, a multiple of block_size; {mend}")
+        mend = "but nothing says how much memory is free here"
+        if free:
+            mend = f"set it, for example to {8 * c.block_size}"
+        fail("batch_size=0 takes the largest batch that fits into memory and divides tokens_per_step, "
+             f"a multiple of block_size; {mend}")
     largest, least_bytes = 0, math.inf
     for batch_size in plan.divisors(sequences):
-        with suppress(ValueError):  # the ranks cannot share so few micro-batches
-            needed = step_bytes(batch_size, layout.accumulation_of(sequences // batch_size))
+        with suppress(ValueError):  # too few micro-batches for the ranks
+            needed = step_bytes(batch_size, layout.share_micro_batches(sequences // batch_size))
             least_bytes = min(least_bytes, needed)
             if needed <= free * (1 - plan.reserve):
                 largest = max(largest, batch_size)
-    largest = -layout.agree(-largest)[0]  # every rank has room for the smallest of them
+    largest = -layout.agree(-largest)[0]  # the smallest over the ranks: every rank has room for it
     if not largest:
-        fail(f"batch_size=0: a step takes at least {least_bytes / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free: "
-             f"{smaller(c)}")
+        fail(f"batch_size=0: a step takes at least {least_bytes / 1e9:.2g} GB, "
+             f"and {free / 1e9:.2g} GB are free: {smaller(c)}")
     return largest
 
 
 def smaller(c):
-    """Advice where a step takes too much memory."""
+    """Advice for a step that takes too much memory."""
     advice = "--activation_checkpointing=full takes less, and with more processes --zero_stage=3"
     pieces = next((n for n in range(2, c.batch_size + 1) if c.batch_size % n == 0), 1)
     if pieces == 1:
@@ -275,10 +318,10 @@ def smaller(c):
 
 
 def micro_batches_of(c):
-    """Micro-batches of an update over all ranks, from gradient_accumulation_steps or tokens_per_step. Ends the run
-    where they disagree, or where the context does not double to its length."""
-    doublings = [c.block_size >> n for n in range(c.block_size.bit_length()) if c.block_size % (1 << n) == 0]
-    if c.context_start and c.context_start not in doublings:
+    """Micro-batches of an update over all ranks, from gradient_accumulation_steps or tokens_per_step. Ends the run if
+    these disagree, or if context_start does not double to block_size."""
+    ratio, rest = divmod(c.block_size, c.context_start or c.block_size)
+    if rest or ratio & (ratio - 1):  # not a power of two
         fail(f"context_start={c.context_start} does not double to block_size={c.block_size}")
     if not c.tokens_per_step:
         return c.gradient_accumulation_steps or 1
@@ -286,40 +329,40 @@ def micro_batches_of(c):
     count, rest = divmod(c.tokens_per_step, micro)
     if rest or not count:
         below = max(1, count)
-        fail(f"tokens_per_step={c.tokens_per_step} is not a multiple of batch_size x block_size = {c.batch_size} x "
-             f"{c.block_size} = {micro}; {below * micro} and {(below + 1) * micro} are")
+        fail(f"tokens_per_step={c.tokens_per_step} is not a multiple of batch_size x block_size = "
+             f"{c.batch_size} x {c.block_size} = {micro}; {below * micro} and {(below + 1) * micro} are")
     if c.gradient_accumulation_steps not in (None, count):
-        fail(f"tokens_per_step={c.tokens_per_step} takes {count} micro-steps, but gradient_accumulation_steps="
-             f"{c.gradient_accumulation_steps}; leave one of them out")
+        fail(f"tokens_per_step={c.tokens_per_step} takes {count} micro-steps, but "
+             f"gradient_accumulation_steps={c.gradient_accumulation_steps}; leave one of them out")
     return count
 
 
 def first_state(c, origin, model_config, budget, data, layout, machine):
-    """The state of a run as state.json holds it, before its first step."""
+    """The state of a run before its first step: the fields that state.json will hold."""
     return {
         "step": 0, "wall_s": 0.0, "metrics_bytes": 0, "scaler": None, "skipped": origin.skipped,
-        "model": asdict(model_config), "config": dict(c), "seed": c.seed, "dataset_sha256": data.sha256,
-        "train_tokens": len(data.train), "batch_size": c.batch_size,
-        "gradient_accumulation_steps": budget.micro_batches, "optimizer": c.optimizer,
+        "model": asdict(model_config), "config": dict(c), "seed": c.seed, "optimizer": c.optimizer,
+        "dataset_sha256": data.sha256, "train_tokens": len(data.train),
+        "batch_size": c.batch_size, "gradient_accumulation_steps": budget.micro_batches,
         "threads": torch.get_num_threads(), "ranks": layout.world, "dtype": machine.dtype_name,
     }
 
 
 # -----------------------------------------------------------------------------
-# What the run leaves behind
+# The run's folder and its first lines
 
 
 def hold_folder(c, lock, resumed):
-    """Keep other processes from training into out_dir, which is made where it is not there."""
+    """Make out_dir if needed, and keep other processes from training into it."""
     os.makedirs(c.out_dir, exist_ok=True)
     lock.take()
     if not resumed and (steps := checkpoint.steps(c.out_dir)):
-        fail(f"another process has trained into {c.out_dir} meanwhile (step {max(steps)}): resume it with "
-             "--init_from=resume, or begin in another --out_dir")
+        fail(f"another process has trained into {c.out_dir} meanwhile (step {max(steps)}): "
+             "resume it with --init_from=resume, or begin in another --out_dir")
 
 
 def open_run(c, run, lock, layout, origin, data, machine):
-    """Open the run's folder on rank 0: take its lock, write what the run is, and cut its logs to the checkpoint."""
+    """Open the run's folder on rank 0: lock it, write config and environment, cut the logs to the checkpoint."""
     def open_files():
         run.open(dict(c), environment(machine.device, data.sha256), run.state["metrics_bytes"])
 
@@ -331,22 +374,29 @@ def open_run(c, run, lock, layout, origin, data, machine):
 
 
 def announce_run(c, run, origin, changed, budget, measure):
-    """Say what the run is, on the screen and in its events; warn of what may go wrong; start the tracker."""
+    """Say what the run is, on the screen and in its events, and warn of what may go wrong."""
     layout, machine, model_config = measure.layout, measure.machine, measure.layout.model.config
     attention = announce(c, run, budget, measure, model_config)
-    run.event("resume" if origin.resumes else "start", step=run.state["step"], changed=changed, resolved={
+    resolved = {
         "device": str(machine.device), "dtype": machine.dtype_name, "attn": attention,
         "threads": torch.get_num_threads(), "vocab_size": model_config.vocab_size,
         "gradient_accumulation_steps": budget.micro_batches, "ranks": layout.world,
-    })
+    }
+    kind = "resume" if origin.resumes else "start"
+    run.event(kind, step=run.state["step"], changed=changed, resolved=resolved)
     if budget.free_bytes and budget.step_bytes > budget.free_bytes:
-        run.warn(f"a step takes about {budget.step_bytes / 1e9:.2g} GB, and {budget.free_bytes / 1e9:.2g} GB are "
-                 f"free: {smaller(c)}")
+        run.warn(f"a step takes about {budget.step_bytes / 1e9:.2g} GB, "
+                 f"and {budget.free_bytes / 1e9:.2g} GB are free: {smaller(c)}")
     if changed:
         run.warn(f"resumed with other settings than it was saved with: {changed}")
-    tracker = c.tracker or ("wandb" if c.wandb_log else "")
-    if layout.rank:
-        tracker = ""
-    run.tracker = Tracker(tracker, run.dir, dict(c), c.wandb_project, c.wandb_run_name, run.state["step"], run.warn)
+
+
+def start_tracker(c, run):
+    """Start the tracker that the settings name, in the process that writes."""
+    kind = c.tracker or ("wandb" if c.wandb_log else "")
+    if not run.writes:
+        kind = ""
+    step = run.state["step"]
+    run.tracker = Tracker(kind, run.dir, dict(c), c.wandb_project, c.wandb_run_name, step, run.warn)
     if run.tracker.where:
         run.say(f"tracker     {run.tracker.where}")

@@ -2,8 +2,8 @@
 Tensor parallelism: each rank has some heads and some hidden units of every layer (Shoeybi et al. 2019,
 arXiv:1909.08053).
 
-It is surgery from outside on a GPT that is whole and the same on every rank. Attention and MLP are split by PyTorch's
-parallelize_module. Embedding, head and norms stay whole on each rank. Every parameter becomes a DTensor.
+It is surgery from outside on a whole GPT, the same on every rank. PyTorch's parallelize_module splits attention and
+MLP. Embedding, head and norms stay whole on each rank. Every parameter becomes a DTensor.
 """
 
 import torch
@@ -15,11 +15,11 @@ from training.ranks import own_group
 
 
 class SplitLayers:
-    """The layers of a GPT, split over the ranks of a grid, and where each slice belongs in the whole.
+    """The layers of a GPT, split over the ranks of a grid, and the place of each slice in the whole.
 
-    c_attn holds queries, then keys, then values. Its rows are put in another order first, so that each rank's slice
-    holds the queries, keys and values of that rank's own heads. Where there are fewer key/value heads than ranks,
-    several ranks hold a copy of the same one.
+    c_attn holds queries, then keys, then values. Its rows are reordered first, so that each rank's slice holds the
+    queries, keys and values of its own heads. If there are fewer key/value heads than ranks, several ranks hold a copy
+    of the same head.
     """
 
     def __init__(self, model, grid, device):
@@ -30,10 +30,10 @@ class SplitLayers:
         self.rank = mesh.get_local_rank()
         self.size = mesh.size()
         self.heads = order_of_heads(config, self.size)
-        # by the names of parameters
+        # each by the name of a parameter
         self.dims = {}       # the dimension that is split
-        self.row_order = {}  # of c_attn: the place in the whole of each row, as the ranks have them
-        self.kv_rows = {}    # of c_attn: which rows of this rank's slice are keys and values
+        self.row_order = {}  # c_attn: the place of each reordered row in the whole
+        self.kv_rows = {}    # c_attn: which rows of this rank's slice are keys and values
 
         rows = torch.arange((config.n_head + 2 * config.kv_heads) * config.head_dim)
         rows = rows.view(-1, config.head_dim)[self.heads].flatten()
@@ -54,7 +54,7 @@ class SplitLayers:
             self.kv_group = own_group(grid.mesh.view(-1, self.kv_copies))
 
     def split_block(self, block, mesh, prefix):
-        """Split attention and MLP: the first projections by output, so the last ones by input."""
+        """Split attention and MLP: their first projections by output, and so their last projections by input."""
         from torch.distributed.tensor.parallel import (
             ColwiseParallel,
             RowwiseParallel,
@@ -78,7 +78,7 @@ class SplitLayers:
             with_local(block.attn, block.attn, "q_gain", "k_gain", summed=True)
 
     def to_model_order(self, name, tensor):
-        """A tensor that is gathered over the ranks, with the rows of c_attn as one process has them."""
+        """A tensor gathered over the ranks -> the same with the rows of c_attn in the model's own order."""
         if name not in self.row_order or not tensor.ndim:
             return tensor
         order = self.row_order[name].to(tensor.device)
@@ -105,22 +105,22 @@ class SplitLayers:
                 grads[name][rows] = shared
 
     def square_to_count(self, name, tensor, square):
-        """What `square`, the squared norm of this rank's `tensor`, adds to that of the whole: a head that two ranks
-        hold counts half."""
+        """`square` is the squared norm of this rank's `tensor`. -> its share in the squared norm of the whole: a head
+        that two ranks hold counts half on each"""
         if self.kv_copies == 1 or name not in self.kv_rows:
             return square
         shared = torch.linalg.vector_norm(tensor[self.kv_rows[name]]).square()
         return square - shared * (1 - 1 / self.kv_copies)
 
     def join_heads(self, figures):
-        """Turn what training/probe.py has measured in this rank's heads into figures of all heads, in place."""
+        """Turn probe.attention's figures for this rank's heads into figures for all heads, in place."""
         dist.all_reduce(figures["attn_entropy"], group=self.group)
         dist.all_reduce(figures["attn_logit_max"], dist.ReduceOp.MAX, group=self.group)
         figures["attn_entropy"] /= self.size
 
 
 def order_of_heads(config, ranks):
-    """For each head of c_attn, in the order in which the ranks hold them, its place in the whole projection."""
+    """The heads of c_attn in the order in which the ranks hold them. -> for each, its place in the whole projection"""
     counts = (config.n_head, config.kv_heads, config.kv_heads)
     q, k, v = torch.arange(sum(counts)).split(counts)
     kv_heads = max(1, config.kv_heads // ranks)  # of one rank
@@ -133,17 +133,17 @@ def order_of_heads(config, ranks):
 
 
 def reorder_rows(linear, rows):
-    """Give `linear` these rows of its weight and bias, in this order; a row may come more than once."""
+    """Give `linear` these `rows` of its weight and bias, in this order. A row may occur more than once."""
     for kind, p in list(linear.named_parameters()):
         setattr(linear, kind, nn.Parameter(p.detach()[rows.to(p.device)]))
     linear.out_features = len(rows)
 
 
 def replicate_rest(model, mesh):
-    """Make every parameter that is not split a DTensor that is whole on each rank."""
+    """Turn every parameter that is not split into a DTensor that is whole on each rank."""
     from torch.distributed.tensor import distribute_tensor
 
-    replicated = {}  # parameter -> its DTensor, so that a tied head stays tied
+    replicated = {}  # parameter -> its DTensor: a tied head must stay tied
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if is_dtensor(p):
@@ -157,10 +157,10 @@ def replicate_rest(model, mesh):
 
 
 def with_local(module, owner, *names, summed=False):
-    """Have `module` run with these parameters of `owner` as plain tensors.
+    """Make `module` run with the parameters `names` of `owner` as plain tensors.
 
-    Every tensor-parallel rank has the whole parameter and computes its whole gradient. With `summed` each computes a
-    part, and the gradient is the sum over the ranks.
+    Every tensor-parallel rank has the whole parameter and computes its whole gradient. With `summed`, each rank
+    computes a part of the gradient, which is the sum over the ranks.
     """
     from torch.distributed.tensor import Partial, Replicate
 
@@ -169,7 +169,7 @@ def with_local(module, owner, *names, summed=False):
 
     def run(*args, **kwargs):
         for name in names:
-            # an attribute of the instance is found before torch.nn.Module looks among the parameters
+            # Python looks at an instance's attributes before torch.nn.Module looks at its parameters
             owner.__dict__[name] = owner._parameters[name].to_local(grad_placements=grads)
         try:
             return forward(*args, **kwargs)

@@ -28,10 +28,10 @@ SECONDS = 5  # how long a server may take to answer; at its start and end wandb 
 
 
 class Tracker:
-    """One tracker of one run, or none: kind "" does nothing. It calls `warn` at most once, and raises nothing."""
+    """The tracker of a run; kind "" does nothing. It calls `warn` at most once, and never raises."""
 
     def __init__(self, kind, run_dir, config, project, name, step=0, warn=print):
-        """`step` updates were done before: above 0 it is a resumed run."""
+        """`step` is the number of updates so far: above 0 the run is resumed."""
         self.kind = kind
         self.warn = warn
         self.where = ""  # where to look at it, for people
@@ -39,8 +39,8 @@ class Tracker:
         self.end = None  # end(failed)
         if not kind:
             return
-        begin = {"wandb": begin_wandb, "trackio": begin_trackio, "tensorboard": begin_tensorboard}[kind]
-        begun = self.try_call(lambda: begin(Path(run_dir), config, project, name, step))
+        kinds = {"wandb": begin_wandb, "trackio": begin_trackio, "tensorboard": begin_tensorboard}
+        begun = self.try_call(lambda: kinds[kind](Path(run_dir), config, project, name, step))
         if begun:
             self.send, self.end, self.where = begun
             atexit.register(self.finish, failed=True)  # after an error that nobody expected
@@ -61,7 +61,7 @@ class Tracker:
             self.try_call(lambda: end(failed))
 
     def try_call(self, call):
-        """What `call` returns. After an error: None, with a warning, and no record is sent any more."""
+        """-> the result of `call`. After an error, it warns, returns None, and sends no more records."""
         try:
             return call()
         except Exception as e:
@@ -74,13 +74,14 @@ class Tracker:
 
 
 def one_line(error):
-    """The first line of an error's message that is not empty, or else its type."""
+    """The first line of an error's message that is not empty, or else the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def flat(record):
-    """The finite numbers in a record of metrics.jsonl, by one name each: grad_norms/embed, attn_entropy/layer_0."""
+    """The finite numbers in a record of metrics.jsonl, each with a name such as grad_norms/embed, attn_entropy/layer_0.
+    """
     numbers = {}
     for key, value in record.items():
         if isinstance(value, (list, tuple)):
@@ -93,7 +94,7 @@ def flat(record):
 
 
 def id_of(run_dir, resumed):
-    """The id by which the tracker knows this run. A run that is not resumed gets a new one."""
+    """The id by which the tracker knows this run. A resumed run keeps its id; any other gets a new id."""
     path = run_dir / "tracker_id"
     if not (resumed and path.exists()):
         path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
@@ -105,8 +106,8 @@ def id_of(run_dir, resumed):
 
 
 def begin_wandb(run_dir, config, project, name, step):
-    """-> (send(values, step), end(failed), where to look at it). Raises whatever wandb does."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it uses the network in offline mode as well
+    """-> (send(values, step), end(failed), where a person can look at it). Raises wandb's errors."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its reports use the network even in offline mode
     import wandb
 
     mode, reason = wandb_mode(wandb)
@@ -130,14 +131,14 @@ def begin_wandb(run_dir, config, project, name, step):
         run.finish(exit_code=int(failed))
 
     if mode == "online":
-        where = f"wandb {run.url}"  # offline, to ask for the URL is a warning
+        where = f"wandb {run.url}"  # offline, asking for the URL causes a warning
     else:
         where = f"wandb {mode} ({reason}); wandb sync {Path(run.dir).parent}"
     return send, end, where
 
 
 def wandb_settings(wandb):
-    """Silent, with bounded waits. finish_timeout is known to newer versions of wandb only."""
+    """Silent, and with a limit for every wait. Older versions of wandb do not know finish_timeout."""
     seconds = 4.0 * SECONDS
     wanted = {"console": "off", "silent": True, "init_timeout": seconds, "login_timeout": seconds,
               "finish_timeout": seconds}
@@ -146,7 +147,7 @@ def wandb_settings(wandb):
 
 
 def wandb_mode(wandb):
-    """-> ("online", "offline" or another mode that WANDB_MODE asks for; the reason)"""
+    """-> (mode, reason): "online", "offline", or whatever the environment variable WANDB_MODE says."""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"], "as WANDB_MODE says"
     settings = wandb.setup().settings  # includes the environment's and those of its files
@@ -159,7 +160,8 @@ def wandb_mode(wandb):
 
 def has_key(settings):
     """Whether wandb finds a key without asking for one: in its settings, the environment, or ~/.netrc."""
-    if settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    variables = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if settings.api_key or any(os.environ.get(name) for name in variables):
         return True
     for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         with contextlib.suppress(OSError, netrc.NetrcParseError, TypeError):
@@ -170,7 +172,7 @@ def has_key(settings):
 
 
 def reachable(url):
-    """Whether a server answers, whatever the answer. It asks in a thread: looking up a name knows no time limit."""
+    """Whether a server answers, whatever it answers. A thread asks, because looking up a name has no time limit."""
     answered = threading.Event()
 
     def ask():
@@ -210,7 +212,7 @@ def begin_trackio(run_dir, config, project, name, step):
 def begin_tensorboard(run_dir, config, project, name, step):
     """As begin_wandb."""
     if not importlib.util.find_spec("tensorboard"):
-        raise ModuleNotFoundError(name="tensorboard")  # torch's own error does not name it
+        raise ModuleNotFoundError(name="tensorboard")  # torch's own error does not name the package
     from torch.utils.tensorboard import SummaryWriter
 
     folder = run_dir / "tensorboard"

@@ -1,7 +1,8 @@
 """
-Passes before the first step: compile the model, fall back once where that fails, and let DDP settle its buckets.
+Passes before the first step: they compile the model, and let DDP settle its buckets.
 
-They change neither weights nor the order of the data: their gradients are dropped.
+They change neither weights nor the order of the data, and their gradients are dropped. If the model does not compile,
+the run stays uncompiled.
 """
 
 import torch
@@ -12,15 +13,15 @@ from training.measure import context_at, seed_dropout
 
 
 def compile_model(c, layout, measure, loader, opt, step):
-    """Compile the model for training and evaluation, where the settings ask for it. Where it does not work, the run
-    warns and stays uncompiled, on all ranks."""
+    """Compile the model for training and evaluation, if the settings ask for it. If it fails on any rank, the run warns
+    and stays uncompiled on all of them."""
     device = measure.machine.device
     asked = device.type == "cuda" if c.compile is None else c.compile
     if not asked:
         return
     trouble = layout.any_trouble(can_compile(device) or layout.cannot_compile())
     if not trouble and not layout.copies_whole:
-        # ranks wait for each other within a pass, so first compile a function that no rank waits for
+        # ranks wait for each other within a pass, so find out first, with a small function of its own
         trouble = layout.any_trouble(trouble_of(lambda: compile_one(device)))
     if not trouble:
         trouble = trouble_of(lambda: first_passes(c, layout, measure, loader, step))
@@ -35,12 +36,12 @@ def compile_model(c, layout, measure, loader, opt, step):
 
 
 def first_passes(c, layout, measure, loader, step):
-    """Compile, by one pass for each length of context that the run will have."""
+    """Compile by running a pass for each length of context that the run will have."""
     layout.compile()
     if layout.copies_whole:
         measure.evaluator = torch.compile(layout.model, dynamic=False)
-    torch._dynamo.config.recompile_limit = 64  # graphs of one function: one a length, and the evaluation's
-    # DDP's ranks do not talk in a micro-step before the last, so a rank that fails leaves none waiting
+    torch._dynamo.config.recompile_limit = 64  # a graph for each length, and one for the evaluation
+    # DDP's ranks communicate in the last micro-step only: in any other, a rank that fails leaves none waiting
     micro = -1 if layout.copies_whole else layout.accumulation - 1
     x, y = layout.repeat_batch(loader.batch(step))
     x, y = x.to(measure.machine.device), y.to(measure.machine.device)
@@ -52,8 +53,8 @@ def first_passes(c, layout, measure, loader, step):
 
 
 def trouble_of(call):
-    """Why `call` fails, in a line; None where it works. Raises where memory is full: running in another way needs no
-    less."""
+    """The error of `call` in one line, or None if it works. A full memory is raised: uncompiled, the run needs no less.
+    """
     try:
         call()
     except Exception as e:
@@ -62,9 +63,11 @@ def trouble_of(call):
 
 
 def settle_buckets(c, layout, measure, loader, opt, step):
-    """DDP orders its buckets after its first backward pass: have them as a resumed run has them."""
+    """Idle passes after which DDP keeps the order of its buckets: a resumed run then sums in the same order."""
+    last = layout.accumulation - 1
     for _ in range(layout.warm_ups):
         x, y = loader.batch(step)
-        seed_dropout(c, layout, step, layout.accumulation - 1)
-        layout.forward_backward(measure.to_device(x, step), measure.to_device(y, step), layout.accumulation - 1)
+        x, y = measure.to_device(x, step), measure.to_device(y, step)
+        seed_dropout(c, layout, step, last)
+        layout.forward_backward(x, y, last)
         opt.zero_grad()
