@@ -173,7 +173,7 @@ def machine(c, where, why, world=1):
         compiles = "not tried under torchrun" if world > 1 else try_compile(where)
     packages = ", ".join(f"{name} {version}" for name, version in recorded["packages"].items())
     variables = " ".join(f"{key}={value}" for key, value in facts["variables"].items())
-    reach = f"{peak / 1e12:.3g} TFLOP/s, what MFU is a share of" if peak else "not known, so MFU is n/a"
+    reach = f"{peak / 1e12:.3g} TFLOP/s, the base of MFU" if peak else "not known, so MFU is n/a"
     changes = " with changes" if recorded["dirty_diff"] or recorded["untracked"] else ""
     lines = [
         ("system", f"{platform.platform()}, Python {recorded['python']}"),

@@ -155,8 +155,8 @@ def loss_memory(costs, tokens, small, cuda, copied):
     piece = -(-tokens // pieces) * vocab  # elements; a soft-cap halves the rows and doubles the bytes
     half = costs.table / 2 if small == 2 else 0  # bytes of the table in half precision
     softmax = 4 if small == 2 and not cuda else 0  # bytes per logit, in fp32; compiled it takes none
-    copy = half if copied else 0
-    return 4 * tokens * costs.config.n_embd + costs.table + copy + piece * small + max(piece * softmax, half)
+    peak = piece * small + max(piece * softmax, half) + (half if copied else 0)
+    return 4 * tokens * costs.config.n_embd + costs.table + peak
 
 
 def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=ONE_GPU, micro_steps=1, cuda=True):
@@ -189,17 +189,17 @@ def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=ONE_GPU, mic
         parts["casts"] = small * costs.matrices / tensor * layers / c.n_layer
     inputs, outputs, inside, dropped = block_activations(c, T, small, cuda)
     block_bytes = inputs + outputs + inside / tensor + dropped  # per token
-    kept = {
+    saved = {
         "none": block_bytes,
         "selective": inputs + 2 * 4 * c.n_embd,  # and the norms' outputs before the cast
         "full": inputs / 2,
     }[recompute]
     # around the blocks: the embedding, the input of ln_f, the gradient of its output
     around = dropped / 2 + (4 * c.norm_embed + 4 + 4) * c.n_embd
-    parts["activations"] = tokens * (min(pipeline, micro_steps) * layers * kept + around)
+    parts["activations"] = tokens * (min(pipeline, micro_steps) * layers * saved + around)
     # ZeRO gathers the table in `dtype`, so nobody copies it
     parts["logits"] = loss_memory(costs, tokens, small, cuda, copied=not zero)
-    recomputed = block_bytes - min(kept, block_bytes)
+    recomputed = block_bytes - min(saved, block_bytes)
     hidden = 2 * small * tokens * c.mlp_dim / tensor
     parts["backward"] = tokens * recomputed + hidden + 4 * c.mlp_dim * c.n_embd / tensor
     if c.tie_weights:
