@@ -403,14 +403,11 @@ def check_communication(c, group, where):
 def differing(cards):
     """{variable: {value: ranks}} of environment variables that are not the same on all ranks."""
     names = {name for card in cards for name in card["variables"]} - {"CUDA_VISIBLE_DEVICES"}
-    different = {}
-    for name in sorted(names):
-        values = {}
+    ranks_by_value = {name: {} for name in sorted(names)}
+    for name, holders in ranks_by_value.items():
         for r, card in enumerate(cards):
-            values.setdefault(card["variables"].get(name, ""), []).append(r)
-        if len(values) > 1:
-            different[name] = values
-    return different
+            holders.setdefault(card["variables"].get(name, ""), []).append(r)
+    return {name: holders for name, holders in ranks_by_value.items() if len(holders) > 1}
 
 
 def show_ranks(backend, cards, rows):

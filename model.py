@@ -251,8 +251,6 @@ def shares_heads(device, dtype, head_dim):
     return device.type != "cuda" or takes_flash(device, dtype, head_dim)
 
 
-
-
 def pick_attention(attn, device, dtype, T, head_dim):
     """The kernel for config.attn on this device, in this dtype, for T tokens -> ("flash" | "sdpa" | "math", reason)"""
     if attn != "auto":
@@ -264,7 +262,8 @@ def pick_attention(attn, device, dtype, T, head_dim):
             return "sdpa", "quicker on this GPU than flash-attn"
         return "flash", "flash-attn is installed"
     if dtype in (torch.float16, torch.bfloat16) and device.type == "cpu" and T <= 512:
-        return "math", "quicker than SDPA's CPU kernel in half precision"  # T x T weights: no longer sequences
+        # for more tokens the T x T weights take too much memory
+        return "math", "quicker than SDPA's CPU kernel in half precision"
     return "sdpa", "PyTorch picks the kernel"
 
 
@@ -415,6 +414,7 @@ class GPT(nn.Module):
 
         logits (B, T, vocab_size), or (B, 1, vocab_size) with last_only; loss is the mean in nats per target, or None
         without targets. With loss_only the logits are None and never held whole in fp32.
+
         cache (inference/kvcache.py): the keys and values of earlier tokens. It has `positions` (T,) of idx, their
         `rope`, attend(layer, q, k, v) in place of `attend` above, and `rows`, the places in T whose logits are wanted.
         """

@@ -85,7 +85,6 @@ def default_prompt(c, tokenizer):
 
 
 
-
 def check_prompts(c, model, tokenizer, texts):
     """Raises ValueError for a prompt of the command line that the tokenizer cannot encode or the model cannot read."""
     key = "prompts" if c.prompts else "start"

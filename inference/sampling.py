@@ -1,5 +1,5 @@
 """
-From logits to a token, and from tokens to a text that ends where it should.
+From logits to a token (`penalise`, then `probabilities`), and where a text ends (`StopText`). infer.py calls these.
 """
 
 import math
@@ -18,7 +18,7 @@ class Sampling:
     top_p: float = 1.0               # nucleus sampling: the smallest set of tokens whose probability reaches top_p
     min_p: float = 0.0               # only tokens with at least this share of the largest probability
     repetition_penalty: float = 1.0  # above 1: tokens that were there before become less likely
-    seed: int = 0
+    seed: int = 0                    # of the request's own random numbers
     stop: tuple = ()                 # strings that end the text, and are not part of it
     stop_tokens: tuple = ()          # ids that end it
     ignore_eos: bool = False         # continue past the end of a document
