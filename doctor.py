@@ -256,7 +256,7 @@ class Ranks:
     def roll_call(self):
         """Reads what every rank reports about itself. Ends with an error that names the ranks that never did."""
         if not self.all_finished("here"):
-            self.only_first_reports()
+            self.exit_unless_first()
             absent = self.unfinished("here")
             present = [r for r in range(self.world) if r not in absent]
             self.report(f"{ranks(absent)} of {self.world} did not come within {self.timeout:g} s", [
@@ -281,7 +281,7 @@ class Ranks:
 
     def report_stage(self, name, symptom, error=""):
         """Reports the ranks that have not finished a stage, because of an error or of the time-out."""
-        self.only_first_reports()
+        self.exit_unless_first()
         stuck = self.unfinished(name)
         hosts = ", ".join(sorted({self.cards[r]["host"] for r in stuck}))
         happened = "failed" if error else f"did not get through within {self.timeout:g} s"
@@ -290,8 +290,8 @@ class Ranks:
             details.append(error)
         self.report(f"{name}: {ranks(stuck)} of {self.world} (on {hosts}) {happened}", details)
 
-    def only_first_reports(self):
-        """Returns on the first rank that has trouble. On other ranks it ends the process in silence."""
+    def exit_unless_first(self):
+        """Ends this process in silence unless it is the first rank with trouble: one rank reports."""
         if self.store.add("doctor/trouble", 1) > 1:
             time.sleep(GRACE)
             os._exit(1)
@@ -328,7 +328,7 @@ def check_cards(group):
             holders.setdefault((card["host"], card["uuid"]), []).append(r)
     shared = [f"{ranks(members)} on {host}" for (host, _), members in holders.items() if len(members) > 1]
     if shared:
-        group.only_first_reports()
+        group.exit_unless_first()
         group.report(f"one GPU is shared by {'; '.join(shared)}", [
             "torchrun --nproc_per_node=N with no more than the GPUs here; CUDA_VISIBLE_DEVICES the same for all"])
 

@@ -167,7 +167,7 @@ def test_one_rank_one_gpu():
     class Them:
         cards = [{"host": "a", "device": "cuda", "uuid": uuid} for uuid in "xyx"]
 
-        def only_first_reports(self):
+        def exit_unless_first(self):
             pass
 
         def report(self, trouble, details):
