@@ -1,15 +1,15 @@
 """
 The loss of a large vocabulary, without its logits.
 
-In fp32 GPT-2's logits take 201 kB a token: 13 GB for 64 x 1,024 tokens, and their gradient takes as much again. Here
-the last hidden states and the table go in, and the loss comes out together with both gradients. It works on a few rows
-at a time: it computes their logits, turns them into their own gradient in the same memory, multiplies that with the
-table and the hidden states, and overwrites it with the logits of the next rows. Nothing is computed twice. Only the two
-gradients are kept for the backward pass, which scales them (Liger Kernel, Hsu et al. 2024, arXiv:2410.10989; Cut
+In fp32 GPT-2's logits take 201 kB a token: 13 GB for 64 x 1,024 tokens, and their gradient takes as much again.
+linear_cross_entropy takes the last hidden states and the table, and computes the loss together with both gradients. It
+works on a few rows at a time: it computes their logits, turns these in place into their gradient, multiplies that with
+the table and the hidden states, and overwrites it with the logits of the next rows. Nothing is computed twice. Only the
+two gradients are kept for the backward pass, which scales them (Liger Kernel, Hsu et al. 2024, arXiv:2410.10989; Cut
 Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009).
 
-It is one operator to autograd, to torch.compile and to DDP, so every layout of parallel.py computes the same thing.
-It imports torch alone.
+Autograd, torch.compile and DDP see one operator, so every layout of parallel.py computes the same thing. This file
+imports torch alone.
 """
 
 import functools
@@ -17,9 +17,9 @@ import functools
 import torch
 from torch import Tensor
 
-# How many logits are held at once, by type of device. More gain nothing on a CPU. A GPU's matrix products want a few
+# How many logits are held at once, by type of device. A CPU gains nothing from more. A GPU's matrix products want a few
 # thousand rows: 2,668 rows (with GPT-2's vocabulary) x 768 are 126 tiles of 128 x 128, for the 132 multiprocessors of
-# an H100. This was computed, not measured on one.
+# an H100. The GPU's number is computed, not measured.
 PIECE = {"cpu": 2**25, "cuda": 2**27}
 
 
@@ -53,8 +53,8 @@ def rows_at_once(padded_vocab_size, kind, softcap=0.0, piece=0):
 @torch.library.custom_op("minichat::linear_cross_entropy", mutates_args=())
 def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: int, softcap: float, dtype: torch.dtype,
                        gradients: bool, fuse: bool, piece: int) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (summed loss, its gradient with respect to x (N, C), its gradient with respect to the table). Without
-    `gradients` the last two are empty. `dtype` is that of the matrix products."""
+    """-> (summed loss, gradient of x (N, C), gradient of the table). Without `gradients` the last two are empty.
+    `dtype`: of the matrix products."""
     turn_into_gradient = compiled() if fuse else logits_to_gradient_
     with torch.autocast(x.device.type, enabled=False):
         weight = table.to(dtype)
@@ -62,8 +62,11 @@ def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: in
         rows = -(-len(x) // pieces)  # of each piece; the last one may have fewer
         buffer = torch.empty(rows, len(table), dtype=dtype, device=x.device)
         loss = torch.zeros((), dtype=at_least_fp32(dtype), device=x.device)
-        grad_x = torch.empty_like(x) if gradients else x.new_empty(0)
-        grad_table = torch.empty_like(table, dtype=at_least_fp32(table.dtype)) if gradients else table.new_empty(0)
+        grad_x = x.new_empty(0)
+        grad_table = table.new_empty(0)
+        if gradients:
+            grad_x = torch.empty_like(x)
+            grad_table = torch.empty_like(table, dtype=at_least_fp32(table.dtype))
         for first in range(0, len(x), rows):
             xs = x[first : first + rows].to(dtype)  # (rows, C)
             ts = targets[first : first + rows]  # (rows,)
@@ -79,7 +82,7 @@ def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: in
 
 @loss_and_gradients.register_fake
 def _(x, table, targets, vocab_size, softcap, dtype, gradients, fuse, piece):
-    """Shapes and dtypes of the results, which is all that torch.compile asks for."""
+    """Shapes and dtypes of the results: torch.compile asks for no more."""
     loss = x.new_empty((), dtype=at_least_fp32(dtype))
     if not gradients:
         return loss, x.new_empty(0), table.new_empty(0)

@@ -1,5 +1,6 @@
 """
-The machine as torch sees it: which device, precision and kernels to use and why, its peak speed, its memory.
+The machine as torch sees it: which device (pick_device), precision (pick_dtype) and kernels to use and why, whether
+torch.compile can work, its peak speed and its memory. Every function stands by itself.
 """
 
 import contextlib
@@ -20,10 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Peak dense FLOP/s, without sparsity: in bf16 and fp16 with fp32 sums, and in fp32 without TF32 (None: the sources
-# differ). A key is a part of what torch.cuda.get_device_name returns; if one key contains another, the longer comes
-# first. From the makers' data sheets and architecture white papers (Volta, Turing, Ampere GA100 and GA102, Ada,
-# Hopper, Blackwell, RTX Blackwell, CDNA 3), half of what they print "with sparsity".
+# Peak dense FLOP/s: in bf16 and fp16 with fp32 sums, and in fp32 without TF32 (None: the sources differ). A key is a
+# part of the name in torch.cuda.get_device_name; if one key contains another, the longer comes first. From the makers'
+# data sheets and white papers (Volta to RTX Blackwell, CDNA 3), half of the figures they print "with sparsity".
 PEAK_FLOPS = {
     "GB200": (2500e12, None),
     "B200": (2250e12, None),
@@ -54,9 +54,9 @@ PEAK_FLOPS = {
     "MI300X": (1307.4e12, 163.4e12),
 }
 
-OTHER_CHIP = re.compile(r"\b(Laptop|Max-Q|Ti|D|SUPER|MIG)\b")  # another chip, or a part of one, with the same name
+OTHER_CHIP = re.compile(r"\b(Laptop|Max-Q|Ti|D|SUPER|MIG)\b")  # names of other chips, or of parts of one
 
-# A machine with an NVIDIA driver has one of these files: on Linux, in a container, on WSL.
+# A machine with an NVIDIA driver has one of these files: on Linux, in a container, on WSL
 NVIDIA_DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")
 
 # Builds of torch 2.9 to 2.14: wheel index -> the lowest and highest compute capability with kernels. CUDA 13 dropped
@@ -71,10 +71,8 @@ SDPA = ("auto", "cudnn", "flash", "efficient", "math")  # kernels of scaled_dot_
 
 
 def pick_device(name="auto"):
-    """"auto", "cpu", "cuda", "cuda:1" or "mps" -> (torch.device, reason for people).
-
-    Raises ValueError if this machine has no such device, or has an NVIDIA GPU that this build of torch cannot use.
-    """
+    """"auto", "cpu", "cuda", "cuda:1" or "mps" -> (torch.device, reason to print). Raises ValueError if this machine
+    has no such device, or has an NVIDIA GPU that this build of torch cannot use."""
     if name == "auto":
         if cuda_is_available():
             device = torch.device("cuda")
@@ -92,9 +90,8 @@ def pick_device(name="auto"):
     if not available.get(device.type, False):
         if device.type == "cuda":
             check_driver(name)
-        raise ValueError(
-            f"device={name!r}: torch {torch.__version__} finds no such device here; device=auto takes what there is"
-        )
+        raise ValueError(f"device={name!r}: torch {torch.__version__} finds no such device here; "
+                         "device=auto takes what there is")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
@@ -122,7 +119,7 @@ def install_torch(index):
 
 
 def why_no_gpu():
-    """Why device=auto picks the CPU, for people."""
+    """Why device=auto picks the CPU, in words."""
     if torch.version.cuda is None and torch.version.hip is None and nvidia_driver():
         return ("this torch is a CPU build; an NVIDIA driver is here: install a CUDA build with "
                 f"{install_torch('cu130')}, or with cu126 where the driver is older than 580")
@@ -159,8 +156,7 @@ def runs_on(arch, capability):
     """Whether code for "sm_86", "sm_90a" or "compute_90" runs on a GPU of this compute capability, such as (8, 9).
 
     A binary (sm) runs on later minor versions of its major version, PTX (compute) on all later GPUs. "a" restricts
-    either to exactly its version (CUDA C++ Programming Guide, Binary Compatibility and PTX Compatibility).
-    """
+    either to exactly its version (CUDA C++ Programming Guide, Binary Compatibility and PTX Compatibility)."""
     kind, _, version = arch.partition("_")
     number = int(version.rstrip("af"))
     built = divmod(number, 10)
@@ -185,7 +181,7 @@ def check_kernels(name, device):
 
 
 def build_for(capability):
-    """Which build of torch has kernels for a compute capability that the installed one does not support, for people."""
+    """Which build of torch has kernels for a compute capability that the installed build does not support, in words."""
     if capability < (5, 0):
         return "no build of torch >= 2.9 has"
     for index, (lowest, highest) in BUILDS.items():
@@ -201,10 +197,7 @@ def build_for(capability):
 
 
 def pick_dtype(name, device):
-    """"auto", "float32", "bfloat16" or "float16" -> (torch.dtype, reason for people).
-
-    Raises ValueError for another name.
-    """
+    """"auto", "float32", "bfloat16" or "float16" -> (torch.dtype, reason to print). Raises ValueError."""
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"dtype={name!r} is none of auto, {', '.join(DTYPES)}")
@@ -219,7 +212,7 @@ def pick_dtype(name, device):
 
 
 def native_bfloat16():
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX); emulated, it is slower than float32."""
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX). Emulated, it is slower than float32."""
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):  # private: a torch may lack them
         is_supported = getattr(torch.cpu, name, None)
         if is_supported and is_supported():
@@ -235,8 +228,7 @@ def autocast(device, dtype):
 
 
 def use_tf32(enabled, device):
-    """Allows or forbids CUDA to multiply fp32 matrices in TF32: 10 bits of mantissa instead of 23. No effect on other
-    devices."""
+    """Allows or forbids CUDA to multiply fp32 matrices in TF32: 10 bits of mantissa instead of 23."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if enabled else "highest")
 
@@ -264,9 +256,8 @@ def inference_kernels(device):
     """The context to run inference in: scaled_dot_product_attention without cuDNN's kernel.
 
     From torch 2.11 SDPA prefers cuDNN on Hopper and B200 (with cuDNN 9.15.1 or later, which CUDA 13 builds have). cuDNN
-    takes about 0.4 s to plan for each new shape, and decoding has a new shape at every length. On B200, wrong results
-    for a query of length 1 were reported (pytorch/pytorch#193893). The other kernels keep torch's order: flash,
-    efficient, math. A kernel chosen with use_sdpa stays the only one.
+    takes about 0.4 s to plan for each new shape, and decoding has a new shape at every length. On B200 it was reported
+    to be wrong for a query of length 1 (pytorch/pytorch#193893). A kernel chosen with use_sdpa stays the only one.
     """
     if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
         return contextlib.nullcontext()
@@ -278,15 +269,14 @@ def inference_kernels(device):
     kernels = [kernel for kernel, is_on in enabled.items() if is_on]
     if not kernels:
         return contextlib.nullcontext()  # use_sdpa("cudnn")
-    # Without set_priority: cuDNN is off, so the order is right, and torch sets up its own order once, at the first
-    # attention of the process. A priority restored over it would change the kernel that training gets afterwards.
+    # Without set_priority: torch sets up its order once, at the first attention of the process, and a priority restored
+    # over it would change the kernel that training gets afterwards. With cuDNN off that order is right.
     return sdpa_kernel(kernels)
 
 
 def sdpa_kernel_of(device, dtype, *, batch, queries, keys, heads, kv_heads, head_dim, causal):
-    """The kernel that scaled_dot_product_attention picks for tensors of this shape now: "cudnn" | "flash" |
-    "efficient" | "math", or "unknown" if torch does not tell. `queries` and `keys` are lengths in tokens. If gradients
-    are enabled, the tensors require them, as in training."""
+    """The kernel that scaled_dot_product_attention picks now for this shape, `queries` and `keys` in tokens: "cudnn" |
+    "flash" | "efficient" | "math", or "unknown". If gradients are enabled, the tensors require them, as in training."""
     names = {SDPBackend.CUDNN_ATTENTION: "cudnn", SDPBackend.FLASH_ATTENTION: "flash",
              SDPBackend.EFFICIENT_ATTENTION: "efficient", SDPBackend.MATH: "math"}
     grad = torch.is_grad_enabled()
@@ -348,8 +338,8 @@ def compile_one(device):
 
 
 def inner_error(error):
-    """The innermost cause of an exception. At each level the cause is the exception that torch.compile wrapped
-    (inner_exception), else the one it was raised from (__cause__), else the one being handled (__context__)."""
+    """The innermost cause of an exception. A level's cause is the exception that torch.compile wrapped
+    (inner_exception), else the one named by `raise ... from`, else the one that was being handled."""
     seen = {id(error)}
     while True:
         context = None if error.__suppress_context__ else error.__context__
@@ -361,8 +351,8 @@ def inner_error(error):
 
 
 def what_failed(error):
-    """The innermost cause of an error, in one line. If memory is full it raises that cause instead: running without
-    torch.compile would need no less."""
+    """The innermost cause of an error, in one line. If memory is full it raises that cause instead: without
+    torch.compile a run needs no less."""
     cause = inner_error(error)
     if memory_is_full(cause):
         raise cause from None
@@ -399,7 +389,7 @@ def peak_flops(device, dtype, tf32=False):
 @functools.cache
 def matmul_flops(dtype, threads):
     """FLOP/s of this CPU in a matrix product of `dtype` with torch's `threads`: the best of a few tries in about 0.1 s.
-    No data sheet knows a CPU's clock under load, so its MFU is a share of what a matrix product reaches here."""
+    No data sheet knows a CPU's clock under load, so its MFU is a share of this measurement."""
     n = 768  # wide enough for the caches' blocks, and 0.9 GFLOP
     a = torch.ones(n, n, dtype=dtype)
     seconds = math.inf
@@ -418,12 +408,11 @@ def matmul_flops(dtype, threads):
 
 
 def allocate_in_segments():
-    """Makes the CUDA allocator grow its segments (expandable_segments), unless PYTORCH_ALLOC_CONF or
-    PYTORCH_CUDA_ALLOC_CONF is set. Call it before the first CUDA tensor. Linux only, without WSL.
+    """Makes the CUDA allocator grow its segments (expandable_segments), unless the user set PYTORCH_ALLOC_CONF or
+    PYTORCH_CUDA_ALLOC_CONF. Call it before the first CUDA tensor. Linux only, without WSL.
 
     Micro-batches of different lengths need tensors of different sizes. In segments of fixed size, freed tensors leave
-    holes that no later tensor fits into, and memory runs out while gigabytes are free.
-    """
+    holes that no later tensor fits into, and memory runs out while gigabytes are free."""
     is_set = "PYTORCH_ALLOC_CONF" in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in os.environ
     if sys.platform != "linux" or "microsoft" in os.uname().release or torch.version.hip or is_set:
         return
@@ -443,11 +432,9 @@ def memory_gb(device):
     """Peak memory so far in GB (1e9 bytes), of the GPU, else of this process; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as f:  # Linux
-            return next(int(line.split()[1]) * 1024 / 1e9 for line in f if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        pass
+    peak = proc_bytes("/proc/self/status", "VmHWM:")
+    if peak is not None:
+        return peak / 1e9
     try:
         import resource  # not on Windows
     except ImportError:
@@ -457,14 +444,19 @@ def memory_gb(device):
 
 
 def free_memory(device, processes=1):
-    """Bytes of memory that this process can still allocate: on the GPU, else its share of the machine's free memory if
-    `processes` of them run on it. None if the system does not tell."""
+    """Bytes that this process can still allocate: on the GPU, else its share of the machine's memory if `processes` of
+    them run on it. None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    free = proc_bytes("/proc/meminfo", "MemAvailable:")
+    return None if free is None else free // processes
+
+
+def proc_bytes(path, field):
+    """The bytes in a field of a file of Linux's /proc; None on other systems."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as f:  # Linux
-            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:"))
-            return free // processes
+        with open(path, encoding="ascii", errors="replace") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
     except (OSError, StopIteration):
         return None
 
@@ -479,11 +471,10 @@ def rss_gb():
 
 
 def memory_is_full(error):
-    """If `error` says that the memory of a CPU or a GPU is full, that in one line, else None. torch has no exception
-    class for a CPU's memory."""
+    """One line that says so if `error` means that the memory of a CPU or a GPU is full, else None."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return ". ".join(text.split(". ", 2)[:2])
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:  # torch has no class for a CPU's memory
         return f"this machine's memory is full ({text[-200:]})"
     return None

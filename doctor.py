@@ -1,13 +1,12 @@
 """
-Report what this machine has, and whether its ranks can communicate. Read it, or paste it into a bug report.
+Report what this machine has, and whether its ranks can communicate. Paste the report into a bug report.
 
     python doctor.py
     torchrun --standalone --nproc_per_node=8 doctor.py      # also between its GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 doctor.py  # on both machines
 
 Under torchrun every rank reports that it is there, passes a message around a ring, and takes part in all-reduces of
-growing size. Each stage has a time-out. If a rank is missing or hangs, one block of text names it and the settings to
-try.
+growing size. Each stage has a time-out. If a rank is missing or hangs, the error names it and the settings to try.
 """
 
 import json
@@ -65,7 +64,7 @@ VARIABLES_TO_TRY = {  # by backend
         ("TORCH_DISTRIBUTED_DEBUG=DETAIL", "PyTorch checks that all ranks call the same collective"),
     ),
 }
-# Environment variables of torch and its communication, by how a name begins. doctor.py prints those that are set.
+# How the names of environment variables begin that torch and its communication read
 VARIABLES = (
     "NCCL_", "TORCH_NCCL_", "TORCH_FR_", "TORCH_DISTRIBUTED_DEBUG", "GLOO_", "TP_SOCKET_IFNAME", "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "PYTORCH_ALLOC_CONF",
@@ -98,8 +97,7 @@ def attention_backends(where, precision):
 
 
 def sdpa_kernels(where, precision):
-    """(kernel that SDPA picks to train, kernel to decode), for 12 heads of 64: 8 sequences of 1024 tokens to train, and
-    8 requests to decode, each with one query for 512 keys."""
+    """(kernel that SDPA picks to train, kernel to decode), for 12 heads of 64."""
     heads = {"batch": 8, "heads": 12, "kv_heads": 12, "head_dim": 64}
     training = sdpa_kernel_of(where, precision, queries=1024, keys=1024, causal=True, **heads)
     with torch.no_grad(), inference_kernels(where):
@@ -108,7 +106,7 @@ def sdpa_kernels(where, precision):
 
 
 def try_compile(where):
-    """Compiles a small function, runs it forward and backward -> "works (N s)", or the reason why it fails."""
+    """Compiles and runs a small function -> "works (N s)", or the reason why that fails."""
     clock = time.perf_counter()
     try:
         compile_one(where)
@@ -160,24 +158,22 @@ def environment_settings():
 
 def machine(c, where, why, world=1):
     """What this machine has, as (name, text) lines for people and a dict for programs. If other ranks wait (world > 1)
-    nothing is compiled: it may take longer than their time-out."""
+    nothing is compiled: that may take longer than their time-out."""
     precision, dtype_why = pick_dtype(c.dtype, where)
     dtype_name = str(precision).removeprefix("torch.")
     recorded = environment(where, None)
     training, decoding = sdpa_kernels(where, precision)
     free, speed = disk(Path(c.out_dir).resolve())
     peak = peak_flops(where, precision)
-    found = {
-        "dtype": dtype_name, "peak_flops": peak, "disk_free_gb": free, "disk_mb_per_s": speed,
-        "sdpa_training": training, "sdpa_decoding": decoding, "infiniband": infiniband(),
-        "variables": environment_settings(),
-    }
+    facts = {"dtype": dtype_name, "peak_flops": peak, "disk_free_gb": free, "disk_mb_per_s": speed,
+             "sdpa_training": training, "sdpa_decoding": decoding, "infiniband": infiniband(),
+             "variables": environment_settings()}
     compiles = can_compile(where)
     if not compiles:
         compiles = "not tried under torchrun" if world > 1 else try_compile(where)
     packages = ", ".join(f"{name} {version}" for name, version in recorded["packages"].items())
-    variables = " ".join(f"{key}={value}" for key, value in found["variables"].items())
-    reach = f"{peak / 1e12:.3g} TFLOP/s, what MFU is a share of" if peak else "not known, so MFU is n/a"
+    variables = " ".join(f"{key}={value}" for key, value in facts["variables"].items())
+    reach = f"{peak / 1e12:.3g} TFLOP/s, the base of MFU" if peak else "not known, so MFU is n/a"
     changes = " with changes" if recorded["dirty_diff"] or recorded["untracked"] else ""
     lines = [
         ("system", f"{platform.platform()}, Python {recorded['python']}"),
@@ -192,18 +188,17 @@ def machine(c, where, why, world=1):
         ("attention", f"SDPA picks {training} to train, {decoding} to decode ({dtype_name}, heads of 64)"),
         ("compile", compiles),
         ("disk", f"{free:.1f} GB free, {speed:.0f} MB/s written, at out_dir={c.out_dir}"),
-        *(("infiniband", port) for port in found["infiniband"] or ["none"]),
+        *(("infiniband", port) for port in facts["infiniband"] or ["none"]),
         *(("topology", line) for line in topology().splitlines()),
         ("variables", variables or "none set"),
         ("commit", f"{recorded['commit'] or 'not a git checkout'}{changes}"),
         ("env.json", f"environment_sha256 {recorded['environment_sha256']}"),
     ]
     del recorded["dirty_diff"], recorded["untracked"]
-    return lines, {**recorded, **found}
+    return lines, {**recorded, **facts}
 
 
 def libraries(where):
-    """The versions of the libraries that torch was built with."""
     nccl = "none"
     if where.type == "cuda" and dist.is_nccl_available():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -215,13 +210,8 @@ def libraries(where):
 # Many ranks
 
 
-def interfaces():
-    """The names of this machine's network interfaces."""
-    return [name for _, name in socket.if_nameindex()]
-
-
 class Ranks:
-    """The ranks that torchrun started, and the stages that each has reached, in a store that all can read."""
+    """The ranks that torchrun started, and the stages that each has finished, in a store that all can read."""
 
     def __init__(self, rank, world, backend, timeout):
         self.rank = rank
@@ -232,7 +222,7 @@ class Ranks:
         self.store = self.connect(first=True)
 
     def connect(self, first=False):
-        """A client of the store. torchrun's agent hosts it; without an agent rank 0 does, in its `first` call."""
+        """A client of the store. torchrun's agent hosts the store, or without an agent rank 0, in its `first` call."""
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         host = os.environ["MASTER_ADDR"]
         port = int(os.environ["MASTER_PORT"])
@@ -251,7 +241,7 @@ class Ranks:
             self.store.set(f"doctor/{stage}/all", "")
 
     def all_finished(self, stage):
-        """Whether all ranks finish a stage within the time-out. It polls one key: there may be thousands of ranks."""
+        """Whether all ranks finish a stage within the time-out. Polls one key: there may be thousands of ranks."""
         end = time.monotonic() + self.timeout
         while not self.store.check([f"doctor/{stage}/all"]):
             if time.monotonic() > end:
@@ -264,9 +254,9 @@ class Ranks:
         return [r for r in range(self.world) if not self.store.check([f"doctor/{stage}/{r}"])]
 
     def roll_call(self):
-        """Reads what every rank reports about itself. Ends with an error that names ranks that never reported."""
+        """Reads what every rank reports about itself. Ends with an error that names the ranks that never did."""
         if not self.all_finished("here"):
-            self.only_first_reports()
+            self.exit_unless_first()
             absent = self.unfinished("here")
             present = [r for r in range(self.world) if r not in absent]
             self.report(f"{ranks(absent)} of {self.world} did not come within {self.timeout:g} s", [
@@ -278,7 +268,7 @@ class Ranks:
 
     @contextmanager
     def stage(self, name, symptom):
-        """A stage that ends within the time-out, or ends all ranks. symptom(r) says what it means if rank r hangs."""
+        """A stage that ends within the time-out, or ends all ranks. symptom(r) says what a hang of rank r means."""
         guard = threading.Timer(self.timeout, self.report_stage, [name, symptom])
         guard.daemon = True
         guard.start()
@@ -291,7 +281,7 @@ class Ranks:
 
     def report_stage(self, name, symptom, error=""):
         """Reports the ranks that have not finished a stage, because of an error or of the time-out."""
-        self.only_first_reports()
+        self.exit_unless_first()
         stuck = self.unfinished(name)
         hosts = ", ".join(sorted({self.cards[r]["host"] for r in stuck}))
         happened = "failed" if error else f"did not get through within {self.timeout:g} s"
@@ -300,20 +290,20 @@ class Ranks:
             details.append(error)
         self.report(f"{name}: {ranks(stuck)} of {self.world} (on {hosts}) {happened}", details)
 
-    def only_first_reports(self):
-        """Returns on the first rank that has trouble. On other ranks it ends the process in silence."""
+    def exit_unless_first(self):
+        """Ends this process in silence unless it is the first rank with trouble: one rank reports."""
         if self.store.add("doctor/trouble", 1) > 1:
             time.sleep(GRACE)
             os._exit(1)
 
     def report(self, trouble, details):
         """Prints what is wrong and what to try, and ends the process."""
-        names = [name for name in interfaces() if name != "lo"] or ["lo"]
-        settings = [(setting.format(interfaces=",".join(names)), why)
+        interfaces = [name for _, name in socket.if_nameindex() if name != "lo"] or ["lo"]
+        settings = [(setting.format(interfaces=",".join(interfaces)), why)
                     for setting, why in VARIABLES_TO_TRY[self.backend]]
         width = max(len(setting) for setting, _ in settings)
-        lines = [f"error: {trouble}", *(f"  {detail}" for detail in details), "  try, on every machine:",
-                 *(f"    {setting:<{width}}  {why}" for setting, why in settings)]
+        lines = [f"error: {trouble}", *(f"  {detail}" for detail in details), "  try, on every machine:"]
+        lines += [f"    {setting:<{width}}  {why}" for setting, why in settings]
         print("\n" + "\n".join(lines) + "\n", file=sys.stderr, flush=True)
         os._exit(1)  # it may be the guard's thread, while the main thread is in a collective that never returns
 
@@ -336,9 +326,9 @@ def check_cards(group):
     for r, card in enumerate(group.cards):
         if card["device"] != "cpu":
             holders.setdefault((card["host"], card["uuid"]), []).append(r)
-    shared = [f"{ranks(held)} on {host}" for (host, _), held in holders.items() if len(held) > 1]
+    shared = [f"{ranks(members)} on {host}" for (host, _), members in holders.items() if len(members) > 1]
     if shared:
-        group.only_first_reports()
+        group.exit_unless_first()
         group.report(f"one GPU is shared by {'; '.join(shared)}", [
             "torchrun --nproc_per_node=N with no more than the GPUs here; CUDA_VISIBLE_DEVICES the same for all"])
 
@@ -359,7 +349,7 @@ def time_all_reduce(group, where, size):
 
 def bandwidths(group, where, largest):
     """All-reduces from 4 kB to `largest` MB -> rows of bytes, ms, and GB/s as nccl-tests defines them: algbw is
-    size / time, and busbw is 2 (n - 1) / n times that, the traffic of each link in a ring of any number of ranks."""
+    size / time, and busbw is 2 (n - 1) / n times that, the traffic of each link in a ring of n ranks."""
     rows = []
     size = 4096
     while size <= largest * 1_000_000:
@@ -378,10 +368,8 @@ def join_ranks(c, where, rank, world):
         if name not in os.environ:
             fail(f"WORLD_SIZE={world}, but {name} is not set: torchrun sets both")
     group = Ranks(rank, world, "nccl" if where.type == "cuda" else "gloo", c.timeout)
-    card = {
-        "host": socket.gethostname(), "pid": os.getpid(), "device": where.type,
-        "variables": environment_settings(),
-    }
+    card = {"host": socket.gethostname(), "pid": os.getpid(), "device": where.type,
+            "variables": environment_settings()}
     if where.type == "cuda":
         card["name"] = torch.cuda.get_device_name(where)
         card["uuid"] = str(torch.cuda.get_device_properties(where).uuid)
@@ -390,7 +378,7 @@ def join_ranks(c, where, rank, world):
 
 
 def check_communication(c, group, where):
-    """Whether the ranks reach each other, and how fast -> the rows of bandwidths. If not, ends with what is wrong."""
+    """Checks that the ranks reach each other, and how fast -> the rows of bandwidths. Ends with an error if not."""
     group.roll_call()
     check_cards(group)
     rank, world = group.rank, group.world
@@ -413,17 +401,13 @@ def check_communication(c, group, where):
 
 
 def differing(cards):
-    """{variable: {value: ranks}} of environment variables that are not the same on all ranks: intended, or forgotten.
-    """
+    """{variable: {value: ranks}} of environment variables that are not the same on all ranks."""
     names = {name for card in cards for name in card["variables"]} - {"CUDA_VISIBLE_DEVICES"}
-    different = {}
-    for name in sorted(names):
-        values = {}
+    ranks_by_value = {name: {} for name in sorted(names)}
+    for name, holders in ranks_by_value.items():
         for r, card in enumerate(cards):
-            values.setdefault(card["variables"].get(name, ""), []).append(r)
-        if len(values) > 1:
-            different[name] = values
-    return different
+            holders.setdefault(card["variables"].get(name, ""), []).append(r)
+    return {name: holders for name, holders in ranks_by_value.items() if len(holders) > 1}
 
 
 def show_ranks(backend, cards, rows):
@@ -454,7 +438,7 @@ def pick_rank_device(c, world, local):
 def main(c):
     group = None
     lines = []
-    found = {}
+    facts = {}
     try:
         world, rank, local = (from_environment(name, 0) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
         where, why = pick_rank_device(c, world, local)
@@ -462,7 +446,7 @@ def main(c):
         if world > 1:
             group = join_ranks(c, where, rank, world)
         if rank == 0:
-            lines, found = machine(c, where, why, world)
+            lines, facts = machine(c, where, why, world)
     except (ValueError, OSError) as error:
         fail(error)
     width = max((len(name) for name, _ in lines), default=0)
@@ -470,11 +454,11 @@ def main(c):
         print(f"{name:<{width}}  {text}", flush=True)
     if group:
         rows = check_communication(c, group, where)
-        found |= {"backend": group.backend, "ranks": group.cards, "all_reduce": rows}
+        facts |= {"backend": group.backend, "ranks": group.cards, "all_reduce": rows}
         if rank == 0:
             show_ranks(group.backend, group.cards, rows)
     if rank == 0:
-        print(json.dumps(found))
+        print(json.dumps(facts))
     if group:
         leave(0)
 

@@ -40,7 +40,7 @@ ckpt = "latest"     # which checkpoint: latest | best | a step
 dataset = ""        # name under data/, a folder, or a mix a:0.7,b:0.3; empty: what it was trained on
 split = "val"       # train | val
 block_size = 0      # tokens per window; 0: the model's
-batch_size = 64     # windows of the model's context at once; of longer ones fewer
+batch_size = 64     # windows in a batch; of windows longer than the model's context fewer
 eval_iters = 0      # batches of windows; 0: the whole split
 device = "auto"     # auto | cpu | cuda | cuda:N | mps
 dtype = "float32"   # float32 | bfloat16 | float16 | auto; float32 compares between machines
@@ -51,26 +51,26 @@ seed = 1337         # for samples and hidden keys
 prompts = "config/prompts.txt"  # a prompt in each line
 out = ""                # the Markdown file; empty: samples_step_N.md in the run's folder
 num_samples = 2         # samples of each prompt
-max_new_tokens = 120    # tokens in each, the prompt not counted
-temperature = 0.8       # below 1: bolder about what is likely; 0: greedy
+max_new_tokens = 120    # tokens in each sample, not counting the prompt
+temperature = 0.8       # below 1: bolder about what is likely; 0: greedy, always the most likely token
 top_k = 200             # draw among the k most likely tokens; 0: among all
-top_p = 1.0             # draw among the fewest tokens with at least this probability; 1: among all
+top_p = 1.0             # draw among the smallest set of tokens whose probability reaches top_p; 1: among all
 
 # choice and lastword
 task = ""               # hellaswag | arc_easy | arc_challenge | piqa | winogrande, or lambada; empty: our own form
 data = ""               # a file of JSON lines in the form of the task; empty: from the Hub
-limit = 0               # score only the first items, this many; 0: all
+limit = 0               # score only this many items, the first ones; 0: all
 
 # context and passkey, beyond the length trained at
-rope_scaling: tuple[str, ...] = ()  # none | linear | ntk | yarn; empty: the model's, but in context and passkey all
+rope_scaling: tuple[str, ...] = ()  # none | linear | ntk | yarn; empty: the model's, or all in context and passkey
 rope_factor = 0.0       # context as a multiple of the one first trained at; 0: as the length needs
-lengths: tuple[int, ...] = ()  # tokens of context; empty: the model's, and with RoPE twice and four times that
+lengths: tuple[int, ...] = ()  # tokens of context; empty: the model's, and with RoPE also twice and four times that
 bin_size = 0            # positions whose losses are averaged; 0: half the model's context
 plot = ""               # draw the loss by position into this .png
 depths = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the key is hidden: 0 at the beginning, 1 just before the question
-sentence = "\nThe pass key is {key}.\n"  # is hidden in the text; its part before the key is the question
+sentence = "\nThe pass key is {key}.\n"  # hidden in the text; the part before the key is the question
 trials = 10             # keys for each length and depth
-alternatives = 10       # keys to choose from: chance finds one in this many
+alternatives = 10       # keys to choose from; chance picks the right one once in this many trials
 # -----------------------------------------------------------------------------
 
 SEVERAL = ("context", "passkey")  # these verbs take any number of rope_scaling
@@ -82,14 +82,14 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
     """Mean cross-entropy of `model` over the fixed windows of `tokens`, in nats per token.
 
     Each window is read from its start, so its first tokens have little context: losses compare at equal block_size.
-    Each dataset of a mix is evaluated by itself, and the losses are weighted as the mix is. With several `ranks` the
-    batches go to them in turn, and `collect` gathers their sums on every rank. The sums are added in the order of the
-    batches, so the result is the same as on one rank. `compiled` is the compiled model, for batches of the full size;
-    a smaller one, at the end of the tokens, would need a compilation of its own.
+    Each dataset of a mix is evaluated by itself, and the losses are weighted with the weights of the mix. With several
+    `ranks` the batches go to them in turn, and `collect` gathers their sums on every rank. The sums are added in the
+    order of the batches, so the result is the same as on one rank. `compiled` is the compiled model, for batches of the
+    full size; a smaller batch, at the end of the tokens, would need another compilation.
 
-    -> {"loss", "perplexity", "bits" (per token), "tokens" (predicted), "tokens_sha256"}. Losses compare where the last
-    two are equal: they say what was read. With a tokenizer also "characters" and "bytes" of the predicted text, and
-    "bits_per_character" and "bits_per_byte", which compare between tokenizers where the text is the same.
+    -> {"loss", "perplexity", "bits" (per token), "tokens" (predicted), "tokens_sha256"}. Losses compare if the last two
+    are equal: the same tokens were read. With a tokenizer also "characters" and "bytes" of the predicted text, and
+    "bits_per_character" and "bits_per_byte", which compare between tokenizers on the same text.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -99,7 +99,7 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
     digests = []
     sizes = np.zeros(2, np.int64)  # characters and bytes
     rates = np.zeros(2)  # bits per character and per byte
-    full = None  # shape of the first batch; at the end of the tokens some are smaller
+    full_shape = None  # of the first batch; at the end of the tokens batches are smaller
     for part, weight in tokens.parts:
         sums = []  # this rank's summed losses, one a batch
         count = 0
@@ -107,8 +107,8 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
         while group := list(itertools.islice(batches, ranks)):
             x, y = group[min(rank, len(group) - 1)]  # every rank runs: a sharded model's forward pass needs all
             n = int((y != -1).sum())
-            full = full or group[0][0].shape
-            forward = model if compiled is None or x.shape != full else compiled
+            full_shape = full_shape or group[0][0].shape
+            forward = model if compiled is None or x.shape != full_shape else compiled
             with context():
                 _, mean = forward(x.to(device), y.to(device), loss_only=True)
             # a sum over tokens: a mean of means would weight the tokens of the last batch more
@@ -142,8 +142,8 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
 def text_size(tokenizer, tokens, first, end, piece=1 << 20):
     """Characters and UTF-8 bytes of the text of tokens first .. end - 1 of a stream. -> int64 (2,)
 
-    A character of several tokens counts where its first byte is, so the counts add up to those of the decoded text.
-    Special tokens have no text. The stream is read a `piece` at a time, so that a long split takes no more memory.
+    A character of several tokens counts where its first byte is, so the sum is that of the decoded text. Special tokens
+    have no text. The stream is read a `piece` at a time, so that a long split takes no more memory.
     """
     sizes = np.zeros((max(tokens.vocab_size, len(tokenizer.pieces)), 2), np.int64)  # of each token id
     for i, text in enumerate(tokenizer.pieces):
@@ -156,8 +156,7 @@ def text_size(tokenizer, tokens, first, end, piece=1 << 20):
 
 
 def open_split(c, model, tokenizer, state, folder):
-    """-> (tokens of the split, sha256 that names the dataset). Raises ValueError if they are not made for this model.
-    """
+    """-> (tokens of the split, sha256 that names the dataset). Raises ValueError for tokens of another model."""
     datasets, manifest, dataset_sha256 = open_datasets(c.dataset or state["config"]["dataset"])
     tokens = open_tokens(datasets, c.split, model.config.vocab_size)
     if tokenizer and manifest.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:

@@ -1,15 +1,15 @@
 """
-To other ecosystems, and from them: a run of ours for transformers or llama.cpp, a model from elsewhere as a run.
+Convert a run of ours for transformers or llama.cpp, and a model from elsewhere into a run.
 
     python export.py out/mine hf/mine                       # to a folder that transformers loads
     python export.py out/mine mine.gguf --dtype=q8_0        # to a file that llama.cpp loads
     python export.py out-shakespeare/ckpt.pt out/mine      # from nanoGPT
     python export.py gpt2 out/gpt2                          # from the Hub, or a folder with config.json and safetensors
 
-A model goes out as the class of transformers that can express it: GPT-2's, Llama's, Qwen3's or NanoChat's (RMSNorm
-without gain, a norm after the embedding, RoPE, QK-norm, ReLU squared). llama.cpp has the first three of them.
+A run becomes a model of the class of transformers that can express it: GPT-2's, Llama's, Qwen3's or NanoChat's (RMSNorm
+without gain, a norm after the embedding, RoPE, QK-norm, ReLU squared). llama.cpp has the first three.
 
-training/pretrained.py reads what comes in, and no pickle is executed on the way. The result is a run like any other:
+training/pretrained.py reads models from elsewhere, and executes no pickle. The result is a run like any other:
 sample.py and eval.py read it, and train.py starts from it with --init_from=. (train.py also starts from the original.)
 """
 
@@ -29,9 +29,9 @@ from tokenizer import GPT2_PATTERN
 from training.pretrained import CHARACTERS, TABLES, TRANSPOSED, bytes_to_unicode, read_model
 
 # -----------------------------------------------------------------------------
-paths: tuple[str, ...] = ()  # from where and to where, as bare words; a target NAME.gguf is for llama.cpp
+paths: tuple[str, ...] = ()  # source and target, as bare words; a target NAME.gguf is for llama.cpp
 ckpt = "latest"         # which checkpoint of a run: latest | best | a step
-tokenizer = ""          # of a model from elsewhere: a file or folder (nanoGPT's data folder); empty: the one beside it
+tokenizer = ""          # for a model from elsewhere: a file or folder (nanoGPT's data folder); empty: the one beside it
 dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat16 | q8_0 (8 bits, a scale for each 32)
 # -----------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ FAMILIES = {
                  "activation": ("relu2",),
                  "rope_scaling": ("none", "linear", "ntk")},  # its norm after the rotation undoes YaRN's temperature
 }
-# llama.cpp's, by the same names; the only GELU of its gpt2 is the tanh form
+# The same for llama.cpp; the only GELU of its gpt2 is the tanh form
 LLAMA_CPP = {
     "gpt2": {**FAMILIES["gpt2"], "activation": ("gelu_tanh",)},
     "llama": {**FAMILIES["llama"], "rope_scaling": ("none", "ntk")},
@@ -63,7 +63,8 @@ CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwe
 def family_of(config, families, project):
     """The first of a project's `families` that can express a model. Raises ValueError naming the fields that stand in
     the way of the nearest family."""
-    own = {**vars(config), "n_kv_head": "n_head" if config.kv_heads == config.n_head else config.kv_heads}
+    own = dict(vars(config))
+    own["n_kv_head"] = "n_head" if config.kv_heads == config.n_head else config.kv_heads
     obstacles = {}
     for family, allowed in families.items():
         keys = [key for key, values in allowed.items() if own[key] not in values]
@@ -101,7 +102,7 @@ def write_hugging_face(model, tokenizer, target):
 
 
 def tensors_of(model, family):
-    """({name: tensor} as the class of transformers has them, the fields of its config.json that belong to its kind)"""
+    """({name: tensor} under the names of the class of transformers, the fields of config.json that only it has)"""
     tensors = checkpoint.model_tensors(model)
     for name in TABLES:
         if name in tensors:
@@ -113,7 +114,9 @@ def tensors_of(model, family):
 
 def gpt2_tensors(tensors, config):
     """{name: tensor} of GPT-2's class."""
-    renamed = {name: (p.T if name.endswith(TRANSPOSED) else p).contiguous() for name, p in tensors.items()}
+    renamed = {}
+    for name, p in tensors.items():
+        renamed[name] = (p.T if name.endswith(TRANSPOSED) else p).contiguous()
     for name, p in list(renamed.items()):  # every layer of GPT-2's class has a bias
         layer = name.removesuffix(".weight").removesuffix(".bias")
         if layer not in ("transformer.wte", "transformer.wpe", "lm_head"):
@@ -130,7 +133,7 @@ def gpt2_fields(config):
     }
 
 
-# Our names, within a layer and outside, and those of the classes with rotary positions
+# Our names, within a layer and outside, and the names in the classes with rotary positions
 LAYER_NAMES = {
     "ln_1.weight": "input_layernorm.weight", "ln_2.weight": "post_attention_layernorm.weight",
     "attn.c_proj.weight": "self_attn.o_proj.weight", "attn.q_gain": "self_attn.q_norm.weight",
@@ -159,8 +162,8 @@ def rotary_tensors(tensors, config, family):
 
 
 def split_attention(c_attn, config, family):
-    """c_attn's matrix -> {"q", "k", "v"}. NanoChat rotates the other way round: in its query and key heads the two
-    halves change places."""
+    """c_attn's matrix -> {"q", "k", "v"}. NanoChat rotates in the opposite direction, so the two halves of its query
+    and key heads change places."""
     D = config.head_dim
     q, k, v = c_attn.split((config.n_head * D, config.kv_heads * D, config.kv_heads * D))
     if family == "nanochat":
@@ -183,7 +186,7 @@ def rotary_fields(config, family):
 
 
 def rope_parameters(config):
-    """In transformers' words. It knows our ntk by another name only, but ntk is no more than a larger base."""
+    """The fields of transformers for our rotary positions. ntk needs only its larger base."""
     parameters = {"rope_type": "default", "rope_theta": rope_base(config)}
     if config.rope_scaling in ("linear", "yarn"):
         parameters |= {"rope_type": config.rope_scaling, "factor": config.rope_factor}
@@ -193,20 +196,21 @@ def rope_parameters(config):
 
 
 def tokenizer_files(tokenizer):
-    """{name of a file: its JSON}, from which AutoTokenizer makes the same ids. Raises ValueError."""
+    """{file name: JSON}, from which AutoTokenizer makes the same ids. Raises ValueError."""
     if tokenizer.kind == "bpe":
         words, pairs = words_and_merges(tokenizer)
         model = {"type": "BPE", "vocab": {word: i for i, word in enumerate(words)}, "merges": pairs}
-        cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        decoder = cut
+        splitter = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        decoder = splitter
     else:
-        model = {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(tokenizer.chars)}, "unk_token": ""}
-        cut = CHARACTERS
+        ids = {c: i for i, c in enumerate(tokenizer.chars)}
+        model = {"type": "WordLevel", "vocab": ids, "unk_token": ""}
+        splitter = CHARACTERS
         decoder = {"type": "Fuse"}
     specials = [{"id": i, "content": name, "special": True, "normalized": False, "single_word": False, "lstrip": False,
                  "rstrip": False} for name, i in tokenizer.special_tokens.items()]
-    fields = {"version": "1.0", "added_tokens": specials, "normalizer": None, "pre_tokenizer": cut, "decoder": decoder,
-              "post_processor": None, "truncation": None, "padding": None, "model": model}
+    fields = {"version": "1.0", "added_tokens": specials, "normalizer": None, "pre_tokenizer": splitter,
+              "decoder": decoder, "post_processor": None, "truncation": None, "padding": None, "model": model}
     options = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     names = {i: name for name, i in tokenizer.special_tokens.items()}
     for key, i in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
@@ -218,7 +222,7 @@ def tokenizer_files(tokenizer):
 def words_and_merges(tokenizer):
     """A BPETokenizer's tokens, and the pairs that make them, as GPT-2's files spell them. Raises ValueError."""
     if tokenizer.pattern != GPT2_PATTERN:
-        raise ValueError("the tokenizer splits texts in another way than GPT-2's, and these files cannot express that")
+        raise ValueError("the tokenizer does not split texts like GPT-2's, and these files cannot express that")
     character = bytes_to_unicode()
     words = {}
     for piece in tokenizer.pieces:
@@ -227,10 +231,8 @@ def words_and_merges(tokenizer):
 
 
 def merges_of(pieces):
-    """The merges that make each token, as pairs of bytes in the order of the ids.
-
-    A token consists of the two parts into which the earlier merges turn its bytes.
-    """
+    """The merges that make each token, as pairs of bytes in the order of the ids: the two parts into which the earlier
+    merges turn the bytes of the token."""
     ranks = {piece: i for i, piece in enumerate(pieces)}
     pairs = []
     for piece in pieces:
@@ -250,7 +252,7 @@ def merges_of(pieces):
 # To llama.cpp
 
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # our names, and those of a GGUF
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # our names, and GGUF's
 
 
 def write_gguf(model, tokenizer, target, dtype="float32"):
@@ -292,7 +294,7 @@ def write_gguf(model, tokenizer, target, dtype="float32"):
 
 
 def gguf_layout(name, p, config, family):
-    """A tensor of a class of transformers, with its rows as llama.cpp has them."""
+    """A tensor of a class of transformers, with its rows in the order of llama.cpp."""
     if family == "gpt2" and name.endswith(TRANSPOSED):
         return p.T
     if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -326,7 +328,7 @@ def add_sizes(writer, config, family):
 
 
 def add_tokenizer(writer, tokenizer, vocab_size):
-    """Add a tokenizer as llama.cpp's byte-level BPE, which can also be one of characters if each is a byte. Raises
+    """Add the tokenizer as llama.cpp's byte-level BPE, which can also express one of ASCII characters. Raises
     ValueError."""
     if not tokenizer:
         return writer.add_tokenizer_model("none")
@@ -335,7 +337,7 @@ def add_tokenizer(writer, tokenizer, vocab_size):
     words, merges = gguf_words(tokenizer)
     specials = [*tokenizer.special_tokens]
     if not merges:
-        merges = [f"{specials[-1]} {specials[-1]}"]  # the list must not be empty, and no text has these in it
+        merges = [f"{specials[-1]} {specials[-1]}"]  # the list must not be empty, and no text contains this pair
     spare = [f"[PAD{i}]" for i in range(len(words) + len(specials), vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -366,7 +368,7 @@ def gguf_words(tokenizer):
 
 
 class NoOptimizer:
-    """Stands for the optimizers of a model from elsewhere, which has none."""
+    """In place of the optimizers, which a model from elsewhere does not bring."""
 
     def state_dict(self):
         return {}
@@ -388,7 +390,7 @@ def write_run(model, tokenizer, state, source, target):
 
 def main(c):
     if len(c.paths) != 2:
-        fail("from where to where? python export.py FROM TO")
+        fail("export.py needs a source and a target: python export.py FROM TO")
     target = Path(c.paths[1])
     to_llama_cpp = target.suffix == ".gguf"
     if to_llama_cpp and c.dtype not in DTYPES:
@@ -399,7 +401,7 @@ def main(c):
         model, tokenizer, state = read_model(c.paths[0], c.ckpt, c.tokenizer)
         if to_llama_cpp:
             write_gguf(model, tokenizer, target, c.dtype)
-            note = f"llama-cli -m {target} runs it" if tokenizer else "without a tokenizer, so that it takes ids alone"
+            note = f"llama-cli -m {target} runs it" if tokenizer else "without a tokenizer, so it takes only ids"
             print(f"the model is in {target}: {note}")
         elif "model" in state:  # a run of ours
             write_hugging_face(model, tokenizer, target)

@@ -10,10 +10,10 @@ Requests join and leave at any step (continuous batching, Yu et al. 2022, "Orca"
 pool (PagedAttention, Kwon et al. 2023, arXiv:2309.06180; inference/kvcache.py). A long prompt is read in chunks, beside
 the tokens of other requests (Sarathi, Agrawal et al. 2023, arXiv:2308.16369). All tokens of a step pass the model as
 one row, so each weight is read once. On CUDA a step of one token per request is a graph that is replayed. Each request
-has its own cache and random numbers: except for rounding, what it draws does not depend on the requests beside it.
+has its own cache and random numbers: except for rounding, its tokens do not depend on the requests beside it.
 
-GPT.generate in model.py is the plain way, which reads the whole context for every token. The tests hold the engine to
-what it generates.
+GPT.generate in model.py is the plain way: it reads the whole context for every token. The tests compare the engine with
+it. Read Engine.step first: it is the whole loop.
 """
 
 import operator
@@ -39,8 +39,8 @@ def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0
 
     `which` is latest, best or a step. If the latest is damaged, the one before it is used, with a warning on stderr.
     The tokenizer is None for a run on bare token ids. With rope_scaling the context becomes rope_factor times as long
-    as the one first trained at (`stretch`). Raises CheckpointError naming what is missing or damaged, ValueError where
-    the context cannot become longer.
+    as the one first trained at (`stretch`). Raises CheckpointError naming the file that is missing or damaged, and
+    ValueError if the context cannot become longer.
     """
     folder, state = find(out_dir, which, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     run = run_of(folder)
@@ -60,9 +60,9 @@ def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0
 
 
 def stretch(model, trained, rope_scaling, rope_factor):
-    """Give `model`, which was trained with the GPTConfig `trained`, a context rope_factor times as long as the one it
-    was first trained at, without any training. With rope_scaling "none" its positions simply continue past that. Raises
-    ValueError for learned positions: there are no more of them."""
+    """Make the context of `model` rope_factor times as long as the one it was first trained at, without any training.
+    `trained` is its GPTConfig. With rope_scaling "none" the positions simply continue. Raises ValueError for learned
+    positions."""
     if trained.pos != "rope":
         raise ValueError(f"a context longer than block_size={trained.block_size} needs a model with pos='rope': the "
                          "positions of this one are learned, and end there")
@@ -83,14 +83,14 @@ def stream(model, prompt, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0
            seed=0, eos=None):
     """Yield up to max_new_tokens token ids that follow `prompt` (at least one id), and stop before `eos`.
 
-    Like GPT.generate it reads the last block_size tokens again for every new one. It stays beside generate because it
-    yields each token at once, and draws with every option of Sampling and a seed of its own, on the CPU: the same seed
-    gives the same tokens on every device, and the same tokens as the engine's.
+    Like GPT.generate it reads the last block_size tokens again for every new one. Unlike generate it yields each token
+    immediately, knows every option of Sampling, and draws on the CPU: a seed gives the same tokens on every device, and
+    in the engine.
     """
     prompt = token_ids(prompt)
     check_prompt(prompt, model.config)
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([prompt], dtype=torch.long, device=device)
     for _ in range(max_new_tokens):
         with inference_kernels(device):
@@ -136,8 +136,17 @@ def is_one_prompt(prompts):
     return len(prompts) > 0 and is_id(prompts[0])
 
 
+def encode_prompt(tokenizer, text, special=False):
+    """Ids of a prompt; an empty one becomes the tokenizer's bos. `special`: read names of special tokens as tokens."""
+    if text:
+        return tokenizer.encode(text, special=special)
+    if tokenizer.bos is None:
+        raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a text")
+    return [tokenizer.bos]
+
+
 def check_prompt(prompt, config):
-    """Raises ValueError for a prompt without tokens, or with one that the model does not know."""
+    """Raises ValueError for a prompt that is empty or has a token outside the model's vocabulary."""
     if not prompt:
         raise ValueError("the prompt is empty: it needs at least one token, such as the tokenizer's bos")
     if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
@@ -150,7 +159,7 @@ def check_prompt(prompt, config):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and what follows it so far."""
+    """A prompt and the text that follows it so far."""
 
     ids: list  # the prompt's tokens, then the tokens that were drawn
     prompt_tokens: int
@@ -181,7 +190,7 @@ class Engine:
     max_tokens: how many tokens' keys and values the cache holds, over all requests; 0: four contexts. A request that
     could never fit is refused by `submit`. One that does not fit now waits; once it starts it has all the room that it
     may need.
-    block: tokens in a block; 0: 16, or the 256 that flash-attn's kernel needs, where it is used.
+    block: tokens in a block; 0: 16, or the 256 that flash-attn's kernel needs.
     chunk: most tokens in one step.
     slide: past block_size, continue with the last block_size tokens (only with RoPE, whose positions are relative).
     Without it a request that would get there is refused.
@@ -213,7 +222,7 @@ class Engine:
         self.pool = Pool(config, count, self.block, kv_dtype, self.device, kernel)
 
         self.passes = {}  # (rows, blocks) -> BatchPass
-        self.rope = None  # tables of all positions so far, longer than the context where a window slides
+        self.rope = None  # tables of all positions so far; a sliding window goes past the context
         self.extend_rope(config.block_size)
         self.waiting = deque()
         self.running = []
@@ -247,10 +256,12 @@ class Engine:
     def submit(self, prompt, sampling=None, **changes):
         """Queue a prompt: a string, or a list, array or tensor of ids. -> Request
 
-        `changes` are fields of Sampling that differ from `sampling`. Raises ValueError for what cannot be served.
+        `changes` are fields of Sampling that differ from `sampling`. Raises ValueError for a request that never fits.
         """
         sampling = replace(sampling or Sampling(), **changes)
-        ids = self.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
+        if isinstance(prompt, str) and self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: give the prompt as a list of ids")
+        ids = encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else token_ids(prompt)
         check_prompt(ids, self.model.config)
         window = self.model.config.block_size
         total = len(ids) + sampling.max_new_tokens - 1  # the last token is drawn, never read
@@ -267,15 +278,6 @@ class Engine:
         self.waiting.append(request)
         return request
 
-    def encode(self, text):
-        """Ids of a prompt; those of an empty one are the tokenizer's bos."""
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: give the prompt as a list of ids")
-        if text:
-            return self.tokenizer.encode(text)
-        if self.tokenizer.bos is None:
-            raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a text")
-        return [self.tokenizer.bos]
 
     def admit(self):
         """Start waiting requests, in their order, as long as there is room for all the blocks that they may need."""
@@ -296,7 +298,7 @@ class Engine:
     @torch.no_grad()
     def step(self):
         """One pass of the model over the next token, or the next piece of the prompt, of each running request. -> the
-        requests that got a token, which may have finished by it"""
+        requests that got a token; some may have finished"""
         self.admit()
         parts = self.next_parts()
         if not parts:
@@ -312,10 +314,10 @@ class Engine:
         return ready
 
     def next_parts(self):
-        """What the next pass reads, at most `chunk` tokens in all. -> [(request, how many of its tokens), ...]"""
+        """The tokens that the next pass reads, at most `chunk` in all. -> [(request, how many of its tokens), ...]"""
         room = self.chunk
         parts = []
-        # the fewer tokens a request waits for, the earlier its turn: a long prompt does not hold up the others
+        # the request that waits for the fewest tokens comes first: a long prompt does not hold up the others
         for request in sorted(self.running, key=lambda r: len(r.ids) - r.cached):
             least = 0 if parts else 1
             count = min(len(request.ids) - request.cached, max(room, least))
@@ -331,7 +333,8 @@ class Engine:
         for request, count in parts:
             first = request.cached
             end = first + count
-            reads.append(Part(request.ids[first:end], first, request.table, wanted=end == len(request.ids)))
+            wanted = end == len(request.ids)  # the last token is read, so its logits are wanted
+            reads.append(Part(request.ids[first:end], first, request.table, wanted))
         if self.batched and all(part.wanted and len(part.tokens) == 1 for part in reads):
             return self.batch_pass(reads)(reads)
         idx = torch.tensor([[token for part in reads for token in part.tokens]], device=self.device)  # (1, N)
@@ -400,7 +403,7 @@ class Engine:
             self.waiting.remove(request)
 
     def cancel(self, request):
-        """End a request before its time."""
+        """End a request early. A finished one stays as it is."""
         if not request.finish:
             self.finish(request, "cancelled")
 

@@ -1,25 +1,20 @@
 """
 The GPT: one decoder-only transformer in one file. Every architecture choice is one field of GPTConfig and one branch.
 
-With the defaults it is GPT-2 (Radford et al. 2019). What it can be instead, and why:
-- `pos="rope"`: rotary positions, so that attention depends on the distance of two tokens (Su et al. 2021,
-  arXiv:2104.09864); it rotates the two halves of a head, as Llama does
-- `rope_scaling`: stretches rotary positions over a longer context (rope_frequencies says how)
+With the defaults it is GPT-2 (Radford et al. 2019). The options and their sources:
+- `pos="rope"`: attention sees the distance between tokens (Su et al. 2021, arXiv:2104.09864). Llama's form: it rotates
+  the two halves of a head. `rope_scaling` stretches it over a longer context (rope_frequencies)
 - `n_kv_head`: query heads share keys and values, so the cache is smaller (multi-query, Shazeer 2019, arXiv:1911.02150;
   grouped-query, Ainslie et al. 2023, arXiv:2305.13245)
 - `norm`: RMSNorm, with or without gain, is cheaper than LayerNorm (Zhang & Sennrich 2019, arXiv:1910.07467)
-- `norm_embed`: one more norm right after the embedding (modded-nanogpt)
-- `qk_norm`: normalised queries and keys keep the attention logits small (Henry et al. 2020, arXiv:2010.04245), with a
-  gain per channel as in Qwen3
-- `activation`: squared ReLU (So et al. 2021, arXiv:2109.08668) or SwiGLU (Shazeer 2020, arXiv:2002.05202) in place of
-  GELU
+- `norm_embed`, `zero_init`: a norm after the embedding, blocks that start as the identity (modded-nanogpt)
+- `qk_norm`: keeps the attention logits small (Henry et al. 2020, arXiv:2010.04245), with a gain as in Qwen3
+- `activation`: GELU, squared ReLU (So et al. 2021, arXiv:2109.08668), SwiGLU (Shazeer 2020, arXiv:2002.05202)
 - `logit_softcap`: bounds the logits (Gemma 2, arXiv:2408.00118)
-- `zero_init`: every block starts as the identity (modded-nanogpt)
-- `tie_weights`, `bias`, `dropout`: as in nanoGPT
 - `attn`: PyTorch's SDPA, flash-attn where it is installed, or plain matrix products
 
-The loss never holds all logits (cross_entropy.py). The model is pure: it knows no device, rank, file or dataset. It
-imports torch and cross_entropy.py alone.
+Start at GPT.forward. The loss never holds all logits (cross_entropy.py). The model knows no device, rank, file or
+dataset: it imports torch and cross_entropy.py alone.
 """
 
 import math
@@ -63,7 +58,7 @@ class GPTConfig:
     attn: str = "auto"            # auto | sdpa | flash | math
 
     def __post_init__(self):
-        """Raises ValueError, naming the fields, for values that have no meaning together."""
+        """Raises ValueError, naming the fields, for values without a meaning."""
         choices = {
             "pos": ("learned", "rope"),
             "rope_scaling": ("none", "linear", "ntk", "yarn"),
@@ -92,7 +87,7 @@ class GPTConfig:
         if self.pos == "rope" and self.head_dim % 2 != 0:
             raise ValueError(f"pos='rope' rotates pairs, but n_embd={self.n_embd} / n_head={self.n_head} "
                              f"gives an odd head of {self.head_dim}")
-        if not 1.0 <= self.rope_factor < math.inf:
+        if self.rope_factor < 1.0:
             raise ValueError(f"rope_factor={self.rope_factor} must be at least 1")
         if self.rope_scaling == "none" and self.rope_factor != 1.0:
             raise ValueError(f"rope_factor={self.rope_factor} needs rope_scaling, one of linear, ntk, yarn")
@@ -141,21 +136,19 @@ class Norm(nn.Module):
 
 
 def rope_base(config):
-    """rope_theta; for "ntk" the larger base that makes the slowest pair turn rope_factor times as slowly."""
+    """rope_theta, or for "ntk" the larger base that makes the slowest pair turn rope_factor times as slowly."""
     if config.rope_scaling != "ntk":
         return config.rope_theta
     return config.rope_theta * config.rope_factor ** (config.head_dim / (config.head_dim - 2))
 
 
 def rope_frequencies(config):
-    """The angle by which each pair of a head's dimensions turns per position, fp64 (head_dim / 2,), and the factor by
-    which queries and keys are multiplied.
+    """-> (angle by which each pair of a head's dimensions turns per position, fp64 (head_dim / 2,); factor for q and k)
 
-    A context s = rope_factor times as long as the one first trained at has distances that the model never saw:
+    A context s = rope_factor times as long as the first one has distances that the model never saw:
     - linear: all pairs turn s times as slowly (position interpolation, Chen et al. 2023, arXiv:2306.15595)
     - ntk: a larger base slows the slowest pair by s and leaves the fastest as it was (NTK-aware, bloc97 2023)
-    - yarn: slows each pair by how often it turned within the first context (yarn_frequencies), and sharpens attention
-      by (0.1 ln s + 1)^2
+    - yarn: pairs that turn seldom are slowed (yarn_frequencies), and attention is sharper by (0.1 ln s + 1)^2
     """
     D = config.head_dim
     frequency = rope_base(config) ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
@@ -167,15 +160,14 @@ def rope_frequencies(config):
 
 
 def yarn_frequencies(config, frequency):
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): pairs that turned at least 32 times within the first context keep
-    their frequency, pairs that turned less than once are s times as slow. In between the share of the slow frequency
-    grows linearly with the index of the pair, as in their code and in transformers. fp64 (head_dim / 2,) -> the same.
-    """
+    """YaRN (Peng et al. 2023, arXiv:2309.00071), as in their code: pairs that turned at least 32 times within the first
+    context keep their frequency, pairs that turned less than once are s times as slow. In between the share of the slow
+    frequency grows linearly with the index of the pair. fp64 (head_dim / 2,) -> the same shape."""
     D, s = config.head_dim, config.rope_factor
     trained = config.block_size / s  # tokens of the first context
 
     def pair_turning(times):
-        """Index of the pair that turns so often within the first context, as a real number."""
+        """Index of the pair that turns this many times within the first context, as a real number."""
         return D * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     last_fast = max(math.floor(pair_turning(32)), 0)
@@ -186,8 +178,7 @@ def yarn_frequencies(config, frequency):
 
 
 def rope_tables(config, positions=None):
-    """Cosine and signed sine of the rotary angles at `positions` (T,), by default the whole context, for apply_rope.
-    -> two tensors (T, head_dim), fp32"""
+    """For apply_rope at `positions` (T,), by default the whole context -> cosine and signed sine, fp32 (T, head_dim)"""
     frequency, scale = rope_frequencies(config)
     if positions is None:
         positions = torch.arange(config.block_size)
@@ -198,16 +189,13 @@ def rope_tables(config, positions=None):
 
 
 def apply_rope(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + D/2]) of each head. x (B, T, H, D), cos and sin (T, 1, D) -> (B, T, H, D)."""
+    """Rotate the pairs (x[i], x[i + D/2]) of each head. x (B, T, H, D), cos and sin (T, 1, D) -> (B, T, H, D)."""
     return x * cos.to(x.dtype) + x.roll(x.size(-1) // 2, -1) * sin.to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal self-attention. (B, T, n_embd) -> (B, T, n_embd).
-
-    The number of heads is derived from the width that c_attn returns, so a tensor-parallel shard, which holds some of
-    the heads, is this same module.
-    """
+    """Causal self-attention. (B, T, n_embd) -> (B, T, n_embd). The number of heads follows from the width of c_attn, so
+    a tensor-parallel shard, which holds some of the heads, is this same module."""
 
     def __init__(self, config):
         super().__init__()
@@ -216,13 +204,13 @@ class Attention(nn.Module):
         width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.c_attn = nn.Linear(config.n_embd, width, config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, config.bias)
+        self.attn = config.attn
+        self.dropout = config.dropout
         self.qk_norm = config.qk_norm
         self.norm_eps = config.norm_eps
         if config.qk_norm == "rms_gain":
             self.q_gain = nn.Parameter(torch.ones(config.head_dim))
             self.k_gain = nn.Parameter(torch.ones(config.head_dim))
-        self.dropout = config.dropout
-        self.attn = config.attn
 
     def forward(self, x, rope=None, attend_cached=None):
         B, T, _ = x.shape
@@ -251,7 +239,7 @@ class Attention(nn.Module):
 
 
 def takes_flash(device, dtype, head_dim):
-    """Whether the flash kernels, flash-attn's and SDPA's, run on this device with this dtype and head size:
+    """Whether flash attention, flash-attn's or SDPA's, runs on this device with this dtype and head size:
     https://github.com/Dao-AILab/flash-attention#nvidia-cuda-support"""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
@@ -263,22 +251,18 @@ def shares_heads(device, dtype, head_dim):
     return device.type != "cuda" or takes_flash(device, dtype, head_dim)
 
 
-def prefers_sdpa(device):
-    """Whether SDPA is faster here than flash-attn 2: from torch 2.11 on it has kernels of its own for Hopper."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return version >= (2, 11) and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def pick_attention(attn, device, dtype, T, head_dim):
-    """Which kernel config.attn means on this device, in this dtype, for T tokens -> ("flash" | "sdpa" | "math", why)"""
+    """The kernel for config.attn on this device, in this dtype, for T tokens -> ("flash" | "sdpa" | "math", reason)"""
     if attn != "auto":
         return attn, "asked for"
     if flash_attn_func is not None and takes_flash(device, dtype, head_dim):
-        if prefers_sdpa(device):
+        # from torch 2.11 on SDPA has its own kernels for Hopper
+        release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        if release >= (2, 11) and torch.cuda.get_device_capability(device) == (9, 0):
             return "sdpa", "quicker on this GPU than flash-attn"
         return "flash", "flash-attn is installed"
     if dtype in (torch.float16, torch.bfloat16) and device.type == "cpu" and T <= 512:
-        # for more tokens the T x T weights would take too much memory
+        # for more tokens the T x T weights take too much memory
         return "math", "quicker than SDPA's CPU kernel in half precision"
     return "sdpa", "PyTorch picks the kernel"
 
@@ -287,22 +271,20 @@ def attend(q, k, v, attn="auto", dropout=0.0):
     """Causal softmax(q k^T / sqrt(D)) v. q (B, T, n_q, D), k and v (B, T, n_kv, D) -> (B, T, n_q, D)."""
     kind, _ = pick_attention(attn, q.device, q.dtype, q.size(1), q.size(-1))
     if kind == "flash":
-        exact = torch.are_deterministic_algorithms_enabled()
-        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True, deterministic=exact)
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True,
+                               deterministic=torch.are_deterministic_algorithms_enabled())
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+    group = q.size(1) // k.size(1)  # query heads that share one key/value head
+    if kind == "math" or (group > 1 and not shares_heads(q.device, q.dtype, q.size(-1))):
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     if kind == "math":
         T = q.size(2)
-        group = q.size(1) // k.size(1)  # query heads that share one key/value head
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
         scores = (q * q.size(-1) ** -0.5) @ k.mT + future  # (B, n_q, T, T)
         y = F.dropout(scores.softmax(-1), dropout) @ v
     else:
-        grouped = q.size(1) != k.size(1)
-        if grouped and not shares_heads(q.device, q.dtype, q.size(-1)):
-            k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-            grouped = False
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
+        gqa = q.size(1) != k.size(1)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=gqa)
     return y.transpose(1, 2)
 
 
@@ -351,9 +333,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """The last layer: hidden states (..., n_embd) -> logits (..., padded vocabulary).
-
-    With targets (N,) and hidden states (N, n_embd) -> the summed loss; `options` are linear_cross_entropy's."""
+    """The last layer: hidden states (..., n_embd) -> logits (..., padded vocabulary). With targets (N,) and hidden
+    states (N, n_embd) -> the summed loss; `options` are linear_cross_entropy's."""
 
     def forward(self, x, targets=None, **options):
         if targets is None:
@@ -362,18 +343,16 @@ class Head(nn.Linear):
 
 
 class GPT(nn.Module):
-    """forward is embed, blocks, head. A pipeline stage holds some of these under the same names."""
+    """Embedding, blocks, head. A pipeline stage holds some of these under the same names."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": Norm(config, config.n_embd),
-            }
-        )
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": Norm(config, config.n_embd),
+        })
         if config.pos == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         else:
@@ -388,9 +367,8 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's initialisation: N(0, 0.02), with residual projections, two a layer, scaled by 1/sqrt(2 n_layer)
-        (Radford et al. 2019, section 2.3). Biases start at 0, gains at 1. With zero_init residual projections and an
-        untied head start at 0, so every block begins as the identity (modded-nanogpt)."""
+        """GPT-2's initialisation (Radford et al. 2019, section 2.3): N(0, 0.02), residual projections, two a layer,
+        scaled by 1/sqrt(2 n_layer); biases 0, gains 1. With zero_init residual projections and an untied head are 0."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
@@ -432,13 +410,13 @@ class GPT(nn.Module):
         return logits
 
     def forward(self, idx, targets=None, *, loss_only=False, last_only=False, cache=None):
-        """Token ids to logits and loss.
+        """Token ids idx (B, T) and targets (B, T), -1 where there is nothing to predict -> (logits, loss).
 
-        idx (B, T) ids; targets (B, T) ids, -1 where there is nothing to predict.
+        logits (B, T, vocab_size), or (B, 1, vocab_size) with last_only; loss is the mean in nats per target, or None
+        without targets. With loss_only the logits are None and never held whole in fp32.
+
         cache (inference/kvcache.py): the keys and values of earlier tokens. It has `positions` (T,) of idx, their
         `rope`, attend(layer, q, k, v) in place of `attend` above, and `rows`, the places in T whose logits are wanted.
-        Returns (logits, loss): logits (B, T, vocab_size), or (B, 1, vocab_size) with last_only; loss is the mean in
-        nats per target, or None without targets. With loss_only the logits are None and never held whole in fp32.
         """
         if cache is not None:
             x = self.embed(idx, cache.positions)
@@ -458,28 +436,27 @@ class GPT(nn.Module):
         return logits, loss
 
     def loss(self, x, targets, fuse=None):
-        """Mean cross-entropy of the residual stream (B, T, n_embd) against targets (B, T), in nats per target. The
-        logits are never held whole. `fuse` is linear_cross_entropy's."""
+        """Residual stream (B, T, n_embd), targets (B, T) -> mean cross-entropy in nats per target, without ever holding
+        all logits. `fuse` is linear_cross_entropy's."""
         x = x.flatten(0, 1)  # (B * T, n_embd)
         targets = targets.flatten()  # (B * T,)
-        config = self.config
         if isinstance(self.lm_head, Head):
-            total = self.lm_head(self.transformer.ln_f(x), targets, vocab_size=config.vocab_size,
-                                 softcap=config.logit_softcap, fuse=fuse)
+            total = self.lm_head(self.transformer.ln_f(x), targets, vocab_size=self.config.vocab_size,
+                                 softcap=self.config.logit_softcap, fuse=fuse)
         else:  # packed or quantized for inference (inference/quantize.py): no gradient is needed
-            rows = rows_at_once(config.padded_vocab_size, x.device.type)
+            rows = rows_at_once(self.config.padded_vocab_size, x.device.type)
             pieces = zip(x.split(rows), targets.split(rows), strict=True)
-            total = sum(F.cross_entropy(self.head(xs).float(), ts, ignore_index=-1, reduction="sum")
-                        for xs, ts in pieces)
+            total = 0
+            for xs, ts in pieces:
+                total += F.cross_entropy(self.head(xs).float(), ts, ignore_index=-1, reduction="sum")
         return total / (targets != -1).sum()
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-        """Continue token ids (B, T) by max_new_tokens each -> (B, T + max_new_tokens).
+        """Continue token ids (B, T) by max_new_tokens each -> (B, T + max_new_tokens). Call eval() first.
 
-        The plain way: the whole context, its last block_size tokens, is read again for every new token (infer.py's
-        engine keeps a cache). Call eval() first. temperature 0 takes the most likely token; top_k=None or 0 draws among
-        all. Draws take torch's global random numbers, or those of a `generator` on the model's device.
+        The plain way: it reads the last block_size tokens again for every new one (infer.py keeps a cache).
+        temperature 0 takes the most likely token; top_k=None or 0 draws among all.
         """
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :], last_only=True)
@@ -496,39 +473,26 @@ class GPT(nn.Module):
         return idx
 
     # -------------------------------------------------------------------------
-    # What it costs, counted from its layers
+    # Costs, counted from the layers
 
     def num_params(self, padding=False):
         """Number of parameters, a tied head counted once; with `padding` also the rows that only pad the vocabulary."""
         n = sum(p.numel() for p in self.parameters())
-        if padding:
-            return n
         tables = 1 if self.config.tie_weights else 2
-        rows = self.config.padded_vocab_size - self.config.vocab_size
-        return n - tables * rows * self.config.n_embd
+        pad = tables * (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return n if padding else n - pad
 
     def forward_flops(self, context, head=True):
-        """FLOPs of one token that attends to `context` tokens, itself included: 2 for each weight of the matrices, and
-        4 for each context token and attention channel (Kaplan et al. 2020, arXiv:2001.08361, table 1)."""
+        """FLOPs of one token that attends to `context` tokens, itself included (Kaplan et al. 2020, arXiv:2001.08361,
+        table 1): 2 for each weight of a matrix, 4 for each context token and attention channel (q.k and weight.v)."""
         layers = [m for m in self.modules() if isinstance(m, nn.Linear) and (head or m is not self.lm_head)]
-        products = 2 * sum(m.in_features * m.out_features for m in layers)
-        # q.k and weight.v
         attention = 4 * context * self.config.n_layer * self.config.n_head * self.config.head_dim
-        return products + attention
+        return 2 * sum(m.in_features * m.out_features for m in layers) + attention
 
     def train_flops(self, T):
         """FLOPs per token of a training step on sequences of T: forward, and twice that backward. Causal attention
         sees (T + 1) / 2 tokens on average. Recomputed activations do not count, as in the definition of MFU."""
         return 3 * self.forward_flops((T + 1) / 2)
-
-    def prefill_flops(self, T):
-        """FLOPs to read a prompt of T tokens and compute the logits after its last one."""
-        body = T * self.forward_flops((T + 1) / 2, head=False)
-        return body + 2 * self.lm_head.in_features * self.lm_head.out_features
-
-    def decode_flops(self, context):
-        """FLOPs to compute the logits of one more token, with `context` tokens in the cache, itself included."""
-        return self.forward_flops(context)
 
     def param_bytes(self):
         """Bytes of all parameters in their dtypes, padding included."""

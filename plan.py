@@ -1,14 +1,12 @@
 """
-Memory and time of a training step on one GPU or many, counted before anything is allocated.
+Memory and time of a training step on one GPU or many, counted from the model's shape before anything is allocated.
 
     python plan.py config/owt_124m.py --gpu=h100 --gpus=8          # every sensible layout, best first
     python plan.py --n_layer=32 --n_embd=4096 --n_head=32 --tokens_per_step=4194304 --gpus=64
     python plan.py scaling                                         # the table of docs/scaling.md
 
-It takes the keys of train.py besides its own. The tokens per step stay as they say; the plan picks the micro-batch.
-Times and MFU are counted from the model's shape. Nothing here was measured on a GPU.
-
-Sources of the formulas:
+It takes the keys of train.py besides its own, and picks the micro-batch. Nothing here was measured on a GPU.
+The two estimates are step_memory and step_time; `plans` compares layouts by them. Sources of the formulas:
 - activations and recomputation: Korthikanti et al. 2022, arXiv:2205.05198
 - what each ZeRO stage shards and sends: Rajbhandari et al. 2020, arXiv:1910.02054
 - all-reduces of tensor parallelism: Shoeybi et al. 2019, arXiv:1909.08053
@@ -16,6 +14,7 @@ Sources of the formulas:
 - overlap of communication: the Ultra-Scale Playbook, https://huggingface.co/spaces/nanotron/ultrascale-playbook
 """
 
+import itertools
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +31,7 @@ what = "layouts"              # layouts | scaling (models from 124M to 70B on 1 
 gpu = "h100"                  # a100-40 | a100 | h100 | h200 | b200 | l40s | rtx4090
 gpus = 8                      # number of GPUs
 efficiency = 0.65             # share of the peak FLOP/s that large matrix products reach; assumed, not measured here
-reserve = 0.1                 # share of the memory that is left to CUDA, NCCL and fragmentation
+reserve = 0.1                 # share of the memory left to CUDA, NCCL and fragmentation
 rows = 12                     # layouts shown; 0: all
 # -----------------------------------------------------------------------------
 
@@ -40,7 +39,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class GPU(NamedTuple):
-    """A GPU, the machine it is in, and the shares of its memory and speed that a run can use."""
+    """A GPU, its machine, and the shares of its memory and speed that a run can use."""
     memory: float     # bytes
     flops: float      # dense bf16 per second
     bandwidth: float  # bytes/s of its memory
@@ -57,10 +56,10 @@ class GPU(NamedTuple):
         return self.memory * (1 - self.reserve)
 
 
-# Each figure is from the data sheet in `source`: dense, and one way if the sheet adds up both, as for NVLink (600, 900
-# and 1,800 GB/s) and PCIe 4.0 x16 (64). In a DGX each GPU has one adapter, of 200 Gb/s (A100) or 400. The driver of a
-# B200 reports a narrower bus, 7.67 TB/s (https://github.com/pytorch/ao/pull/4002). The driver of a GeForce allows no
-# direct copies between GPUs: they pass through the host's memory, and are slower than the figure here.
+# Figures from the data sheet in `source`: dense, and one way if the sheet adds up both, as for NVLink (600, 900 and
+# 1,800 GB/s) and PCIe 4.0 x16 (64). In a DGX each GPU has one adapter, of 200 Gb/s (A100) or 400. The driver of a B200
+# reports a narrower bus, 7.67 TB/s (https://github.com/pytorch/ao/pull/4002). GeForce drivers allow no direct copies
+# between GPUs: these pass through the host's memory, and are slower than the figure here.
 GPUS = {
     "a100-40": GPU(40e9, 312e12, 1555e9, 300e9, 25e9, "NVIDIA A100 (SXM) and DGX A100 data sheets"),
     "a100": GPU(80e9, 312e12, 2039e9, 300e9, 25e9, "NVIDIA A100 (SXM) and DGX A100 data sheets"),
@@ -71,11 +70,10 @@ GPUS = {
     "rtx4090": GPU(24e9, 165e12, 1008e9, 32e9, 1.25e9, "NVIDIA Ada white paper, PCIe 4.0 x16; 10 Gb/s a GPU assumed"),
 }
 
-# Assumed shares of a GPU's peak, besides `efficiency`. On an H100 the best shape of a matrix product that a search
-# found reaches 0.80 (https://github.com/stas00/ml-engineering, Maximum Achievable Matmul FLOPS). Attention by cuDNN on
-# an H100, from the figures of FlashAttention-3 (arXiv:2407.08608): with heads of 64 and 1,024 tokens 288 TFLOP/s
-# forward and 348 backward, with heads of 128 and 4,096 tokens about 500. Bandwidth: github.com/calculon-ai/calculon,
-# a100_80g.json.
+# Assumed shares of a GPU's peak, besides `efficiency`. The best matrix product that one search found on an H100 reaches
+# 0.80 (https://github.com/stas00/ml-engineering, Maximum Achievable Matmul FLOPS). cuDNN's attention on an H100, from
+# the figures of FlashAttention-3 (arXiv:2407.08608): with heads of 64 and 1,024 tokens 288 TFLOP/s forward and 348
+# backward, with heads of 128 and 4,096 tokens about 500. Bandwidth: github.com/calculon-ai/calculon, a100_80g.json.
 HALF_WIDTH = 256       # a matrix product of this width reaches half of `efficiency`: our own assumption
 SMALL_HEADS = 0.33     # share of the peak FLOP/s that attention reaches with heads smaller than 128
 LARGE_HEADS = 0.5      # with larger heads
@@ -100,9 +98,8 @@ ONE_GPU = Layout()
 
 def block_activations(c, T, small, cuda):
     """Bytes per token that a block keeps for its backward pass: (inputs of the norms, outputs of the norms, inside of
-    attention and MLP, dropout masks).
+    attention and MLP, dropout masks). Tensor parallelism divides only the inside (Korthikanti et al., section 4.2.1).
 
-    Tensor parallelism divides only the inside, as there is no sequence parallelism (Korthikanti et al., section 4.2.1).
     `small` is the element size of a matmul's input; the residual stream and the norms stay in fp32.
     """
     width = c.n_embd
@@ -113,8 +110,7 @@ def block_activations(c, T, small, cuda):
     # copies of q and k besides those in qkv
     qk_copies = (c.qk_norm != "none" or c.pos == "rope") + (c.qk_norm == "rms_gain")
     attention = (width + 2 * kv + qk_copies * (width + kv) + width) * small  # and the output
-    # there model.attend computes attention step by step
-    half_on_cpu = c.attn == "auto" and small == 2 and not cuda
+    half_on_cpu = c.attn == "auto" and small == 2 and not cuda  # model.attend picks plain matrix products
     if c.attn == "math" or half_on_cpu or (c.dropout and not cuda):
         after_dropout = mask + small if c.dropout else 0  # the mask and the surviving weights
         attention += c.n_head * T * ((4 if cuda else small) + after_dropout)
@@ -152,29 +148,25 @@ def first_stage(costs, layout):
 
 
 def loss_memory(costs, tokens, small, cuda, copied):
-    """Bytes at the peak of cross_entropy.py: its input, the gradient of the table, the table in half precision if it is
-    `copied`, and a piece of the logits with either the softmax or the gradient of the table from that piece."""
+    """Bytes at the peak of cross_entropy.py: its input, the table's gradient, a piece of the logits with its softmax or
+    its gradient of the table, and a copy of the table in half precision if it is `copied`."""
     vocab = costs.config.padded_vocab_size
     pieces = -(-tokens // rows_at_once(vocab, "cuda" if cuda else "cpu"))
     piece = -(-tokens // pieces) * vocab  # elements; a soft-cap halves the rows and doubles the bytes
     half = costs.table / 2 if small == 2 else 0  # bytes of the table in half precision
     softmax = 4 if small == 2 and not cuda else 0  # bytes per logit, in fp32; compiled it takes none
-    peak = piece * small + max(piece * softmax, half)
-    if copied:
-        peak += half
+    peak = piece * small + max(piece * softmax, half) + (half if copied else 0)
     return 4 * tokens * costs.config.n_embd + costs.table + peak
 
 
 def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=ONE_GPU, micro_steps=1, cuda=True):
     """Bytes per device of a training step on `batch_size` sequences of T tokens (0: block_size), by part.
 
-    Weights, gradients and optimizer state are counted from the parameters. AdamW keeps two moments; Muon keeps one, so
-    this is an upper bound for it. Gradients are counted as present throughout. Casts are the matrices of the blocks in
-    `dtype`, which autocast keeps for the backward pass; with ZeRO they are the gathered weights: in stage 3 those of
-    two blocks and the ends. Activations are what autograd keeps, on the first pipeline stage for as many micro-batches
-    as there are stages, plus the loss, which is on the last. Attention stores its weights with attn="math", and on a
-    CPU with dropout or in half precision. The total contains the larger of the loss's peak (logits) and the backward
-    pass of the last block.
+    - optimizer: the two moments of AdamW; Muon keeps one, so this is an upper bound for it
+    - casts: the matrices of the blocks in `dtype`, which autocast keeps for the backward pass; with ZeRO the gathered
+      weights, in stage 3 those of two blocks and the ends (embedding and head)
+    - activations: what autograd keeps on the first pipeline stage, for as many micro-batches as there are stages
+    - logits: the peak of the loss; backward: that of the last block. The total contains the larger of the two
     -> {"weights", "gradients", "optimizer", "casts", "activations", "logits", "backward", "total"}
     """
     c = costs.config
@@ -190,25 +182,24 @@ def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=ONE_GPU, mic
     parts = {"weights": weights / shards, "gradients": weights, "optimizer": 2 * weights / shards}
     if zero >= 2:
         parts["gradients"] = weights / shards + max(block, ends)
+    parts["casts"] = 0
     if zero:
         parts["casts"] = small / 4 * (weights if zero < 3 else 2 * block + ends)
-    elif dtype == torch.float32:
-        parts["casts"] = 0
-    else:
+    elif dtype != torch.float32:
         parts["casts"] = small * costs.matrices / tensor * layers / c.n_layer
     inputs, outputs, inside, dropped = block_activations(c, T, small, cuda)
     block_bytes = inputs + outputs + inside / tensor + dropped  # per token
-    kept = {
+    saved = {
         "none": block_bytes,
         "selective": inputs + 2 * 4 * c.n_embd,  # and the norms' outputs before the cast
         "full": inputs / 2,
     }[recompute]
     # around the blocks: the embedding, the input of ln_f, the gradient of its output
     around = dropped / 2 + (4 * c.norm_embed + 4 + 4) * c.n_embd
-    parts["activations"] = tokens * (min(pipeline, micro_steps) * layers * kept + around)
+    parts["activations"] = tokens * (min(pipeline, micro_steps) * layers * saved + around)
     # ZeRO gathers the table in `dtype`, so nobody copies it
     parts["logits"] = loss_memory(costs, tokens, small, cuda, copied=not zero)
-    recomputed = block_bytes - min(kept, block_bytes)
+    recomputed = block_bytes - min(saved, block_bytes)
     hidden = 2 * small * tokens * c.mlp_dim / tensor
     parts["backward"] = tokens * recomputed + hidden + 4 * c.mlp_dim * c.n_embd / tensor
     if c.tie_weights:
@@ -229,9 +220,8 @@ def ring(size, ranks, bandwidth):
 def block_traffic(c, tensor):
     """Bytes per token that the memory-bound operations of a block read and write: (forward, backward).
 
-    The residual stream is in fp32 and everything else in bf16, as under autocast. torch.compile fuses adding a branch
-    to the stream, the norm and the cast into one kernel. The bytes of matrix products are in their share of the peak;
-    dropout is not counted.
+    The residual stream is in fp32, all else in bf16. torch.compile fuses a branch's addition to the stream, the norm
+    and the cast into one kernel. The share of the peak covers the bytes of matrix products. Dropout is not counted.
     """
     stream = 4 * c.n_embd
     branch = 2 * c.n_embd
@@ -257,8 +247,7 @@ def block_traffic(c, tensor):
 
 
 def compute_time(costs, tokens, layout, card):
-    """Seconds of one micro-batch on the slowest stage, which has the head: (forward, backward). Matrix products and
-    attention run at their shares of the peak FLOP/s, everything else at its share of the memory bandwidth."""
+    """Seconds of one micro-batch on the slowest stage, which has the head: (forward, backward)."""
     c = costs.config
     tensor = layout.tensor
     bandwidth = card.bandwidth * BANDWIDTH_SHARE
@@ -271,6 +260,7 @@ def compute_time(costs, tokens, layout, card):
     attention = tokens * costs.attention / c.n_layer * layers / tensor / card.flops
     attention /= SMALL_HEADS if c.head_dim < 128 else LARGE_HEADS
     traffic_forward, traffic_backward = block_traffic(c, tensor)
+    # products and attention at their shares of the peak FLOP/s, all else at its share of the memory bandwidth
     blocks = matrices + attention + tokens * layers * traffic_forward / bandwidth
     backward = 2 * matrices + 2.5 * attention + tokens * layers * traffic_backward / bandwidth
     if layout.recompute != "none":
@@ -284,12 +274,11 @@ def compute_time(costs, tokens, layout, card):
     pieces = -(-tokens // rows_at_once(vocab, "cuda", c.logit_softcap))
     moved = tokens * (3 * 2 * vocab + (28 + 16) * c.n_embd)  # bytes, with ln_f and the embedding
     moved += pieces * 10 * vocab * c.n_embd
-    forward = blocks + 3 * products(vocab * c.n_embd, c.n_embd) + moved / bandwidth
-    return forward, backward
+    return blocks + 3 * products(vocab * c.n_embd, c.n_embd) + moved / bandwidth, backward
 
 
 def exposed_gradients(costs, layout, card, micro_steps, forward, backward):
-    """Seconds of data parallelism's communication in an update that the passes it overlaps with do not hide."""
+    """Seconds of data parallelism's communication in an update that computation does not hide."""
     data, zero = layout.data, layout.zero
     weights = sum(first_stage(costs, layout)) / 4  # parameters, not bytes
     # a ring through every machine uses the network adapters of all its members there
@@ -307,12 +296,10 @@ def exposed_gradients(costs, layout, card, micro_steps, forward, backward):
 
 
 def step_time(costs, batch_size, micro_steps, layout, card):
-    """Seconds of an update of `micro_steps` micro-batches, counted, not measured.
+    """Seconds of an update of `micro_steps` micro-batches -> {"compute", "bubble", "optimizer", "exposed", "total"}
 
-    Tensor-parallel ranks are neighbours, then come data-parallel ranks, as in parallel.py. Exposed is communication
-    that computation does not hide: all of tensor parallelism's and the pipeline's, and the part of data parallelism's
-    that outlasts the passes it overlaps with. Latencies are not counted.
-    -> {"compute", "bubble", "optimizer", "exposed", "total"}
+    Exposed is communication that computation does not hide: all of tensor parallelism's and the pipeline's, and the
+    part of data parallelism's that outlasts the passes beside it. Latencies are not counted.
     """
     data, zero, tensor, pipeline, recompute = layout
     c = costs.config
@@ -321,12 +308,13 @@ def step_time(costs, batch_size, micro_steps, layout, card):
     weights = sum(first_stage(costs, layout)) / 4  # parameters, not bytes
     forward, backward = compute_time(costs, tokens, layout, card)
     compute = forward + backward
-    reduced = 0
+
+    reduced = 0  # seconds per micro-batch
     if tensor > 1:  # two all-reduces forward and two backward per layer, two more to recompute
         all_reduces = 4 if recompute == "none" else 6
         reduced = 2 * ring(tokens * c.n_embd * 2, tensor, card.link) * all_reduces * layers
-    sent = 0
-    if pipeline > 1:  # stages are furthest apart
+    sent = 0  # seconds per micro-batch
+    if pipeline > 1:  # its ranks are furthest apart, as in parallel.py
         hop = card.link if data * tensor * pipeline <= card.machine else card.network
         sent = 2 * tokens * c.n_embd * 4 / hop
     exposed = exposed_gradients(costs, layout, card, micro_steps, forward, backward)
@@ -348,24 +336,19 @@ def divisors(n):
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def grids(c, sequences, count, machine):
-    """(data, tensor, pipeline) that use `count` GPUs and that train.py accepts: tensor divides heads, hidden units and
-    the GPUs of a machine, each stage has a layer, and the batch divides over data with a micro-batch for each stage."""
+def layouts(c, sequences, count, machine):
+    """Every Layout of `count` GPUs that train.py accepts: tensor divides heads, hidden units and the GPUs of a machine,
+    each stage has a layer, and the batch divides over data with a micro-batch for each stage."""
     for tensor in divisors(min(count, machine)):
         uneven_kv = c.kv_heads % tensor and tensor % c.kv_heads
         if c.n_head % tensor or c.mlp_dim % tensor or uneven_kv or count % tensor:
             continue
         for pipeline in divisors(count // tensor):
             data = count // tensor // pipeline
-            if pipeline <= c.n_layer and sequences % data == 0 and sequences // data >= pipeline:
-                yield data, tensor, pipeline
-
-
-def layouts(c, sequences, count, machine):
-    """Every Layout on the grids, with each ZeRO stage and each way to recompute."""
-    for data, tensor, pipeline in grids(c, sequences, count, machine):
-        for zero in (0, 1, 2, 3) if data > 1 else (0,):
-            for recompute in ("none", "selective", "full"):
+            if pipeline > c.n_layer or sequences % data or sequences // data < pipeline:
+                continue
+            zero_stages = (0, 1, 2, 3) if data > 1 else (0,)
+            for zero, recompute in itertools.product(zero_stages, ("none", "selective", "full")):
                 yield Layout(data, zero, tensor, pipeline, recompute)
 
 
@@ -386,11 +369,9 @@ def micro_batches(costs, sequences, layout, card):
 
 
 def plans(model, sequences, count, card):
-    """Every layout of `count` GPUs, each with its fastest micro-batch that fits: the largest if several are as fast.
-
+    """Every layout of `count` GPUs, each with its fastest micro-batch that fits; on a tie with the largest.
     -> (rows that fit, best first; rows that do not fit, smallest first). A row is {"layout", "batch_size",
-    "micro_steps", "memory", "time"}, without "time" if it does not fit.
-    """
+    "micro_steps", "memory", "time"}, without "time" if it does not fit."""
     costs = costs_of(model)
     fit = []
     too_large = []
@@ -412,15 +393,10 @@ def rank(row):
 
 def layout_name(layout):
     """A layout in words: "data 8 zero 1, recompute full"."""
-    words = []
-    if layout.data > 1:
-        words.append(f"data {layout.data}")
+    sizes = {"data": layout.data, "tensor": layout.tensor, "pipeline": layout.pipeline}
+    words = [f"{kind} {size}" for kind, size in sizes.items() if size > 1]
     if layout.data > 1 and layout.zero:
-        words[-1] += f" zero {layout.zero}"
-    if layout.tensor > 1:
-        words.append(f"tensor {layout.tensor}")
-    if layout.pipeline > 1:
-        words.append(f"pipeline {layout.pipeline}")
+        words[0] += f" zero {layout.zero}"
     if layout.recompute != "none":
         words.append(f"recompute {layout.recompute}")
     return ", ".join(words) or "one GPU"
@@ -428,8 +404,9 @@ def layout_name(layout):
 
 def throughput(model, sequences, row, count, card):
     """(tokens/s over all GPUs, MFU)."""
-    speed = sequences * model.config.block_size / row["time"]["total"]
-    return speed, speed * model.train_flops(model.config.block_size) / card.flops / count
+    T = model.config.block_size
+    speed = sequences * T / row["time"]["total"]
+    return speed, speed * model.train_flops(T) / card.flops / count
 
 
 # -----------------------------------------------------------------------------
@@ -441,8 +418,6 @@ TIMES = ("compute", "bubble", "optimizer", "exposed", "total")
 
 def show_layouts(c, model, sequences, card):
     """Prints the best layouts of c.gpus GPUs as a table -> their rows, as plain values."""
-    fit, too_large = plans(model, sequences, c.gpus, card)
-    best = fit[: c.rows or None]
     T = model.config.block_size
     cache = model.kv_cache_bytes(T, torch.bfloat16) / 1e9
     print(f"{model.num_params() / 1e6:,.0f}M parameters, {sequences} sequences of {T} tokens a step, "
@@ -450,6 +425,9 @@ def show_layouts(c, model, sequences, card):
     print("Times and MFU are counted, from assumed shares of the GPU's peak: nothing was measured on a GPU")
     print(f"GB per GPU, at most {card.usable / 1e9:.1f}; ms per step. Training keeps no KV cache; "
           f"generating takes {cache:.3g} GB for {T} tokens in bfloat16\n")
+
+    fit, too_large = plans(model, sequences, c.gpus, card)
+    best = fit[: c.rows or None]
     names = (*PARTS, *(f"{name} ms" for name in TIMES), "MFU")
     heads = [f"{name:>{max(7, len(name))}}" for name in names]
     print(f"{'layout':<44} {'batch':>9}", *heads)
@@ -501,10 +479,8 @@ def meta_model(sizes):
 
 def scaling_table(card=GPUS["h100"]):  # noqa: B008
     """The best layout of each shape by number of GPUs, as Markdown."""
-    lines = [
-        "| model | GPUs | layout | micro-batch | GB per GPU | step | exposed | tokens/s | MFU |",
-        "|" + "---|" * 9,
-    ]
+    lines = ["| model | GPUs | layout | micro-batch | GB per GPU | step | exposed | tokens/s | MFU |",
+             "|" + "---|" * 9]
     for name, (sizes, tokens) in SHAPES.items():
         model = meta_model(sizes)
         sequences = tokens // model.config.block_size
@@ -524,15 +500,9 @@ def scaling_cells(model, sequences, count, card):
     best = fit[0]
     seconds = best["time"]["total"]
     speed, mfu = throughput(model, sequences, best, count, card)
-    return " | ".join([
-        layout_name(best["layout"]),
-        f"{best['batch_size']} x {best['micro_steps']}",
-        f"{best['memory']['total'] / 1e9:.1f}",
-        f"{seconds:.3g} s",
-        f"{best['time']['exposed'] / seconds:.0%}",
-        f"{speed:,.0f}",
-        f"{mfu:.0%}",
-    ])
+    return (f"{layout_name(best['layout'])} | {best['batch_size']} x {best['micro_steps']} | "
+            f"{best['memory']['total'] / 1e9:.1f} | {seconds:.3g} s | "
+            f"{best['time']['exposed'] / seconds:.0%} | {speed:,.0f} | {mfu:.0%}")
 
 
 def main(c):

@@ -16,7 +16,7 @@ from pathlib import Path
 from configurator import Settings, configure, fail
 from device import can_compile, memory_is_full, pick_device, pick_dtype, what_failed
 from files import decode_text, read_lines
-from infer import Engine, check_prompt, load, stream
+from infer import Engine, check_prompt, encode_prompt, load, stream
 from inference.quantize import convert
 from inference.sampling import StopText, sampling_from
 from tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ ckpt = "latest"             # which checkpoint: latest | best | a step
 start = "\n"                # the prompt; FILE:prompt.txt reads a file, - reads stdin; empty: the beginning of a
                             # document, which only data of several documents teaches
 special = False             # read names of special tokens in a prompt, such as <|endoftext|>, as these tokens
-prompts = ""                # a file with one prompt per line, in place of start
+prompts = ""                # a file with one prompt per line, instead of start
 interactive = False         # ask for prompts, one line each, until the end of the input
 num_samples = 10            # samples of each prompt
 max_new_tokens = 500        # tokens in each sample, not counting the prompt
@@ -48,12 +48,12 @@ rope_factor = 1.0           # with rope_scaling: context as a multiple of the on
 compile = False             # torch.compile the model
 # -----------------------------------------------------------------------------
 
-CUT = "---------------"  # is printed after each sample
+CUT = "---------------"  # printed after each sample
 AT_ONCE = 16  # most samples drawn together
 
 
 def read_prompts(c):
-    """The prompts that `start` or `prompts` name. Raises ValueError for what cannot be read as UTF-8 text."""
+    """The prompts that `start` or `prompts` name. Raises ValueError for a source that cannot be read as UTF-8 text."""
     key = f"--prompts={c.prompts}" if c.prompts else f"--start={c.start}"
     try:
         if c.prompts:
@@ -84,21 +84,13 @@ def default_prompt(c, tokenizer):
     return c.start
 
 
-def encode(c, tokenizer, text):
-    """Ids of a prompt; those of an empty one are the tokenizer's bos. Raises ValueError if it cannot be encoded."""
-    if text:
-        return tokenizer.encode(text, special=c.special)
-    if tokenizer.bos is None:
-        raise ValueError("the prompt is empty, and this run's tokenizer has no token for the beginning of a text")
-    return [tokenizer.bos]
-
 
 def check_prompts(c, model, tokenizer, texts):
-    """Raises ValueError for a prompt of the command line that cannot be encoded, naming the key, or not be read."""
+    """Raises ValueError for a prompt of the command line that the tokenizer cannot encode or the model cannot read."""
     key = "prompts" if c.prompts else "start"
     for text in texts:
         try:
-            ids = encode(c, tokenizer, text)
+            ids = encode_prompt(tokenizer, text, c.special)
         except ValueError as e:
             raise ValueError(f"--{key}: {e}") from None
         check_prompt(ids, model.config)
@@ -106,7 +98,7 @@ def check_prompts(c, model, tokenizer, texts):
 
 def draw_together(c, engine, text, sampling):
     """All samples of the prompt `text`, drawn together, shown in order. -> tokens drawn"""
-    ids = encode(c, engine.tokenizer, text)
+    ids = encode_prompt(engine.tokenizer, text, c.special)
     requests = [engine.submit(ids, sampling, seed=sampling.seed + i) for i in range(c.num_samples)]
     for request in requests:
         print(text, end="", flush=True)
@@ -122,13 +114,15 @@ def draw_together(c, engine, text, sampling):
 
 
 def draw_past_context(c, model, tokenizer, text, sampling):
-    """The same past the context of a model whose positions end with it: the context is read again for each token."""
+    """Like draw_together, for samples that outgrow the learned positions of a model: stream reads the context again for
+    each token. -> tokens drawn"""
+    ids = encode_prompt(tokenizer, text, c.special)
     drawn = 0
     for i in range(c.num_samples):
         print(text, end="", flush=True)
         decode = tokenizer.stream_decoder()
         until = StopText(sampling.stop)
-        tokens = stream(model, encode(c, tokenizer, text), sampling.max_new_tokens, temperature=sampling.temperature,
+        tokens = stream(model, ids, sampling.max_new_tokens, temperature=sampling.temperature,
                         top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
                         repetition_penalty=sampling.repetition_penalty, seed=sampling.seed + i, eos=tokenizer.eos)
         for token in tokens:
@@ -156,7 +150,7 @@ def next_prompts(c, texts):
 
 def load_all(c, given):
     """-> (model in its form for inference, tokenizer, prompts of the command line). `given`: keys that the user set.
-    Says on stderr what was loaded. Raises ValueError and OSError."""
+    Prints the checkpoint and the device on stderr. Raises ValueError and OSError."""
     device, device_why = pick_device(c.device)
     dtype, dtype_why = pick_dtype(c.dtype, device)
     sampling_from(c)  # its errors come before the model is loaded
@@ -183,7 +177,7 @@ def load_all(c, given):
 def main(c, given):
     if c.init_from != "resume":
         fail(f"--init_from={c.init_from}: sample.py reads a run of this project; name its folder with --out_dir. "
-             "export.py makes such a run of a model from elsewhere (gpt2, a ckpt.pt of nanoGPT's)")
+             "export.py makes such a run from another model (gpt2, a ckpt.pt of nanoGPT's)")
     try:
         model, tokenizer, texts = load_all(c, given)
     except (ValueError, OSError) as e:  # CheckpointError is a ValueError
@@ -202,7 +196,7 @@ def main(c, given):
     clock = time.perf_counter()
     for text in next_prompts(c, texts):
         try:
-            length = len(encode(c, tokenizer, text))
+            length = len(encode_prompt(tokenizer, text, c.special))
             if length > window or (length + c.max_new_tokens - 1 > window and not slide):
                 drawn += draw_past_context(c, model, tokenizer, text, sampling)
             else:
@@ -215,7 +209,7 @@ def main(c, given):
 
 
 def compile_trouble(engine, prompt):
-    """Compile the model in place and draw two tokens. -> None, or why that failed, with the model as it was"""
+    """Compile the model in place and draw two tokens. -> None, or why that failed; then the model stays uncompiled"""
     engine.model.compile(dynamic=True)
     try:
         engine.generate(prompt, max_new_tokens=2)
@@ -226,7 +220,7 @@ def compile_trouble(engine, prompt):
 
 
 def close_stdout():
-    """Nobody can read stdout any more: point it at nothing, so that the flush at exit finds no fault."""
+    """Nobody can read stdout any more: point it at /dev/null, so that the flush at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -8,7 +8,7 @@ Text <-> token ids.
     tokenizer = load_tokenizer(folder)       # that file, or nanoGPT's meta.pkl
     tokenizer = load_tokenizer("gpt2.tiktoken")  # GPT-2's byte-level BPE
 
-Every tokenizer has `kind`, `vocab_size`, `special_tokens` (name -> id), `bos` and `eos` (ids, or None where there is
+Every tokenizer has `kind`, `vocab_size`, `special_tokens` (name -> id), `bos` and `eos` (ids, or None if there is
 none), and the methods of Tokenizer. Special tokens enter a stream only by their ids: in a text their names are plain
 characters, so no text that a user types can produce one. `encode(text, special=True)` is for text you wrote yourself,
 which spells them out.
@@ -27,18 +27,18 @@ from files import sha256, write_whole
 
 BOS, EOS = "<|bos|>", "<|eos|>"  # before the first and after the last token of a document
 MAX_VOCAB = 65_536  # shards hold uint16
-OLDEST_TIKTOKEN = 0, 13  # older ones hang on long runs of one character, and emoji can end the process
+OLDEST_TIKTOKEN = 0, 13  # older versions hang on long runs of one character, and emoji can end the process
 UNICODE = 0x110000  # the number of code points
 CHUNK = 1 << 22  # characters encoded at a time: bounds the memory on texts of gigabytes
 
-END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token. It stands between documents, so it begins and ends one
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's only special token. It stands between documents: it is bos and eos
 # Where GPT-2 cuts a text before it merges (Radford et al. 2019, encoder.py): contractions, words, numbers, the rest
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # tiktoken's regular expressions look ahead, and exhaust their stack on a run of white space twice this long
 LONGEST_SPACE = 400_000
 WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-SPACE = re.compile(rf"(?<![{WHITE}])[{WHITE}]{{{LONGEST_SPACE},}}")  # from a run's beginning: each is scanned once
+SPACE = re.compile(rf"(?<![{WHITE}])[{WHITE}]{{{LONGEST_SPACE},}}")  # only from a run's beginning: scans each run once
 
 # A long text is encoded in pieces of this many characters, so that a signal waits for one piece, not for the text
 PIECE = 1 << 20
@@ -91,9 +91,11 @@ class Tokenizer:
         if len(unknown):
             at = int(unknown[0])
             raise ValueError(f"no token has id {ids[at]} (position {at}): the vocabulary is 0 to {self.vocab_size - 1}")
-        special = {i: b"" if skip_special else name.encode() for name, i in self.special_tokens.items()}
-        parts = [special[i] if i in special else self.pieces[i] for i in ids.tolist()]
-        return b"".join(parts).decode("utf-8", "replace")
+        special = {}
+        for name, i in self.special_tokens.items():
+            special[i] = b"" if skip_special else name.encode()
+        pieces = [special[i] if i in special else self.pieces[i] for i in ids.tolist()]
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def stream_decoder(self):
         """A function that takes ids one by one. It returns the text that is complete so far, never half a character.
@@ -223,10 +225,8 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_ranks(cls, raw):
-        """The tokenizer of a .tiktoken file, given as bytes, with GPT-2's pattern and special token.
-
-        The file has a line for each token: its bytes in base64 and its rank.
-        """
+        """The tokenizer of a .tiktoken file, given as bytes, with GPT-2's pattern and special token. The file has a
+        line for each token: its bytes in base64 and its rank."""
         lines = [line.split() for line in raw.splitlines() if line.strip()]
         if any(len(line) != 2 or line[1] != b"%d" % i for i, line in enumerate(lines)):
             raise ValueError("expected lines of a token in base64 and its rank, 0, 1, ...")
@@ -256,11 +256,11 @@ class BPETokenizer(Tokenizer):
         return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
     def _encode(self, text):
-        """encode_array of a text without endless runs of white space, piece by piece."""
+        """encode_array, piece by piece, of a text without runs of white space that exhaust tiktoken's stack."""
         arrays = []
         at = 0
         while at < len(text) or not arrays:
-            # where another pattern cuts is not known, so its text is one piece
+            # nobody knows where another pattern always cuts, so its text is one piece
             border = BORDER.search(text, at + PIECE) if self.pattern == GPT2_PATTERN else None
             end = border.start() if border else len(text)
             # straight to an array; no special token is allowed and none is refused, so their names are plain text
@@ -285,7 +285,7 @@ def load_tokenizer(path):
     """The tokenizer in a file, or in a folder's tokenizer.json or meta.pkl (of a nanoGPT dataset). A file of tiktoken's
     ranks (.tiktoken) is read with GPT-2's pattern and special token.
 
-    Raises FileNotFoundError where there is none, ValueError naming the file and what is wrong with it.
+    Raises FileNotFoundError if there is none, ValueError naming a file that is not a tokenizer and the reason.
     """
     path = Path(path)
     if path.is_dir():
@@ -342,7 +342,7 @@ def _is_strings(value):
 
 
 class _Dtype:
-    """Stands for numpy's dtype in a pickle: it remembers the code, such as "i8", and the byte order."""
+    """Stands for numpy's dtype in a pickle: remembers the code, such as "i8", and the byte order."""
 
     def __init__(self, code, *options):
         self.code = code
@@ -360,7 +360,7 @@ def _scalar(dtype, raw):
         return int.from_bytes(raw, order, signed=dtype.code[0] == "i")
     if known and dtype.code == f"U{len(raw) // 4}":
         return raw.decode("utf-32-be" if order == "big" else "utf-32-le").rstrip("\0")
-    raise pickle.UnpicklingError("it holds a value of numpy's that is neither a whole number nor a string")
+    raise pickle.UnpicklingError("it holds a numpy value that is neither a whole number nor a string")
 
 
 def _bytes(text, encoding):
@@ -371,13 +371,13 @@ def _bytes(text, encoding):
 
 
 def _plain_dict(*arguments):
-    """Stands for a dict of `collections`: a plain dict, which the pickle fills once it is made."""
+    """Stands for a dict of `collections`: a plain dict, which the pickle fills later."""
     return dict(arguments[0]) if arguments and isinstance(arguments[0], dict) else {}
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers of them. A pickle runs code only through a global. This one has no globals
-    except its own, which read numpy's whole numbers and strings, and read the dicts of `collections` as plain ones."""
+    """Reads numbers, strings and containers of them. A pickle runs code only through a global, and here the only
+    globals are those in OWN: for numpy's whole numbers and strings, and for the dicts of `collections`."""
 
     OWN = {
         ("numpy", "dtype"): _Dtype,
@@ -430,9 +430,9 @@ def _from_meta_pkl(path):
 
 
 def meta_vocab_size(folder):
-    """The vocabulary size in a nanoGPT dataset's meta.pkl, which may be padded, and may be all that is in there.
+    """The vocabulary size in a nanoGPT dataset's meta.pkl, which may hold nothing else; it may be padded.
 
-    -> None where no file says it, or where a tokenizer.json says more.
+    -> None if there is no such size, or if a tokenizer.json says more.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").exists() or not (folder / "meta.pkl").exists():

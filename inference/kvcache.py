@@ -2,7 +2,7 @@
 The key-value cache of inference: where the keys and values of each request lie, and attention over them.
 
 Keys and values of all requests lie in one pool, in blocks of a few tokens (PagedAttention, Kwon et al. 2023,
-arXiv:2309.06180). Blocks says which blocks are in use, a BlockTable which of them one request has. For a step of the
+arXiv:2309.06180). Blocks knows which blocks are in use, a BlockTable lists the blocks of one request. For a step of the
 engine (infer.py) the model gets one of two caches:
 
 - StepCache: any number of tokens of each request. Attention runs for one request after another, without a copy where
@@ -58,7 +58,7 @@ class Blocks:
         return None
 
     def share_prefix(self, tokens, size):
-        """Use the full blocks of `size` tokens that hold the beginning of `tokens` already. -> list
+        """Use the full blocks of `size` tokens that already hold the beginning of `tokens`. -> list
 
         The last token is never among them: it must be read, because the next token follows from it.
         """
@@ -87,10 +87,10 @@ class Blocks:
 
 
 class BlockTable:
-    """Where the keys and values of one request lie: those of its token i in slot(i) of the pool.
+    """Where the keys and values of one request lie: token i is in slot(i) of the pool.
 
-    blocks: its blocks in their order, each of `size` tokens. window: tokens that are kept; later ones overwrite the
-    oldest, which is how a context slides.
+    blocks: its blocks in their order, each of `size` tokens. window: number of tokens to keep; later tokens overwrite
+    the oldest, so the context slides.
     """
 
     def __init__(self, blocks, size, window):
@@ -240,9 +240,9 @@ class BatchPass:
         return self.model(self.tokens, cache=self)[0][0].float()
 
     def capture(self):
-        """Record the pass as a graph, after two passes on another stream that set up what it calls, as PyTorch asks.
+        """Record the pass as a graph, after two warm-up passes on another stream, as PyTorch asks.
 
-        All graphs share one pool of memory: they run one at a time, and the logits of each are copied at once.
+        All graphs share one pool of memory: they run one at a time, and their logits are copied before the next runs.
         """
         warmup = torch.cuda.Stream()
         warmup.wait_stream(torch.cuda.current_stream())
@@ -257,7 +257,7 @@ class BatchPass:
             self.logits = self.run()
 
     def attend(self, layer, q, k, v):
-        """As StepCache's, for all requests at once."""
+        """Like StepCache.attend, for all requests at once."""
         keys, values = self.pool.write(layer, self.slots, k, v)
         keys = keys.unflatten(0, (-1, self.pool.size))  # (blocks, size, n_kv, D)
         values = values.unflatten(0, (-1, self.pool.size))
@@ -302,6 +302,7 @@ def attend_one(q, k, v, first):
     causal = first == 0 and group == 1
     mask = None
     if not causal:
-        mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril(first).repeat(group, 1)
+        mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril(first)
+        mask = mask.repeat(group, 1)  # (group * T, L)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return y.view(n_q // group, group, T, D).permute(2, 0, 1, 3).reshape(T, n_q, D)

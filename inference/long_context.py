@@ -1,9 +1,9 @@
 """
 Long contexts: the loss by position, and a key hidden in a long text.
 
-A model can use a long context if its loss keeps falling with the position, and if it finds a sentence that stands far
-back ("passkey retrieval", Mohtashami & Jaggi 2023, arXiv:2305.16300). Both are measured for lengths beyond the one
-trained at, by every way to stretch rotary positions. eval.py's verbs `context` and `passkey` print the tables.
+A model uses a long context if its loss keeps falling with the position, and if it finds a sentence far back ("passkey
+retrieval", Mohtashami & Jaggi 2023, arXiv:2305.16300). Both are measured for lengths beyond the one trained at, with
+every way to stretch rotary positions. eval.py's verbs `context` and `passkey` print the tables.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ class Case(NamedTuple):
 
 
 def cases(config, tokens, lengths=(), scalings=(), factor=0.0):
-    """What to try: each length, and beyond the model's context each scaling. -> list of Case
+    """The cases to measure: each length, and beyond the model's context each scaling. -> list of Case
 
-    lengths: by default the model's context, and with RoPE twice and four times that. scalings: by default all. factor:
-    one for all; 0: as each length needs. Raises ValueError for what this model or these tokens do not allow.
+    lengths: by default the model's context, and with RoPE also twice and four times that. scalings: by default all.
+    factor: one for all; 0: as each length needs. Raises ValueError for a case that this model or these tokens exclude.
     """
     if not lengths:
         multiples = (1, 2, 4) if config.pos == "rope" else (1,)
@@ -61,8 +61,8 @@ def cases(config, tokens, lengths=(), scalings=(), factor=0.0):
 
 
 def loss_by_position(model, tokens, length, rows, limit=0, context=contextlib.nullcontext):
-    """Over the fixed windows of `length` tokens, `rows` at a time and at most `limit` batches (0: all), for the targets
-    after 1, 2, ... tokens of context: -> (their summed loss, how many there are), both (length,), fp64"""
+    """Losses of the targets after 1, 2, ... tokens of context, over fixed windows of `length` tokens, `rows` at a time,
+    at most `limit` batches (0: all). -> (summed losses, number of targets), both (length,), fp64"""
     device = next(model.parameters()).device
     total = torch.zeros(length, dtype=torch.float64)
     count = torch.zeros(length, dtype=torch.float64)
@@ -74,7 +74,7 @@ def loss_by_position(model, tokens, length, rows, limit=0, context=contextlib.nu
 
 
 def open_figure(plot):
-    """An empty figure for draw_losses. Raises ValueError if it could not be drawn or saved in the end."""
+    """An empty figure for draw_losses. Raises ValueError early if it cannot be drawn or saved."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -107,8 +107,8 @@ def draw_losses(figure, rows, width, trained, title, plot):
 
 
 def key_characters(tokenizer):
-    """What keys are made of: the ten digits, or else the letters that the tokenizer knows, at least two. Raises
-    ValueError if it has neither."""
+    """The characters of a key: the ten digits, or else the letters that the tokenizer knows, at least two. Raises
+    ValueError if it knows neither."""
 
     def known(character):
         try:
@@ -137,8 +137,8 @@ def hide_key(tokenizer, filler, sentence, keys, depth):
     """A text that hides the first of `keys` and asks for it, followed by each of `keys`. -> [(ids, n), ...], where the
     last n ids are the key
 
-    filler: ids around the hidden sentence; the text has as many tokens as it, without its last one, which is predicted.
-    sentence: as "The pass key is {key}." It stands at `depth` (0: first, 1: last), and its beginning again at the end.
+    filler: ids around the hidden sentence; the text is as long, not counting its last token, which is only predicted.
+    sentence: "The pass key is {key}.", say. It stands at `depth` (0: first, 1: last); its beginning ends the text.
     """
     before, _, after = sentence.partition("{key}")
     hidden = tokenizer.encode(before + keys[0] + after)
@@ -153,10 +153,10 @@ def hide_key(tokenizer, filler, sentence, keys, depth):
 
 def passkey(model, tokenizer, tokens, length, depth, *, sentence, trials, alternatives, seed, batch_size,
             context=contextlib.nullcontext):
-    """How often, in `trials`, a key that is hidden at `depth` in `length` tokens of the stream `tokens` is found.
+    """How often the model finds a key that is hidden at `depth` in `length` tokens of the stream `tokens`.
 
-    -> {"exact": how often greedy decoding gives it, "chosen": how often it is the most likely of `alternatives` keys,
-    which chance would make 1 / alternatives}, each with its standard error.
+    -> {"exact": share of `trials` in which greedy decoding gives the key, "chosen": share in which it is the most
+    likely of `alternatives` keys; chance gives 1 / alternatives}, each with its standard error.
     """
     characters = key_characters(tokenizer)
     exact = []

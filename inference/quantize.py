@@ -48,7 +48,8 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows = x.reshape(-1, self.in_features)  # (N, in)
         if len(rows) > MOST_ROWS:
-            return F.linear(x, (self.weight * self.scale.to(x.dtype)[:, None]).to(x.dtype), self.bias)
+            weight = self.weight * self.scale.to(x.dtype)[:, None]
+            return F.linear(x, weight.to(x.dtype), self.bias)
         rows = rows.to(torch.bfloat16)
         y = torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype)
         y = y.view(*x.shape[:-1], self.out_features)
@@ -70,7 +71,7 @@ def can_pack(model):
 
 def convert(model, dtype=torch.float32, quantize=""):
     """Change `model` into its form for inference, in place: weights in `dtype`, linear layers packed on a CPU, or with
-    quantize="int8" as 8-bit integers. -> the model. Raises ValueError for another word."""
+    quantize="int8" as 8-bit integers. -> the model. Raises ValueError for any other value of quantize."""
     if quantize not in ("", "int8"):
         raise ValueError(f"quantize={quantize!r} is not int8; empty: no quantisation")
     model.to(dtype)

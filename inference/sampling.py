@@ -1,5 +1,5 @@
 """
-From logits to a token, and from tokens to a text that ends where it should.
+From logits to a token (`penalise`, then `probabilities`), and where a text ends (`StopText`). infer.py calls these.
 """
 
 import math
@@ -18,7 +18,7 @@ class Sampling:
     top_p: float = 1.0               # nucleus sampling: the smallest set of tokens whose probability reaches top_p
     min_p: float = 0.0               # only tokens with at least this share of the largest probability
     repetition_penalty: float = 1.0  # above 1: tokens that were there before become less likely
-    seed: int = 0
+    seed: int = 0                    # of the request's own random numbers
     stop: tuple = ()                 # strings that end the text, and are not part of it
     stop_tokens: tuple = ()          # ids that end it
     ignore_eos: bool = False         # continue past the end of a document
@@ -64,19 +64,18 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     ranked, order = probs[ids].sort(descending=True, stable=True)
     keep = ranked >= min_p * ranked[0]
     keep &= ranked.cumsum(0) - ranked < top_p * ranked.sum()  # the more likely tokens do not reach top_p yet
-    keep[0] = True  # also where top_p or the product is 0 in fp32
+    keep[0] = True  # even if top_p or the product is 0 in fp32
     ids = ids[order[keep]]
     return torch.zeros_like(probs).scatter_(0, ids, probs[ids] / probs[ids].sum())
 
 
 def in_fp32(factor):
-    """`factor`, above 0, as near as fp32 comes to it without 0 and inf, which would make a logit nan."""
+    """The positive fp32 number nearest to `factor` that is finite: 0 and inf would make a logit nan."""
     return min(max(factor, torch.finfo(torch.float32).tiny), torch.finfo(torch.float32).max)
 
 
 def most_likely(probs, k):
-    """The ids of the k largest in ascending order, on a tie the lowest ids. It is faster than a sort of GPT-2's
-    vocabulary."""
+    """The ids of the k largest in ascending order, on a tie the lowest ids. Faster than a sort of all tokens."""
     least = probs.topk(k).values[-1]
     above = (probs > least).nonzero().squeeze(1)
     equal = (probs == least).nonzero().squeeze(1)
@@ -116,7 +115,7 @@ class StopText:
         return certain
 
     def first_possible_start(self):
-        """Where a stop string may begin that the text does not hold whole yet."""
+        """The first place where a stop string may begin that is not complete yet."""
         longest = max(map(len, self.stops), default=0)
         for start in range(max(0, len(self.held) - longest + 1), len(self.held)):
             if any(stop.startswith(self.held[start:]) for stop in self.stops):
@@ -125,5 +124,5 @@ class StopText:
 
 
 def sampling_from(c):
-    """Sampling from a script's settings `c`: from those of its fields that the script has."""
+    """The Sampling of a script's settings `c`. A field without a setting keeps its default."""
     return Sampling(**{f.name: c[f.name] for f in fields(Sampling) if f.name in c.keys()})

@@ -2,12 +2,12 @@
 Log-likelihood tasks: multiple choice, and the last word of a passage.
 
 Both ask one question: how likely is a continuation after a context? The items come from a file of JSON lines or from
-the Hub, in the task's own form there, or in ours:
+the Hub, in the task's form on the Hub or in ours:
 
     {"context": "The sky is", "choices": ["blue", "made of wood"], "answer": 0}      # multiple choice
     {"text": "They sat down at the table, for dinner was on the table"}              # last word
 
-Scores are computed as in lm-eval (EleutherAI's lm-evaluation-harness, 0.4), so that figures compare.
+Scores are computed as in lm-eval (EleutherAI's lm-evaluation-harness, 0.4), so they compare with published ones.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ MOST_LOGITS = 2**26  # held at once, in fp32
 class Item(NamedTuple):
     where: str  # for errors: the file and line, or the task and row
     pairs: list  # (context, continuation) of each choice
-    answer: int  # index of the right one
+    answer: int  # index of the right choice
     choices: list  # the texts whose lengths count, without the space that joins them to the context
 
 
@@ -91,7 +91,8 @@ def winogrande(row):
     before, _, after = row["sentence"].partition("_")
     after = after.strip()
     contexts = [before + row["option1"], before + row["option2"]]
-    return [(context, join(context, after)) for context in contexts], int(row["answer"]) - 1, [after, after]
+    pairs = [(context, join(context, after)) for context in contexts]
+    return pairs, int(row["answer"]) - 1, [after, after]
 
 
 def lambada(row):
@@ -115,26 +116,26 @@ TASKS = {  # name: (form of a row, dataset on the Hub, its configuration, its sp
 
 
 def read_items(form, rows, name, limit=0):
-    """The first `limit` (0: all) of `rows`, pairs of (where, row), as Items. Raises ValueError naming a row that does
-    not have this form."""
+    """The first `limit` (0: all) of `rows`, pairs of (where, row), as Items. Raises ValueError naming a row of another
+    form."""
     items = []
     for where, row in itertools.islice(rows, limit or None):
         try:
             item = Item(where, *form(row))
-            known = isinstance(item.answer, int) and 0 <= item.answer < len(item.pairs)
-            if not known or not all(isinstance(text, str) and text.strip() for text in item.choices):
+            has_answer = isinstance(item.answer, int) and 0 <= item.answer < len(item.pairs)
+            if not has_answer or not all(isinstance(text, str) and text.strip() for text in item.choices):
                 raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             raise ValueError(f"{where} is not of the form of {name} (inference/tasks.py shows it)") from None
         items.append(item)
     if not items:
-        raise ValueError(f"there is nothing in {name}")
+        raise ValueError(f"{name} has no items")
     return items
 
 
 def json_lines(path):
-    """Yield (file and line number, value) of each line that is not blank. Raises ValueError naming a line that is not
-    JSON, OSError."""
+    """Yield (file and line number, value) of each line that is not blank. Raises OSError, and ValueError naming a line
+    that is not JSON."""
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -152,19 +153,19 @@ def hub_rows(task):
         from datasets import load_dataset
     except ImportError:
         raise ValueError("tasks of the Hub need the package datasets: pip install -e '.[data]' -c constraints.txt; "
-                         "or --data=FILE.jsonl, with the rows as the task has them") from None
+                         "or --data=FILE.jsonl, with rows in the form of the task") from None
     try:
         rows = load_dataset(name, configuration, split=split)
     except Exception as error:  # no network, no such dataset: their errors share no class
-        raise ValueError(f"{name} cannot be had from the Hub ({type(error).__name__}: {error}); "
+        raise ValueError(f"{name} cannot be loaded from the Hub ({type(error).__name__}: {error}); "
                          "--data=FILE.jsonl takes its rows from a file") from None
     for number, row in enumerate(rows):
         yield f"{task} {number}", row
 
 
 def open_items(task, data, words=False, limit=0):
-    """Items of the file `data`, or else of the Hub, in the form of `task`, or else in ours. `words`: last words rather
-    than multiple choice. Raises ValueError."""
+    """Items of the file `data` or, if it is empty, of the Hub. Their form is that of `task`; if it is empty, ours.
+    `words`: last words instead of multiple choice. Raises ValueError."""
     known = [name for name in TASKS if (name == "lambada") == words]
     if task not in ("", *known):
         raise ValueError(f"task={task!r} is not one of {', '.join(known)}")
@@ -187,10 +188,9 @@ def open_items(task, data, words=False, limit=0):
 def encode_pair(tokenizer, context, continuation):
     """-> (ids of a context and its continuation, how many of them are the continuation's)
 
-    Both are encoded together, as the model has seen texts: " word" is one token, so white space at the end of the
-    context belongs to the continuation. The continuation begins where the ids differ from those of the context alone,
-    so that a token across the border is scored, not taken as given. Before the very first token stands the tokenizer's
-    bos. Raises ValueError if it has none.
+    Both are encoded together, as in training: " word" is one token, so white space at the end of the context belongs to
+    the continuation. The continuation begins where the ids differ from the ids of the context alone, so a token across
+    the border is scored. If that is the first token, the tokenizer's bos goes before it; ValueError if there is none.
     """
     alone = tokenizer.encode(context.rstrip())
     ids = tokenizer.encode(context + continuation)
@@ -223,8 +223,8 @@ def score_tokens(model, x, y, context=contextlib.nullcontext):
 def log_likelihoods(model, encoded, batch_size, context=contextlib.nullcontext):
     """(Log-likelihood of the last n of `ids`, whether each of them is the most likely) for each (ids, n) of `encoded`.
 
-    Ids past block_size + 1 are cut on the left: the last one is only predicted, not read. The rows of a batch have
-    nearly the same length; they are padded on the right, which no token before sees.
+    Of more than block_size + 1 ids the first are cut; the last one is only predicted, not read. The rows of a batch
+    have nearly the same length. They are padded on the right, where no earlier token sees it.
     """
     device = next(model.parameters()).device
     most = model.config.block_size
@@ -278,7 +278,7 @@ def share(name, right):
 
 
 def index_of_best(scores):
-    """On a tie the first."""
+    """The index of the highest score, on a tie the first."""
     return scores.index(max(scores))
 
 
@@ -292,15 +292,17 @@ def multiple_choice(model, tokenizer, items, batch_size, context=contextlib.null
     for name, length in lengths.items():
         right = []
         for item, scores in zip(items, scored, strict=True):
-            per_unit = [ll / length(text) for (ll, _), text in zip(scores, item.choices, strict=True)]
+            per_unit = []
+            for (log_likelihood, _), text in zip(scores, item.choices, strict=True):
+                per_unit.append(log_likelihood / length(text))
             right.append(index_of_best(per_unit) == item.answer)
         result |= share(name, right)
     return result
 
 
 def last_word(model, tokenizer, items, batch_size, context=contextlib.nullcontext):
-    """The share of items whose last word, with all its tokens, is the one that greedy decoding gives; and perplexity of
-    a word, not of a token: exp of the mean negative log-likelihood of the words."""
+    """The share of items whose last word, with all its tokens, is what greedy decoding gives; and the perplexity of a
+    word, not of a token: exp of the mean negative log-likelihood of the words."""
     scored = [scores[0] for scores in score_items(model, tokenizer, items, batch_size, context)]
     mean = sum(ll for ll, _ in scored) / len(scored)
     right = share("acc", [hit for _, hit in scored])

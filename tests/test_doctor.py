@@ -68,7 +68,7 @@ def test_one_machine_is_a_list_and_a_json_line(call_script, tmp_path, no_compili
     assert texts == {"  "}  # aligned
     found = json.loads(last)
     assert found["packages"]["torch"] == version("torch") and found["environment_sha256"] in out
-    assert found["peak_flops"] > 1e8 and "TFLOP/s, what MFU is a share of" in out
+    assert found["peak_flops"] > 1e8 and "TFLOP/s, the base of MFU" in out
     assert found["sdpa_training"] == found["sdpa_decoding"] == "flash"
     assert found["disk_free_gb"] > 0 and found["disk_mb_per_s"] > 0 and not list(tmp_path.iterdir())
 
@@ -167,7 +167,7 @@ def test_one_rank_one_gpu():
     class Them:
         cards = [{"host": "a", "device": "cuda", "uuid": uuid} for uuid in "xyx"]
 
-        def only_first_reports(self):
+        def exit_unless_first(self):
             pass
 
         def report(self, trouble, details):

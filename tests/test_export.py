@@ -498,8 +498,8 @@ def test_mistakes_on_the_way_to_a_gguf_are_one_line(tmp_path, call_script):
     for words, named in (
         (("run", "there.gguf"), "already exists"), (("wide", "m.gguf"), "'é'"),
         (("endless", "m.gguf"), "ends a text"),
-        (("cut", "m.gguf"), "another way than GPT-2's"), (("run", "m.gguf", "--dtype=int8"), "q8_0"),
-        (("run", "folder", "--dtype=q8_0"), "for a .gguf"), (("cut", "folder"), "another way than GPT-2's"),
+        (("cut", "m.gguf"), "not split texts like GPT-2's"), (("run", "m.gguf", "--dtype=int8"), "q8_0"),
+        (("run", "folder", "--dtype=q8_0"), "for a .gguf"), (("cut", "folder"), "not split texts like GPT-2's"),
         (("run", "none/m.gguf"), "none"),
     ):
         words = [str(tmp_path / word) if not word.startswith("--") else word for word in words]

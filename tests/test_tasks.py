@@ -214,7 +214,7 @@ def test_what_cannot_be_scored_is_named(model, tmp_path, monkeypatch):
     empty, latin = tmp_path / "empty.jsonl", tmp_path / "latin.jsonl"
     empty.write_bytes(b"\n"), latin.write_bytes(b'{"text": "\xe9"}')
     for asked, named in (((("nonsense", "")), "hellaswag"), (("", ""), "--data"), (("", "gone.jsonl"), "gone.jsonl"),
-                         (("lambada", path), "not one of"), (("", str(empty)), "nothing in"),
+                         (("lambada", path), "not one of"), (("", str(empty)), "has no items"),
                          (("", str(latin)), "UTF-8")):
         with pytest.raises(ValueError, match=named):
             open_items(*asked)
@@ -224,7 +224,7 @@ def test_what_cannot_be_scored_is_named(model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install"):
         open_items("piqa", "")
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *args, split: 1 / 0))
-    with pytest.raises(ValueError, match="baber/piqa cannot be had.*ZeroDivisionError"):
+    with pytest.raises(ValueError, match="baber/piqa cannot be loaded.*ZeroDivisionError"):
         open_items("piqa", "")
 
 

@@ -1,9 +1,9 @@
 """
-What comes in: the model to start from, of a run, of nanoGPT's ckpt.pt, of a Hugging Face folder, or of the Hub.
+Read a model to start from: a run, nanoGPT's ckpt.pt, a Hugging Face folder, or a name on the Hub.
 
     model, tokenizer, state = read_model("gpt2")
 
-train.py starts from it (--init_from=gpt2) and export.py makes a run of it. No pickle is executed on the way.
+train.py starts from it (--init_from=gpt2) and export.py makes a run of it. No pickle is executed.
 """
 
 import json
@@ -22,8 +22,8 @@ from tokenizer import END_OF_TEXT, EOS, BPETokenizer, CharTokenizer, load_tokeni
 
 GPT2_VOCAB = 50257
 NANOGPT_VOCAB = 50304  # GPT-2's, padded
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers with the causal mask: before flash attention, on PyTorch 1
-# Matrices that GPT-2's class holds the other way round (Conv1D)
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers with the causal mask, from before flash attention
+# Matrices that GPT-2's class holds transposed (Conv1D)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 TABLES = ("transformer.wte.weight", "lm_head.weight")  # a row for each token, and perhaps rows that pad
 # The pre_tokenizer of a tokenizer.json whose tokens are characters
@@ -31,10 +31,10 @@ CHARACTERS = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Iso
 
 
 def read_model(name, which="latest", tokenizer_path=""):
-    """The model of a run's folder, a ckpt.pt of nanoGPT, a Hugging Face folder, or the Hub's model of that name.
+    """The model in a run's folder, a ckpt.pt of nanoGPT, a Hugging Face folder, or the Hub's model of that name.
 
-    `which` of a run's checkpoints: latest, best or a step. `tokenizer_path`: where the tokenizer of a model from
-    elsewhere lies; empty: beside the model. -> (GPT, tokenizer or None, state), where state is a run's own, or else
+    `which`: the checkpoint of a run, latest, best or a step. `tokenizer_path`: the tokenizer of a model from elsewhere;
+    empty: the one beside the model. -> (GPT, tokenizer or None, state): the state of a run's checkpoint, or a dict of
     step and val_loss. Raises ValueError and OSError.
     """
     source = Path(name) if Path(name).exists() else from_hub(str(name))
@@ -61,7 +61,7 @@ def read_model(name, which="latest", tokenizer_path=""):
 
 
 def read_run(source, which):
-    """read_model of a run's folder, or of one checkpoint's."""
+    """read_model for the folder of a run, or of one checkpoint."""
     folder, state = checkpoint.find(source, which, warn=warn)
     run = checkpoint.run_of(folder)
     model = GPT(checkpoint.config_of(state, folder))
@@ -75,15 +75,14 @@ def warn(message):
 
 
 def build(config, tensors):
-    """The GPT that holds `tensors`. Their tables may lack rows that only pad, or have more of them. Raises
-    ValueError."""
+    """The GPT that holds `tensors`, whose tables may have fewer or more rows of padding. Raises ValueError."""
     model = GPT(config)
     params = dict(model.named_parameters())
     if config.tie_weights:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     for name in sorted(params.keys() | tensors.keys()):
         if name not in params or name not in tensors:
-            where = "in the file alone" if name in tensors else "not in the file"
+            where = "only in the file" if name in tensors else "not in the file"
             raise ValueError(f"{name} is {where}: it holds another model")
         p = params[name]
         tensor = tensors[name]
@@ -148,13 +147,16 @@ def from_hugging_face(folder):
 
 
 def gpt2_activation(fields, folder):
-    """The activation that a config.json of GPT-2's class names, in model.py's words. Raises ValueError where model.py
-    lacks it, or lacks another option that the file sets."""
+    """GPTConfig's name for the activation in a config.json of GPT-2's class. Raises ValueError if model.py lacks it, or
+    lacks another option that the file sets."""
     if fields.get("model_type") != "gpt2":
         raise ValueError(f"{folder} holds a model of type {fields.get('model_type')!r}: only gpt2 is read")
     known = {"scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,),
              "add_cross_attention": (False,), "n_inner": (None, 4 * fields["n_embd"])}
-    unknown = [f"{key}={fields[key]}" for key, values in known.items() if fields.get(key, values[0]) not in values]
+    unknown = []
+    for key, values in known.items():
+        if fields.get(key, values[0]) not in values:
+            unknown.append(f"{key}={fields[key]}")
     activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
     activation = activations.get(fields.get("activation_function", "gelu_new"))
     if activation is None and not unknown:
@@ -165,7 +167,7 @@ def gpt2_activation(fields, folder):
 
 
 def from_gpt2_names(tensors, tied):
-    """Tensors as files of GPT-2's class hold them -> under our names, and our way round."""
+    """Tensors of GPT-2's class -> with our names and our orientation."""
     renamed = {}
     for name, tensor in tensors.items():
         if name.endswith(MASKS):
@@ -179,8 +181,7 @@ def from_gpt2_names(tensors, tied):
 
 
 def weight_files(folder):
-    """The .safetensors of a Hugging Face folder. Raises ValueError for one that is missing though its index names
-    it."""
+    """The .safetensors of a Hugging Face folder. Raises ValueError if one that its index names is missing."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -223,7 +224,7 @@ def from_hub(name):
         files = ["config.json", "vocab.json", "tokenizer.json", "*.safetensors"]
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # no network, no such model: their errors have no class in common
-        fail(f"{name} is neither a file nor a folder, and the Hub does not give it ({type(error).__name__}: {error})")
+        fail(f"{name} is neither a file nor a folder, and the Hub does not have it ({type(error).__name__}: {error})")
 
 
 # -----------------------------------------------------------------------------
@@ -231,8 +232,8 @@ def from_hub(name):
 
 
 def tokenizer_beside(source, most):
-    """The tokenizer that lies beside a model from elsewhere. -> None where there is none; also, with a warning, where
-    it is of another kind or has more than `most` tokens: the weights are good without it."""
+    """The tokenizer beside a model from elsewhere, or None. A tokenizer of another kind, or of more than `most` tokens,
+    is skipped with a warning: the weights are good without it."""
     folder = source if source.is_dir() else source.parent
     try:
         tokenizer = read_tokenizer(folder, foreign=source.is_dir())
@@ -250,7 +251,7 @@ def tokenizer_beside(source, most):
 
 
 def read_tokenizer(folder, foreign):
-    """The tokenizer in a folder, as we write it, and in a `foreign` one also as transformers writes it."""
+    """The tokenizer in a folder: in our format, and if `foreign` also in that of transformers."""
     vocab_json = folder / "vocab.json"
     tokenizer_json = folder / "tokenizer.json"
     if vocab_json.exists() and (foreign or not tokenizer_json.exists()):
@@ -265,7 +266,7 @@ def read_tokenizer(folder, foreign):
 
 
 def gpt2_vocabulary(path):
-    """vocab.json -> BPETokenizer. Raises ValueError where the ids are not in the order of the merges."""
+    """vocab.json -> BPETokenizer. Raises ValueError if the ids are not in the order of the merges."""
     ids = read_object(path)
     if not all(isinstance(i, int) for i in ids.values()):
         raise ValueError(f"{path} is damaged: its ids are not whole numbers")
@@ -286,7 +287,7 @@ def hugging_face_tokenizer(path):
     export.py writes them. Raises ValueError for any other kind."""
     fields = read_object(path)
     model = fields.get("model") or {}
-    cut = fields.get("pre_tokenizer") or {}
+    splitter = fields.get("pre_tokenizer") or {}
     if model.get("type") not in ("BPE", "WordLevel"):
         raise ValueError(f"{path}: {model.get('type')} is not GPT-2's byte-level BPE")
     added = {token["content"]: token["id"] for token in fields.get("added_tokens") or []}
@@ -298,27 +299,27 @@ def hugging_face_tokenizer(path):
     if fields.get("normalizer"):
         raise ValueError(f"{path}: it changes a text before it cuts it ({fields['normalizer'].get('type')})")
     if model["type"] == "WordLevel":
-        if cut != CHARACTERS or any(len(word) != 1 for word in words):
+        if splitter != CHARACTERS or any(len(word) != 1 for word in words):
             raise ValueError(f"{path}: its tokens are words")
         return CharTokenizer("".join(words), specials)
-    check_byte_level(path, model, cut, words)
+    check_byte_level(path, model, splitter, words)
     check_end_of_text(path, added, specials)
     return BPETokenizer(pieces_of(words), specials=specials)
 
 
-def check_byte_level(path, model, cut, words):
-    """Raise ValueError where a tokenizer.json's BPE is not GPT-2's byte-level kind."""
+def check_byte_level(path, model, splitter, words):
+    """Raises ValueError if the BPE of a tokenizer.json is not GPT-2's byte-level kind."""
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    byte_level = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
-    if affixes or not byte_level or cut.get("add_prefix_space", True):
-        raise ValueError(f"{path}: BPE cut by {cut.get('type')} is not GPT-2's byte-level BPE")
+    byte_level = splitter.get("type") == "ByteLevel" and splitter.get("use_regex", True)
+    if affixes or not byte_level or splitter.get("add_prefix_space", True):
+        raise ValueError(f"{path}: BPE cut by {splitter.get('type')} is not GPT-2's byte-level BPE")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
     if ["".join(pair) for pair in pairs] != words[256:]:
         raise ValueError(f"{path}: its ids are not in the order of its merges, as GPT-2's are")
 
 
 def check_end_of_text(path, added, specials):
-    """Raise ValueError where the last special token is not the one that ends a text, as BPETokenizer has it."""
+    """Raises ValueError if the last special token does not end a text, as in BPETokenizer."""
     eos = read_object(path.with_name("config.json")).get("eos_token_id")
     if eos not in added.values():
         eos = added.get(END_OF_TEXT, added.get(EOS))
@@ -327,9 +328,11 @@ def check_end_of_text(path, added, specials):
 
 
 def bytes_to_unicode():
-    """The character that GPT-2's vocab.json writes for each byte (Radford et al. 2019, encoder.py): the byte itself
-    where it is visible, and characters from U+0100 on for the others."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """The character that GPT-2's vocab.json writes for each byte (Radford et al. 2019, encoder.py): the byte itself if
+    it is visible, otherwise a character from U+0100 on."""
+    visible = []
+    for first, last in ("!~", "¡¬", "®ÿ"):
+        visible += range(ord(first), ord(last) + 1)
     others = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
