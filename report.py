@@ -191,7 +191,7 @@ def report_ablation(c):
 
     Learning curves, or the isoFLOP curves of a study of sizes and budgets.
     """
-    if len(c.runs) > 1 or c.html or c.watch or c.baseline or c.reference:
+    if len(c.runs) > 1 or c.html or c.watch or c.baseline or c.reference or c.labels:
         fail("the results of an ablation are read by themselves, with no other key than into, png and x")
     require("scipy")
     path = c.runs[0]

@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from common import join_documents, print_dataset, write_dataset
+from common import dataset_key, join_documents, print_dataset, write_dataset
 from configurator import fail
 from files import decode_text, file_sha256, sha256
 from reading import (
@@ -229,9 +229,9 @@ def write_texts(folder, texts, tokenizer, source, val_fraction=0.1, documents=No
     splits = {"train": train, "val": val}
     changed = write_dataset(folder, splits, tokenizer, source, preprocessing, documents)
     print(f"{len(train):,} tokens for training, {len(val):,} for validation, "
-          f"of {tokenizer.vocab_size:,}")
+          f"from a vocabulary of {tokenizer.vocab_size:,}")
     print_dataset(folder, changed)
-    command = shlex.join(["python", "train.py", f"--dataset={folder}"])
+    command = shlex.join(["python", "train.py", dataset_key(folder)])
     print(f"next: {command} (and the sizes of a model, or a config file)")
 
 

@@ -67,8 +67,7 @@ def next_command(folder):
     for file in (ROOT / "train.py", ROOT / "config" / "shakespeare_char_cpu.py"):
         words.append(str(file.relative_to(here) if file.is_relative_to(here) else file))
     if folder.resolve() != HERE:  # the config file names the folder of this script
-        in_data = folder.resolve().parent == HERE.parent
-        words.append(f"--dataset={folder.name if in_data else folder}")
+        words.append(common.dataset_key(folder))
     return shlex.join(words)
 
 
