@@ -1,5 +1,6 @@
 """
-Texts that fit into memory: read them, pick a tokenizer, and make a dataset of them. A prepare.py for one needs no more.
+Texts that fit into memory: read them, pick a tokenizer, and make a dataset of them. data/shakespeare/prepare.py shows
+how a prepare.py uses this.
 
 A corpus that does not fit goes through pipeline.py instead.
 """
@@ -101,7 +102,7 @@ def read_file_texts(file, text_key):
 
 
 def print_texts(path, source, documents):
-    """Print what read_texts has found."""
+    """Print how many texts read_texts returned, and how large they are."""
     print(f"{path}: {documents['kept']:,} of {documents['read']:,} texts, {source['bytes']:,} bytes")
 
 

