@@ -106,7 +106,7 @@ def means_of(groups):
 
 
 def drawn(groups, draws=DRAWS):
-    """The laws of those of `draws` bootstrap samples that have one. A sample draws seeds with replacement."""
+    """The laws of `draws` bootstrap samples (seeds, drawn with replacement), without the samples that have none."""
     rng = np.random.default_rng(0)
     laws = []
     for _ in range(draws):
