@@ -129,7 +129,7 @@ class Data:
     sha256: str
     tokenizer: Any  # None where the dataset has token ids alone
     vocab_size: int
-    train: Any = None  # loader.Tokens, once open_splits has opened them
+    train: Any = None  # dataset.Tokens, once open_splits has opened them
     val: Any = None
 
     @property
