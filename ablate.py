@@ -169,7 +169,7 @@ def is_finished(record):
 def state_of(run):
     """-> ("missing" | "begun" | "finished", the names in IDENTITY that differ from the current code, settings, data)
 
-    ["origin"] in their place: another program made the folder.
+    The names are ["origin"] if ablate.py did not make the folder.
     """
     record = read_record(run.folder)
     if not (run.folder / "config.json").exists():
@@ -181,7 +181,7 @@ def state_of(run):
 
 
 def check_stale(c, runs):
-    """Ends the run, or prints a line, where runs are there of other code, settings or data."""
+    """If there are runs of other code, settings or data, end the command or print a line."""
     stale_runs = {}  # "code" -> names of runs of other code
     for run in runs:
         for name in state_of(run)[1]:
@@ -212,7 +212,7 @@ def remove(folder):
 
 @contextmanager
 def locked(path, wait=False):
-    """`path`, open for appending, while nobody else has it; None if somebody does.
+    """Open `path` for appending, and lock it. Yields None if another process has the lock.
 
     A child process inherits the file and its lock: a train.py that outlives a killed ablate.py keeps its run.
     """
@@ -393,7 +393,7 @@ def work(c, runs, experiment):
 def split_words(words):
     """The command line's words. -> (paths of experiments, all other words)
 
-    An experiment is a Python file, but not one of settings, which is what configure takes a .py file for.
+    They are separated because configure would read every .py file as a file of settings.
     """
     paths = [word for word in words if word.endswith(".py") and not word.startswith("--")]
     return paths, [word for word in words if word not in paths]

@@ -1,5 +1,5 @@
 """
-Reports of runs: a summary in the terminal, one HTML page, a picture; and whether a run is as it should be.
+Reports of runs: a summary in the terminal, one HTML page, a picture. Also: is a run as good as its baseline?
 
     python report.py out/a out/b                                    # the summary, always
     python report.py out/a out/b --html=report.html --png=report.png
@@ -187,12 +187,12 @@ def require(package):
 
 
 def report_ablation(c):
-    """Print the tables of ablate.py's results, or put them into a file; draw their curves.
+    """Print the tables of ablate.py's results, or put them into a file.
 
-    Learning curves, or the isoFLOP curves of a study of sizes and budgets.
+    With png, draw the learning curves, or the isoFLOP curves of a study of sizes and budgets.
     """
-    if len(c.runs) > 1 or c.html or c.watch or c.baseline or c.reference:
-        fail("the results of an ablation are read by themselves, with no other key than into, png and x")
+    if len(c.runs) > 1 or c.html or c.watch or c.baseline or c.reference or c.labels:
+        fail("give the results of an ablation alone, with no other keys than into, png and x")
     require("scipy")
     path = c.runs[0]
     if c.into:
@@ -222,7 +222,7 @@ def draw_ablation(rows, path, x):
 def report_references(c):
     """Draw the loss of reference curves over time."""
     if not all(path.endswith(".json") for path in c.runs):
-        fail("files of reference curves are drawn by themselves: give .json files or run folders, not both")
+        fail("give either files of reference curves (.json) or run folders, not both")
     if not c.png or c.html or c.watch or c.baseline or c.reference or c.into:
         fail("files of reference curves make a picture: --png=FILE, with no other key than labels")
     if c.labels and len(c.labels) != len(c.runs):

@@ -5,7 +5,8 @@ Text from a checkpoint, streamed as it is drawn.
     echo "To be" | python sample.py --out_dir=out/shakespeare_char --start=-
     python sample.py --out_dir=out/shakespeare_char --interactive
 
-All samples of a prompt are drawn together (infer.py), and shown one after another.
+All samples of a prompt are drawn together (infer.py, which draws tokens by inference/sampling.py), and shown one after
+another.
 """
 
 import os

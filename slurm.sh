@@ -22,7 +22,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
 # When the time is nearly up, train.py gets SIGTERM: it finishes its step and saves, and the job is requeued. torchrun
-# allows 30 seconds; if they are too few, the run resumes from the checkpoint before. On preemption Slurm itself sends
+# allows 30 seconds; if they are too few, the run resumes from its last checkpoint. On preemption Slurm itself sends
 # SIGTERM, and requeues the job if the cluster allows it.
 step=""
 stop_and_requeue() {

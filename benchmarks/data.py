@@ -2,11 +2,11 @@
 How fast text becomes tokens, and tokens become batches: bench.py's `data` and `loader`.
 
 `data` makes corpora of several sizes from the lines of a file, and prepares one of them with
-data/openwebtext/prepare.py, by kind of deduplication and number of workers. nanoGPT's recipe prepares the same corpus.
-The speed is that of the whole command. Then all sizes are prepared, to see whether memory grows with the corpus.
+data/openwebtext/prepare.py, with each kind of deduplication and number of workers. nanoGPT's recipe prepares the same
+corpus. The speed counts the whole command. Then it prepares all sizes, to see whether memory grows with the corpus.
 
 `loader` reads batches as fast as it can, in turns with nanoGPT's way to read them. Then it trains on the config, and
-reports the share of a step's time that training waits for data.
+reports the share of a step that is spent waiting for data.
 """
 
 import json
@@ -100,8 +100,8 @@ def bench_data(c):
 
 
 def make_corpora(c, folder):
-    """A corpus of each size from the documents of c.input. -> their paths"""
-    sys.path.insert(0, str(ROOT / "data"))  # where the preparing scripts' own modules lie
+    """Write a corpus of each size from the documents of c.input. -> their paths"""
+    sys.path.insert(0, str(ROOT / "data"))  # for the modules of the prepare scripts
     from texts import read_texts
 
     texts = read_texts(c.input)[0]
@@ -135,7 +135,7 @@ def make_corpus(path, texts, megabytes, seed=1):
 
 
 def preparation_rows(c, folder, corpus, megabytes):
-    """Each way to prepare a corpus, c.rounds times, in turns. The recipe is the last row."""
+    """Prepare a corpus in each way, c.rounds times, in turns. -> a row for each way; the recipe is the last"""
     ways = {}
     for dedup in ("none", "exact", "near"):
         for workers in c.workers:
@@ -165,7 +165,7 @@ def preparation_rows(c, folder, corpus, megabytes):
 
 
 def memory_rows(c, folder, corpora):
-    """The peak of memory by size of the corpus, at the most workers and with near duplicates dropped."""
+    """Peak memory by size of the corpus, with the largest number of workers and near duplicates dropped."""
     rows = []
     for path, size in zip(corpora, c.sizes, strict=True):
         seconds, peak_mb, _ = prepare(folder, path, "near", max(c.workers))

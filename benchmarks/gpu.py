@@ -104,7 +104,7 @@ def bench_gpu(c):
 
 
 def may_fail(row):
-    """Whether a row's failure is no fault of ours: too little memory, or a kernel of SDPA that the device lacks."""
+    """Whether the device explains a row's failure: too little memory, or it lacks a kernel of SDPA."""
     return row["trouble"].startswith("out of memory") or row["row"].startswith("sdpa ")
 
 

@@ -2,14 +2,14 @@
 How fast GPT-2's size generates text: bench.py's `infer`.
 
 The engine of infer.py decodes with random weights in each form (fp32, bf16, int8), for each number of key and value
-heads, batch size and prompt length. Decoding reads all weights for each token, so a speed stands beside the speed at
-which the machine reads memory: `bandwidth` is the share that decoding reaches.
+heads, batch size and prompt length. Decoding reads all weights for each token, so it cannot be faster than the machine
+reads memory: `bandwidth` is the share of that speed which decoding reaches.
 
 Beside the engine, on the same weights: the plain way, which computes the whole context for each token, llama.cpp
 (llama-cpp-python) and transformers where they are installed. A crowd of requests of mixed lengths shows what batching
-gains over one request after another. With run folders as models, only these are measured, and nothing beside them.
+gains over one request after another. With run folders as models, only these are measured, without any peer.
 
-All kinds of measurement take turns for some rounds, and a figure is the median of its rounds.
+All measurements take turns for several rounds, and a figure is the median of its rounds.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from training.monitor import cpu_name
 
 @torch.no_grad()
 def bench_infer(c):
-    """-> a row for each model, form, batch and prompt, and for each model and form what was measured beside them."""
+    """-> a row for each model, form, batch and prompt, and a dict of the other figures for each model and form"""
     device = pick_device(c.device)[0]
     loaded = {folder: load_checkpoint(c, folder) for folder in c.models}
     read_speed = read_bytes_per_s(device)
@@ -98,7 +98,7 @@ def load_checkpoint(c, folder):
 def measure_model(c, model, form, label, device, read_speed):
     """Measure one fp32 model in one form. -> (a row for each batch and prompt, a dict of the other figures)
 
-    Both begin with `label`. The model is converted in place.
+    The rows and the dict begin with `label`. The model is converted in place.
     """
     if form == "int8":  # the dtype of everything that is not a weight
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -236,13 +236,13 @@ def crowd_times(model, crowd):
 
 
 def peers_of(c, model, form, dtype, device):
-    """{name: a function that generates and -> seconds for each token} for GPT-2's own number of heads; else empty."""
+    """{name: a function that generates and returns the seconds of a token} for GPT-2's own number of heads, else {}."""
     if not c.peers or c.models or model.config.kv_heads != 12:
         return {}
     shortest = min(c.prompts)
     longest = max(c.prompts)
     peers = llama_cpp_of(model, form, shortest, c.new_tokens)
-    if form != "int8":  # of these only llama.cpp has int8
+    if form != "int8":  # only llama.cpp has int8
         model = copy.deepcopy(model).to(dtype)
         peers["plain"] = partial(plain_s, model, shortest)
         peers |= transformers_of(c, shortest, dtype, device)
@@ -260,7 +260,7 @@ def plain_s(model, length):
 
 
 def transformers_of(c, length, dtype, device):
-    """As peers_of: transformers' GPT-2, with a batch of one and the largest batch. Empty where it is missing."""
+    """As peers_of: transformers' GPT-2, with a batch of one and with the largest batch; {} if it is not installed."""
     try:
         import transformers
     except ImportError:
@@ -286,10 +286,9 @@ def transformers_of(c, length, dtype, device):
 
 
 def llama_cpp_of(model, form, length, new_tokens):
-    """As peers_of: llama.cpp on the same weights, through GGUF; int8 is its q8_0. Empty where it is missing or fails.
+    """As peers_of: llama.cpp on the same weights, through GGUF; int8 is its q8_0. {} if it is not installed or fails.
 
-    It works in a process of its own, because a crash of it must not end the benchmark: its q8_0 faults on a Xeon with
-    AMX.
+    It runs in a process of its own, so that its crash does not end the benchmark: its q8_0 faults on a Xeon with AMX.
     """
     if not importlib.util.find_spec("llama_cpp"):
         return {}

@@ -1,13 +1,14 @@
 """
 What training holds in memory: bench.py's `activations` and `zero`.
 
-`activations` takes one forward and backward pass of a GPT-2 with each of train.py's activation_checkpointing. It
-reports what the forward pass holds, the peak, the time, and a digest of the gradients, which must not differ.
+`activations` takes one forward and backward pass of a GPT-2 with each value of train.py's activation_checkpointing. It
+reports the memory of the activations, the peak, the time, and a digest of the gradients, which must not differ.
 
-`zero` measures what each rank holds of weights, gradients and optimizer state when the optimizer steps, and the peak
-of an update, for each ZeRO stage and number of processes. Beside them stand the theory and what plan.py says.
+`zero` measures the weights, gradients and optimizer state that each rank holds when the optimizer steps, and the peak
+of an update, for each ZeRO stage and number of processes, beside the theory and plan.py's estimate.
 
-Every case has fresh processes, as the peak memory of a process never falls. All steps are in fp32, on one sequence.
+Every case runs in fresh processes, because the peak memory of a process never falls. All steps are in fp32, on one
+sequence.
 """
 
 import hashlib
@@ -124,10 +125,10 @@ def zero_row(ranks, stage, by_rank):
 
 
 def updates_once(stage, shape, tokens, device_name):
-    """Two updates of two micro-batches each, in a process of its own. -> bytes in the second one: what this rank holds
-    when the optimizer steps, the theory, the peak, and what plan.py says of the peak.
+    """Two updates of two micro-batches each, in a process of its own. -> figures of the second update, in bytes
 
-    The peak is what stays from one update to the next, plus how far the update raises the memory of the process.
+    They are the memory that this rank holds when the optimizer steps, the theory, the peak, and plan.py's estimate of
+    the peak. The peak is the memory that stays from one update to the next, plus the rise during the update.
     """
     device = own_device(device_name, pick_device(device_name)[0])
     layout = Layout(device, zero_stage=stage)

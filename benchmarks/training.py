@@ -5,8 +5,8 @@ How fast train.py trains: bench.py's `train`, `scaling` and `monitor`.
 fp32. It reports the loss, the training time and the parts of a step, with mean and standard deviation over the seeds.
 
 `scaling` takes a few updates for each micro-batch size, context length and number of processes. It measures speed,
-peak memory and the parts of a step. A process is compared with those of the smallest number of processes, at a global
-batch that stays the same (strong scaling) and at one that grows with the processes (weak scaling).
+peak memory and the parts of a step. The speed of a process is compared with the speed of a process in the run with the
+fewest, at a global batch that stays the same (strong scaling) and at one that grows with the processes (weak scaling).
 
 `monitor` trains with the config's logging and probes and without any, in turns, and reports what they add to a step.
 """
@@ -31,8 +31,8 @@ from training.monitor import git
 
 
 def typical(records):
-    """The median of a step's time, its parts and its speed, as a dict. None where no record has the figure:
-    communication, for example, is measured at evaluations only, and never in a single process."""
+    """The medians of a step's time, its parts and its speed, as a dict. A figure that no record has is None:
+    communication, for example, is measured only at evaluations, and never in a single process."""
     medians = {}
     for name in ("step_ms", *PARTS, "comm_ms", "tok_per_s", "mfu"):
         values = [record[name] for record in records if record.get(name) is not None]
@@ -106,7 +106,7 @@ class Case(NamedTuple):
 
 
 def bench_scaling(c):
-    """-> where the figures come from, a row for each case, and the cases that did not run, such as those too large."""
+    """-> where the figures come from, a row for each case, and the cases that did not run, such as too large ones."""
     if not (c.batches and c.lengths and c.worlds):
         fail("batches, lengths and worlds need at least one number each")
     if c.warm_up + c.updates < 2:
@@ -146,8 +146,8 @@ def bench_scaling(c):
 
 
 def scaling_cases(c):
-    """All cases. Each number of processes has two sizes of a step: the same for all numbers (strong scaling), which
-    each of them divides, and one micro-batch for each process (weak scaling)."""
+    """All cases. Each number of processes gets two sizes of a step, in micro-batches: the least common multiple of all
+    numbers (strong scaling), and one for each process (weak scaling)."""
     most = math.lcm(*c.worlds)
     sizes = set()
     for processes in c.worlds:
@@ -206,8 +206,10 @@ def scaling_row(case, rounds, peaks):
 
 
 def add_efficiency(rows, column, is_compared):
-    """Set the speed of a process in % of its speed with the fewest processes, at the same length and batch. A row that
-    is not compared gets None. Rows with fewer processes come first."""
+    """Add a column: the speed of a process in % of its speed with the fewest processes, at the same length and batch.
+
+    A row that is not compared gets None. Rows with fewer processes come first.
+    """
     fewest = {}  # speed of a process by length and batch
     for row in rows:
         row[column] = None
@@ -220,7 +222,7 @@ def add_efficiency(rows, column, is_compared):
 # -----------------------------------------------------------------------------
 # monitor
 
-# A train.py whose last line is the time of every optimizer step. Everything that a step takes lies between two of them.
+# train.py, which prints the times of all optimizer steps at its end. Between two of them lies one whole step.
 TRAIN_AND_TIME = """
 import json, runpy, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -240,8 +242,10 @@ finally:
 
 
 def bench_monitor(c):
-    """The same steps with the config's logging and probes and without any. The time of a step is the least of its
-    rounds. -> a row for each way, and the share that logging and probes add"""
+    """Time the same steps with the config's logging and probes, and without any. A step's time is its shortest round.
+
+    -> a row for each way, and the share of time that logging and probes add
+    """
     ways = {"without": ("--log_interval=1000000000", "--probe_interval=0"), "as configured": ()}
     times = {way: [] for way in ways}
     for turn in range(c.rounds):

@@ -115,6 +115,13 @@ def other_shards(folder, files):
     return sorted(shards)
 
 
+def dataset_key(folder):
+    """The key of train.py for this dataset: by name if the folder lies under data/, else by path."""
+    place = folder.resolve()
+    in_data = place.parent == Path(__file__).resolve().parent
+    return f"--dataset={place.name if in_data else folder}"
+
+
 def print_dataset(folder, changed):
     """Print which dataset the folder holds now."""
     state = "written to" if changed else "already there, unchanged:"

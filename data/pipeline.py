@@ -35,12 +35,12 @@ DECIDE = (
 
 
 def prepare_corpus(c, default_folder):
-    """What data/openwebtext/prepare.py and data/fineweb/prepare.py do, by their settings `c`."""
+    """The work of data/openwebtext/prepare.py and data/fineweb/prepare.py. `c`: their settings"""
     check_settings(c)
     folder = Path(c.out_dir) if c.out_dir else default_folder
     if c.tokenizer == "char":
-        fail("tokenizer=char is for data/text/prepare.py: a large corpus takes gpt2 or what "
-             "tok_train.py makes")
+        fail("tokenizer=char is for data/text/prepare.py: a large corpus takes gpt2, or a tokenizer "
+             "that data/tok_train.py has made")
     if c.input:
         files = list_files(c.input)
         source = {"name": Path(c.input).resolve().name}

@@ -1,5 +1,6 @@
 """
-Texts that fit into memory: read them, pick a tokenizer, and make a dataset of them. A prepare.py for one needs no more.
+Texts that fit into memory: read them, pick a tokenizer, and make a dataset of them. data/shakespeare/prepare.py shows
+how a prepare.py uses this.
 
 A corpus that does not fit goes through pipeline.py instead.
 """
@@ -13,7 +14,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from common import join_documents, print_dataset, write_dataset
+from common import dataset_key, join_documents, print_dataset, write_dataset
 from configurator import fail
 from files import decode_text, file_sha256, sha256
 from reading import (
@@ -101,7 +102,7 @@ def read_file_texts(file, text_key):
 
 
 def print_texts(path, source, documents):
-    """Print what read_texts has found."""
+    """Print how many texts read_texts returned, and how large they are."""
     print(f"{path}: {documents['kept']:,} of {documents['read']:,} texts, {source['bytes']:,} bytes")
 
 
@@ -229,9 +230,9 @@ def write_texts(folder, texts, tokenizer, source, val_fraction=0.1, documents=No
     splits = {"train": train, "val": val}
     changed = write_dataset(folder, splits, tokenizer, source, preprocessing, documents)
     print(f"{len(train):,} tokens for training, {len(val):,} for validation, "
-          f"of {tokenizer.vocab_size:,}")
+          f"from a vocabulary of {tokenizer.vocab_size:,}")
     print_dataset(folder, changed)
-    command = shlex.join(["python", "train.py", f"--dataset={folder}"])
+    command = shlex.join(["python", "train.py", dataset_key(folder)])
     print(f"next: {command} (and the sizes of a model, or a config file)")
 
 

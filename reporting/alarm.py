@@ -60,7 +60,7 @@ def reach(n):
 
 
 def half_widths(curve, n, tolerance):
-    """Half the band's width at each step. Of a single run: `tolerance` times its loss, and the batches' noise."""
+    """Half the width of the band at each step. For a single run: `tolerance` times its loss, and the batches' noise."""
     pairs = zip(curve["mean"], curve["std"], strict=True)
     if n == 1:
         z = statistics.NormalDist().inv_cdf((1 + INSIDE) / 2)
@@ -72,9 +72,9 @@ def half_widths(curve, n, tolerance):
 def batch_noise(steps, losses, steps_back):
     """Standard deviation of the smoothed loss that is due to its batches alone.
 
-    The noise of single records comes from their successive differences, which a slow fall hardly moves (von Neumann et
-    al. 1941), and from the median of these, which the fast fall at first does not move. An exponential average that
-    keeps a share k then has sqrt((1 - k) / (1 + k)) of it.
+    The noise of single records is estimated from successive differences, which a slow fall hardly changes (von Neumann
+    et al. 1941). Their median ignores the fast fall at the start. An exponential average that keeps a share k has
+    sqrt((1 - k) / (1 + k)) of that noise.
     """
     if len(losses) < 3:
         return 0.0

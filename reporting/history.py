@@ -172,7 +172,7 @@ def read_run(path):
 
 
 def read_runs(paths):
-    """The History of each run folder. Runs of one name get as many of the folders above as tell them apart.
+    """The History of each run folder. Runs of the same name also get the names of parent folders, until they differ.
 
     Raises ValueError where a folder is given twice, and as read_run does.
     """
@@ -255,7 +255,7 @@ def smooth(steps, values, steps_back):
 def smooth_both_ways(steps, values, steps_back):
     """The averages from both ends combined, which follow a falling loss without lag.
 
-    For the eye alone: a point depends on later ones.
+    For plots only: each point depends on later ones.
     """
     if not steps or not steps_back:
         return list(values)

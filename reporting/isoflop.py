@@ -3,9 +3,9 @@ The best model size for a compute budget: isoFLOP curves, and a prediction for s
 
 Runs of several sizes share a budget of training FLOPs. A parabola goes through their losses over log N (parameters),
 and its lowest point is the best size for that budget. Two laws go through the lowest points of all budgets: N = a C^b
-and L = k C^-g (Hoffmann et al. 2022, arXiv:2203.15556, section 3.2). Text has a loss that no amount of compute gets
-below, but three budgets cannot tell it from the rest, so far from the data L comes out too low. The intervals are a
-bootstrap over the seeds: they cover the noise of the seeds, and not that the laws may bend.
+and L = k C^-g (Hoffmann et al. 2022, arXiv:2203.15556, section 3.2). Text has an irreducible loss, which three budgets
+cannot separate from the rest, so far from the data the predicted L is too low. The intervals are a bootstrap over the
+seeds: they cover the noise of the seeds, but not errors of the laws themselves.
 """
 
 import math
@@ -106,7 +106,7 @@ def means_of(groups):
 
 
 def drawn(groups, draws=DRAWS):
-    """The laws of those of `draws` bootstrap samples that have one. A sample draws seeds with replacement."""
+    """The laws of `draws` bootstrap samples (seeds, drawn with replacement), without the samples that have none."""
     rng = np.random.default_rng(0)
     laws = []
     for _ in range(draws):

@@ -30,9 +30,9 @@ AXES = {"tokens": "tokens", "flops": "FLOPs", "wall_s": "seconds of training"}
 
 
 def divergence(folder):
-    """Why train.py gave a run up, in its words: a loss that is not finite, or a guard's "stop". None where it did not.
+    """The reason for which train.py gave up a run: a loss that is not finite, or a guard's "stop". None if it did not.
 
-    A stop by a signal is no divergence.
+    A stop by a signal is not a divergence.
     """
     marks = [event for event in read_records(folder / "events.jsonl") if event["event"] in MARKS]
     if not marks or marks[-1]["event"] != "stop":
@@ -49,7 +49,7 @@ def trend(values):
 
 
 def ends_of(records, key, over_layers):
-    """[first, last] of a field that is measured now and then for each layer, combined over the layers.
+    """[first, last] value of a field that some records hold for each layer, combined over the layers.
 
     None where no record has it.
     """

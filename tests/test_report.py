@@ -601,8 +601,9 @@ def test_the_tables_of_an_ablation(call_script, tmp_path):
     assert code == 0 and not err
     assert "## Against base" in out and "1.4020 ± 0.0010 (3) | **-0.1000**" in out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    code, _, err = call_script("report.py", path, "--html=page.html")
-    assert code == 2 and err.count("\n") == 1 and "by themselves" in err
+    for key in ("--html=page.html", "--labels=a"):
+        code, _, err = call_script("report.py", path, key)
+        assert code == 2 and err.count("\n") == 1 and "results of an ablation alone" in err
     path.write_text("nothing\n", encoding="utf-8")
     code, _, err = call_script("report.py", path)
     assert code == 2 and f"{path}:1 is no row" in err

@@ -5,8 +5,7 @@ OpenWebText, or any corpus of documents, as GPT-2's tokens: cleaned, without dup
     python data/openwebtext/prepare.py --input=FOLDER --out_dir=data/mine   # .jsonl, .txt (.gz, .zst) or .parquet
 
 Killed at any point, the same command resumes. To share the work between machines that see one folder, run
-`--part=0/4` ... `--part=3/4` and then `--merge`. Memory grows by a byte a document, no more; what the disk must hold is
-printed first.
+`--part=0/4` ... `--part=3/4` and then `--merge`. The script first prints how much disk and memory it needs.
 """
 
 import sys
@@ -25,7 +24,7 @@ input = ""            # a file or folder of .jsonl, .txt (each also .gz, .zst) o
 hub = "Skylion007/openwebtext"  # the Hub's dataset
 hub_name = ""         # its configuration, where it has several
 hub_revision = ""     # its branch or commit; empty: the latest commit, which is recorded
-text_key = "text"     # where a document has its text
+text_key = "text"     # key or column that holds the text of a document
 
 # the dataset
 out_dir = ""          # where the dataset goes; empty: the folder of this script
@@ -36,14 +35,14 @@ val_fraction = 0.0005  # share of the documents that is held out, chosen by thei
 min_chars = 100       # characters that a document has at least
 max_chars = 5000000   # characters that a document has at most
 dedup = "near"        # near (and exact) | exact | none
-threshold = 0.8       # near: share of 5-word shingles in common from which on two documents are duplicates
+threshold = 0.8       # near: documents that share at least this part of their 5-word shingles are duplicates
 permutations = 128    # near: values of a MinHash signature, 4 bytes each; more estimate the share closer
 
 # the work
 workers = 0           # processes; 0: one for each core
-part = ""             # scan a share of the corpus and stop: 0/4, 1/4, ...
-merge = False         # make the dataset of the parts, all scanned before
-fresh = False         # forget what an unfinished run has done, or make a finished dataset again
+part = ""             # scan only this share of the corpus: 0/4, 1/4, ...
+merge = False         # make the dataset from the parts, once all are scanned
+fresh = False         # discard an unfinished run, or make a finished dataset again
 # -----------------------------------------------------------------------------
 
 

