@@ -40,7 +40,7 @@ ckpt = "latest"     # which checkpoint: latest | best | a step
 dataset = ""        # name under data/, a folder, or a mix a:0.7,b:0.3; empty: what it was trained on
 split = "val"       # train | val
 block_size = 0      # tokens per window; 0: the model's
-batch_size = 64     # windows in a batch; of windows longer than the model's context fewer
+batch_size = 64     # windows in a batch; fewer if they are longer than the model's context
 eval_iters = 0      # batches of windows; 0: the whole split
 device = "auto"     # auto | cpu | cuda | cuda:N | mps
 dtype = "float32"   # float32 | bfloat16 | float16 | auto; float32 compares between machines
@@ -59,7 +59,7 @@ top_p = 1.0             # draw among the smallest set of tokens whose probabilit
 # choice and lastword
 task = ""               # hellaswag | arc_easy | arc_challenge | piqa | winogrande, or lambada; empty: our own form
 data = ""               # a file of JSON lines in the form of the task; empty: from the Hub
-limit = 0               # score only this many items, the first ones; 0: all
+limit = 0               # score only the first items, up to this many; 0: all
 
 # context and passkey, beyond the length trained at
 rope_scaling: tuple[str, ...] = ()  # none | linear | ntk | yarn; empty: the model's, or all in context and passkey

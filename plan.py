@@ -203,7 +203,7 @@ def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=ONE_GPU, mic
     hidden = 2 * small * tokens * c.mlp_dim / tensor
     parts["backward"] = tokens * recomputed + hidden + 4 * c.mlp_dim * c.n_embd / tensor
     if c.tie_weights:
-        parts["backward"] += costs.table  # the head's gradient, until the embedding's is added
+        parts["backward"] += costs.table  # the head's gradient, until the embedding's is added to it
     total = sum(parts.values()) - min(parts["logits"], parts["backward"])
     return {name: int(size) for name, size in {**parts, "total": total}.items()}
 

@@ -7,7 +7,7 @@ the Hub, in the task's form on the Hub or in ours:
     {"context": "The sky is", "choices": ["blue", "made of wood"], "answer": 0}      # multiple choice
     {"text": "They sat down at the table, for dinner was on the table"}              # last word
 
-Scores are computed as in lm-eval (EleutherAI's lm-evaluation-harness, 0.4), so they compare with published ones.
+Scores are computed as in lm-eval (EleutherAI's lm-evaluation-harness, 0.4), so they compare with published scores.
 """
 
 import contextlib
