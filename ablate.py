@@ -94,13 +94,17 @@ def resolve(experiment, name, given, keys, code):
 
     Everything is checked that can be checked before train.py runs. Ends the run where it makes no sense.
     """
-    base = {key: value for key, value in read_file(experiment.base, keys).items() if key not in OURS}
+    base = read_file(experiment.base, keys)
+    base = {key: value for key, value in base.items() if key not in OURS}
     settings = {}
     for level in (base, experiment.common, given, experiment.variants[name]):
         if any(budget in level for budget in BUDGETS):  # a later budget replaces an earlier one of another kind
             settings = {key: value for key, value in settings.items() if key not in BUDGETS}
         settings |= level
-    config = {key.name: settings.get(key.name, key.default) for key in keys.values() if key.name not in OURS}
+    config = {}
+    for key in keys.values():
+        if key.name not in OURS:
+            config[key.name] = settings.get(key.name, key.default)
     where = f"{experiment.path}: variant {name}"
     try:
         datasets, manifest, dataset_sha256 = open_datasets(config["dataset"])
@@ -176,7 +180,8 @@ def state_of(run):
         return "missing", []
     if record is None:
         return "begun", ["origin"]
-    differences = [name for name, key in IDENTITY.items() if record.get(key) != run.variant.identity[key]]
+    identity = run.variant.identity
+    differences = [name for name, key in IDENTITY.items() if record.get(key) != identity[key]]
     return "finished" if is_finished(record) else "begun", differences
 
 
@@ -311,8 +316,8 @@ def ending(code):
 
 
 def last_line(path):
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-    return lines[-1].removeprefix("error: ")
+    text = Path(path).read_text(encoding="utf-8", errors="replace").strip() or "no output"
+    return text.splitlines()[-1].removeprefix("error: ")
 
 
 def final_loss(folder, config):
@@ -357,7 +362,9 @@ def show_plan(runs, out_dir):
         origin = f", of other {' and '.join(differences)}" if differences else ""
         print(f"  {run.name:32} {state}{origin}")
     seconds = estimate(runs, out_dir)
-    remaining = "no estimate before a run is finished" if seconds is None else f"about {seconds / 60:.0f} minutes left"
+    remaining = "no estimate before a run is finished"
+    if seconds is not None:
+        remaining = f"about {seconds / 60:.0f} minutes left"
     print(f"{len(runs)} runs: {states.count('finished')} finished, {states.count('begun')} begun, "
           f"{states.count('missing')} missing; {remaining}")
 

@@ -95,8 +95,8 @@ def effective(config, resolved):
     A key that is newer than the run gets its default, which is how the older code behaved.
     """
     config = {**{name: key.default for name, key in read_keys(ROOT / "train.py").items()}, **config}
-    shape = {f.name: config[f.name] for f in fields(GPTConfig) if f.name != "attn" and f.name in config}
-    settings = {**shape, **{key: config[key] for key in MATTERS}}
+    shape = [field.name for field in fields(GPTConfig) if field.name != "attn"]
+    settings = {key: config[key] for key in (*shape, *MATTERS) if key in config}
     for key in ("vocab_size", "gradient_accumulation_steps"):
         if key in resolved:
             settings[key] = resolved[key]
@@ -193,7 +193,10 @@ def summarise(runs, name):
 
 def val_sha256_of(runs):
     """The hashes of the tokens that the evaluations read."""
-    return sorted({record["val_sha256"] for run in runs for record in run.records if record.get("val_sha256")})
+    hashes = set()
+    for run in runs:
+        hashes |= {record["val_sha256"] for record in run.records if record.get("val_sha256")}
+    return sorted(hashes)
 
 
 def write_reference(runs, path):
@@ -302,7 +305,8 @@ def compare_loss(run, base, tolerance):
     steps, losses = zip(*points, strict=True)
     needed = max(3, math.ceil(SUSTAINED * len(known)))
     smoothed = steps, smooth(steps, losses, base["smooth_steps"])
-    return compare_curve(base["curves"]["loss"], smoothed, "loss", "training loss", base["n"], tolerance, needed)
+    curve = base["curves"]["loss"]
+    return compare_curve(curve, smoothed, "loss", "training loss", base["n"], tolerance, needed)
 
 
 def compare_val_loss(run, base, tolerance):
@@ -367,4 +371,5 @@ def compare_speed(run, base, tolerance, memory_tolerance):
 def compare(run, base, loss_tolerance, speed_tolerance, memory_tolerance):
     """Findings of a run against a baseline. Raises ValueError where the two are not the same experiment."""
     check_same(base, run, base["name"])
-    return compare_quality(run, base, loss_tolerance) + compare_speed(run, base, speed_tolerance, memory_tolerance)
+    quality = compare_quality(run, base, loss_tolerance)
+    return quality + compare_speed(run, base, speed_tolerance, memory_tolerance)

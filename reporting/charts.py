@@ -62,14 +62,16 @@ def trace(xs, ys, label="", **options):
 def message(event):
     """An event in words."""
     kind = event.get("event", "")
-    details = {key: value for key, value in event.items() if key not in ("event", "time", "step", "resolved")}
+    elsewhere = ("event", "time", "step", "resolved")
+    details = {key: value for key, value in event.items() if key not in elsewhere}
     if kind == "warning":
         return f"warning: {details.get('message', '')}"
     if kind in ("spike", "nan", "rewind"):
         return f"{kind}: {accident(details)}"
     if "wall_s" in details:
         details = {"after": duration(details["wall_s"])}
-    return " ".join([kind, *(f"{key} {value}" for key, value in details.items() if value not in ({}, None))])
+    words = [f"{key} {value}" for key, value in details.items() if value not in ({}, None)]
+    return " ".join([kind, *words])
 
 
 def accident(details):
@@ -135,7 +137,8 @@ def loss_chart(runs, bands):
 def shared_charts(runs):
     """Charts with a line for each run."""
     for field, (title, unit, options) in SHARED.items():
-        traces = [trace(*series(run, field), run=i) for i, run in enumerate(runs) if series(run, field)[0]]
+        points = [series(run, field) for run in runs]
+        traces = [trace(*xy, run=i) for i, xy in enumerate(points) if xy[0]]
         if field == "grad_norm":
             for i, run in enumerate(runs):
                 traces += marks(run, i, field)
@@ -161,13 +164,16 @@ def inner_charts(run, i):
     """Charts of run number i alone."""
     yield parts_chart(run, i)
     for field, (title, unit, _, options) in BY_LAYER.items():
-        yield {"id": f"{field}-{i}", "title": title, "unit": unit, "traces": key_traces(run, i, field), "of": i,
-               **options}
+        yield {"id": f"{field}-{i}", "title": title, "unit": unit, "of": i,
+               "traces": key_traces(run, i, field), **options}
     for field, (title, unit) in BY_GROUP.items():
-        yield {"id": f"{field}-{i}", "title": title, "unit": unit, "traces": key_traces(run, i, field), "of": i,
-               "log": True}
-    points = {label: series(run, field) for field, label in MEMORY.items()}
-    traces = [trace(*xy, label, run=i, hue=k) for k, (label, xy) in enumerate(points.items()) if xy[0]]
+        yield {"id": f"{field}-{i}", "title": title, "unit": unit, "of": i,
+               "traces": key_traces(run, i, field), "log": True}
+    traces = []
+    for hue, (field, label) in enumerate(MEMORY.items()):
+        steps, values = series(run, field)
+        if steps:
+            traces.append(trace(steps, values, label, run=i, hue=hue))
     yield {"id": f"memory-{i}", "title": "Memory", "unit": "GB", "traces": traces, "of": i, "zero": True}
     yield {"id": f"comm-{i}", "title": "Communication", "unit": "ms of a step that nothing hides", "of": i,
            "traces": [trace(*series(run, "comm_ms"), "exposed", run=i)], "zero": True}
@@ -189,12 +195,16 @@ def key_traces(run, i, field):
 
 def parts_chart(run, i, stretches=80):
     """Shares of a step's time, as means of stretches of records."""
-    records = [r for r in run.records if any(isinstance(r.get(part), (int, float)) for part in PARTS)]
+    def has_part(record):
+        return any(isinstance(record.get(part), (int, float)) for part in PARTS)
+
+    records = [record for record in run.records if has_part(record)]
     size = max(1, -(-len(records) // stretches))
     groups = [records[k : k + size] for k in range(0, len(records), size)]
     totals = []
     for group in groups:
-        totals.append(statistics.mean(sum(record.get(part) or 0.0 for part in PARTS) for record in group))
+        sums = [sum(record.get(part) or 0.0 for part in PARTS) for record in group]
+        totals.append(statistics.mean(sums))
     traces = []
     for k, part in enumerate(PARTS):
         ms = [statistics.mean(record.get(part) or 0.0 for record in group) for group in groups]

@@ -97,7 +97,8 @@ def model_of(config, resolved):
     A field that is newer than the run gets its default, which is how the older code behaved.
     """
     vocab_size = resolved.get("vocab_size") or config.get("vocab_size")
-    if not vocab_size or any(name not in config for name in ("block_size", "n_layer", "n_head", "n_embd")):
+    sizes = ("block_size", "n_layer", "n_head", "n_embd")
+    if not vocab_size or any(name not in config for name in sizes):
         return None
     known = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
     try:

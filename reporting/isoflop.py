@@ -62,7 +62,8 @@ def budgets(rows):
     """
     result = []
     for group in group_by_flops(rows):
-        shapes = {(row["config"]["n_layer"], row["config"]["n_embd"]) for _, row in group if "config" in row}
+        configs = [row["config"] for _, row in group if "config" in row]
+        shapes = {(config["n_layer"], config["n_embd"]) for config in configs}
         if len(shapes) < 3:
             continue
         sizes = {}
@@ -102,7 +103,11 @@ def law(means):
 
 
 def means_of(groups):
-    return [(flops, {size: statistics.fmean(losses) for size, losses in sizes.items()}) for flops, sizes in groups]
+    """The groups of budgets() with the mean loss of each size."""
+    means = []
+    for flops, sizes in groups:
+        means.append((flops, {size: statistics.fmean(losses) for size, losses in sizes.items()}))
+    return means
 
 
 def drawn(groups, draws=DRAWS):
@@ -112,7 +117,9 @@ def drawn(groups, draws=DRAWS):
     for _ in range(draws):
         means = []
         for flops, sizes in groups:
-            resampled = {size: float(np.mean(rng.choice(losses, len(losses)))) for size, losses in sizes.items()}
+            resampled = {}
+            for size, losses in sizes.items():
+                resampled[size] = float(np.mean(rng.choice(losses, len(losses))))
             means.append((flops, resampled))
         fitted = law(means)
         if fitted:

@@ -53,7 +53,8 @@ def settings_section(runs):
     names = [label(i, run) for i, run in enumerate(runs)]
     if len(runs) == 1:
         defaults = {name: key.default for name, key in read_keys(ROOT / "train.py").items()}
-        own = {key: value for key, value in runs[0].config.items() if value != defaults.get(key) and key != "out_dir"}
+        config = runs[0].config.items()
+        own = {key: value for key, value in config if value != defaults.get(key) and key != "out_dir"}
         return section("Settings", keys_list(own), "Settings that differ from train.py's defaults.")
     rows = differences(runs)
     if not rows:
@@ -181,7 +182,10 @@ def controls(runs, charts):
 def curves(charts):
     """The charts that runs share: of learning, and of the machine."""
     text = "Training loss smoothed, as logged (faint), validation loss (dots). Drag to zoom, double-click to return."
-    marked = {kind for chart in charts for line in chart["traces"] for kind in line.get("kinds", ())}
+    marked = set()
+    for chart in charts:
+        for line in chart["traces"]:
+            marked |= set(line.get("kinds", ()))
     if marked:
         text += f" {', '.join(f'{SYMBOLS[kind]} {kind}' for kind in SYMBOLS if kind in marked)}."
     shared = [chart for chart in charts if "of" not in chart]
@@ -216,7 +220,9 @@ def render(runs, baseline="", findings=None, bands=(), watch=0.0, made=""):
         controls(runs, charts), "<main>", curves(charts), inside(runs, charts),
         "<footer>Made by report.py from the run folders. Nothing here is loaded from elsewhere.</footer></main>",
     ])
-    axes = [{axis: thin_axis(run, axis) for axis in AXES if axis in run.records[-1]} for run in runs]
+    axes = []
+    for run in runs:
+        axes.append({axis: thin_axis(run, axis) for axis in AXES if axis in run.records[-1]})
     data = {"runs": [{"name": run.name, "axes": by} for run, by in zip(runs, axes, strict=True)], "charts": charts,
             "axes": {axis: True for by in axes for axis in by}, "watch": watch}
     parts = {"title": escape(title), "body": body, "plotly": get_plotlyjs(),

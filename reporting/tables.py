@@ -79,8 +79,11 @@ def environment_of(folder):
 
 def count_accidents(events):
     """{kind: how many} of spikes, NaNs and rewinds. A killed run logs the events after its last checkpoint twice."""
-    distinct = {(event["event"], event.get("step"), event.get("what"), event.get("data_step")) for event in events}
-    return {kind: sum(event[0] == kind for event in distinct) for kind in ("spike", "nan", "rewind")}
+    distinct = set()
+    for event in events:
+        distinct.add((event["event"], event.get("step"), event.get("what"), event.get("data_step")))
+    kinds = [kind for kind, *_ in distinct]
+    return {kind: kinds.count(kind) for kind in ("spike", "nan", "rewind")}
 
 
 def figures(folder):
@@ -185,7 +188,8 @@ def pooled_spread(values):
     if not several:
         return None
     freedom = sum(len(losses) - 1 for losses in several)
-    return math.sqrt(sum(statistics.variance(losses) * (len(losses) - 1) for losses in several) / freedom)
+    squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in several)
+    return math.sqrt(squares / freedom)
 
 
 # -----------------------------------------------------------------------------
@@ -306,15 +310,17 @@ def origins(rows):
                     values.add(str(row[key])[:10] + dirty)
             cells.append(", ".join(sorted(values)))
         body.append(cells)
-    machines = sorted({f"{row.get('device')} ({row.get('cpu')}), threads: {row.get('threads')}, {row.get('dtype')}, "
-                       f"torch {row.get('torch')}" for row in rows})
+    machines = set()
+    for row in rows:
+        machines.add(f"{row.get('device')} ({row.get('cpu')}), threads: {row.get('threads')}, "
+                     f"{row.get('dtype')}, torch {row.get('torch')}")
     # settings are meant to differ, and a commit may touch other files; the hash of the training code must not differ
     mixed = []
     for name, key in keys.items():
         values = {row.get(key) for row in rows if not row["diverged"]}
         if name not in ("commit", "settings") and len(values) > 1:
             mixed.append(name)
-    text = table(["variant", "seeds", *keys], body) + f"\n\nOn {'; '.join(machines)}"
+    text = table(["variant", "seeds", *keys], body) + f"\n\nOn {'; '.join(sorted(machines))}"
     if any(row.get("dirty") for row in rows):
         text += "; \\* with uncommitted changes"
     text += "."
