@@ -99,6 +99,9 @@ def bench_data(c):
     }
 
 
+LONG = 15_000  # characters of a text whose lines documents are made of
+
+
 def make_corpora(c, folder):
     """Write a corpus of each size from the documents of c.input. -> their paths"""
     sys.path.insert(0, str(ROOT / "data"))  # for the modules of the prepare scripts
@@ -107,6 +110,9 @@ def make_corpora(c, folder):
     texts = read_texts(c.input)[0]
     if c.english:
         texts = [text for text in texts if sum(map(str.isascii, text)) >= 0.99 * len(text)]
+    texts = [text for text in texts if len(text) >= LONG]
+    if not texts:
+        fail(f"--input={c.input} has no document of {LONG:,} characters or more: the corpora are made of their lines")
     paths = []
     for size in c.sizes:
         path = folder / f"corpus_{size}.jsonl"
@@ -119,7 +125,7 @@ def make_corpus(path, texts, megabytes, seed=1):
     """A .jsonl of documents of about 4,500 characters. The lines of a document are drawn from a single text, so they
     are in the same language."""
     rng = random.Random(seed)
-    line_lists = [text.split("\n") for text in texts if len(text) >= 15_000]
+    line_lists = [text.split("\n") for text in texts]
     size = 0
     with open(path, "w", encoding="utf-8") as file:
         while size < megabytes * 1e6:

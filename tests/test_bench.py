@@ -243,6 +243,12 @@ def test_a_recipe_needs_documents(call_script, tmp_path):
     assert code == 2 and "--input is missing" in err and not (tmp_path / "out").exists()
 
 
+def test_a_corpus_needs_a_long_document(call_script, tmp_path):
+    (tmp_path / "short.txt").write_text("short\n" * 100)
+    code, _, err = call_script("bench.py", "data", f"--out_dir={tmp_path / 'out'}", f"--input={tmp_path / 'short.txt'}")
+    assert code == 2 and "no document of 15,000 characters" in err and err.count("\n") == 1, err
+
+
 @pytest.mark.slow
 def test_inference_of_checkpoints(run_script, call_script, tiny, tmp_path):
     for name, heads in (("all", 0), ("one", 1)):
