@@ -16,7 +16,7 @@ sample.py and eval.py read it, and train.py starts from it with --init_from=. (t
 import json
 import os
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -37,6 +37,10 @@ dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat
 
 # -----------------------------------------------------------------------------
 # Which class can express a model
+
+# Fields of GPTConfig that are written or checked below. A fork may have more.
+KNOWN = set("""activation attn bias block_size dropout logit_softcap n_embd n_head n_kv_head n_layer norm norm_embed
+    norm_eps pos qk_norm rope_factor rope_scaling rope_theta tie_weights vocab_size zero_init""".split())
 
 # For each class of transformers, the values of our fields that it can express
 PLAIN = {"norm_embed": (False,), "logit_softcap": (0.0,)}
@@ -63,6 +67,11 @@ CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwe
 def family_of(config, families, project):
     """The first of a project's `families` that can express a model. Raises ValueError naming the fields that stand in
     the way of the nearest family."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in KNOWN and value != field.default:
+            raise ValueError(f"{field.name}={value}: export.py does not know this field, and {project} would get "
+                             "another model without it")
     own = dict(vars(config))
     own["n_kv_head"] = "n_head" if config.kv_heads == config.n_head else config.kv_heads
     obstacles = {}

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_tokenizer import RANKS, needs_ranks
 
 import checkpoint
+import export
 from data.common import write_dataset
 from dataset import Tokens
 from export import NoOptimizer, bytes_to_unicode, merges_of
@@ -697,3 +699,12 @@ def test_the_hub_without_its_package_names_it(tmp_path, call_script, monkeypatch
     monkeypatch.chdir(tmp_path)
     code, out, err = call_script("export.py", "gpt2-large", tmp_path / "run")
     assert code == 2 and "pip install huggingface-hub" in err and err.count("\n") == 1
+
+
+def test_a_field_of_a_fork_is_named_and_not_dropped():
+    """Without its field a fork's model would be another one; at its default it is the same."""
+    fork = make_dataclass("Fork", [("shift", bool, False)], bases=(GPTConfig,))
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=64)
+    assert export.family_of(fork(**sizes), export.FAMILIES, "transformers") == "gpt2"
+    with pytest.raises(ValueError, match="shift=True: export.py does not know this field"):
+        export.family_of(fork(**sizes, shift=True), export.FAMILIES, "transformers")
