@@ -75,7 +75,9 @@ class Variant(NamedTuple):
     identity: dict  # the three hashes of IDENTITY
 
 
-class Run(NamedTuple):
+class Trial(NamedTuple):
+    """One run of train.py: a variant with one seed, in a folder of its own."""
+
     variant: Variant
     seed: int
     folder: Path
@@ -136,7 +138,7 @@ def plan_runs(c, experiment, variants):
     for seed in c.seeds or experiment.seeds:
         for variant in variants:
             if not c.only or variant.name in c.only:
-                runs.append(Run(variant, seed, Path(c.out_dir) / f"{variant.name}_seed{seed}"))
+                runs.append(Trial(variant, seed, Path(c.out_dir) / f"{variant.name}_seed{seed}"))
     return pick_part(runs, c.part)
 
 

@@ -80,7 +80,7 @@ LARGE_HEADS = 0.5      # with larger heads
 BANDWIDTH_SHARE = 0.9  # share of the memory bandwidth
 
 
-class Layout(NamedTuple):
+class Grid(NamedTuple):
     """How many ways each kind of parallelism divides a run, and which activations are recomputed."""
     data: int = 1
     zero: int = 0            # ZeRO stage; 0: DDP
@@ -89,7 +89,7 @@ class Layout(NamedTuple):
     recompute: str = "none"  # none | selective | full
 
 
-ONE_GPU = Layout()
+ONE_GPU = Grid()
 
 
 # -----------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def divisors(n):
 
 
 def layouts(c, sequences, count, machine):
-    """Every Layout of `count` GPUs that train.py accepts: tensor divides heads, hidden units and the GPUs of a machine,
+    """Every grid of `count` GPUs that train.py accepts: tensor divides heads, hidden units and the GPUs of a machine,
     each stage has a layer, and the batch divides over data with a micro-batch for each stage."""
     for tensor in divisors(min(count, machine)):
         uneven_kv = c.kv_heads % tensor and tensor % c.kv_heads
@@ -349,7 +349,7 @@ def layouts(c, sequences, count, machine):
                 continue
             zero_stages = (0, 1, 2, 3) if data > 1 else (0,)
             for zero, recompute in itertools.product(zero_stages, ("none", "selective", "full")):
-                yield Layout(data, zero, tensor, pipeline, recompute)
+                yield Grid(data, zero, tensor, pipeline, recompute)
 
 
 def micro_batches(costs, sequences, layout, card):

@@ -137,7 +137,7 @@ def updates_once(stage, shape, tokens, device_name):
     x = x.to(device)  # (1, T)
     theory = 4 * unplaced.param_bytes() / (layout.dp if layout.zero else 1)
     planned = plan.step_memory(plan.costs_of(unplaced), 1, micro_steps=2, cuda=device.type == "cuda",
-                               layout=plan.Layout(layout.dp, layout.zero))
+                               layout=plan.Grid(layout.dp, layout.zero))
     model = layout.place(unplaced)
     del unplaced
     opt = Optimizers(model, learning_rate=1e-3, **layout.optimizer_options())

@@ -20,7 +20,7 @@ from optim import Optimizers  # noqa: E402
 from plan import (  # noqa: E402
     GPUS,
     SHAPES,
-    Layout,
+    Grid,
     block_traffic,
     costs_of,
     loss_memory,
@@ -46,7 +46,7 @@ TOGGLES = [
 def training_memory(model, batch_size, dtype=torch.float32, T=0, recompute="none"):
     """step_memory of a model on one device, the one that it is on."""
     cuda = next(model.parameters()).is_cuda
-    return step_memory(costs_of(model), batch_size, dtype, T, Layout(recompute=recompute), cuda=cuda)
+    return step_memory(costs_of(model), batch_size, dtype, T, Grid(recompute=recompute), cuda=cuda)
 
 
 def saved_bytes(model, batch_size, T):
@@ -236,7 +236,7 @@ def test_what_the_zero_stages_share_out():
     also shards the weights, as fully_shard keeps a rank's part and gathers the rest in half precision."""
     costs = costs_of(meta_model(SHAPES["7B"][0]))
     P = costs.weights
-    layouts = [Layout(data=64, zero=zero) for zero in range(4)]
+    layouts = [Grid(data=64, zero=zero) for zero in range(4)]
     ddp, one, two, three = (step_memory(costs, 1, torch.bfloat16, layout=layout) for layout in layouts)
     assert (ddp["weights"], ddp["gradients"], ddp["optimizer"]) == (P, P, 2 * P)
     assert (one["weights"], one["gradients"], one["optimizer"], one["casts"]) == (P // 64, P, P // 32, P // 2)
@@ -248,7 +248,7 @@ def test_what_the_zero_stages_share_out():
 def test_tensor_and_pipeline_parallelism_share_out_weights_but_not_all_activations():
     costs = costs_of(meta_model(SHAPES["70B"][0]))
     alone, tensor, stages = (step_memory(costs, 1, torch.bfloat16, layout=layout, micro_steps=8)
-                             for layout in (Layout(), Layout(tensor=8), Layout(pipeline=4)))
+                             for layout in (Grid(), Grid(tensor=8), Grid(pipeline=4)))
     ends = costs.weights - 100 * costs.block  # embedding and head are whole on every rank
     assert tensor["weights"] == 100 * costs.block // 8 + ends
     assert alone["activations"] / 8 < tensor["activations"] < alone["activations"] / 2  # the residual stream is whole
@@ -260,19 +260,19 @@ def test_time_by_hand():
     """Compute from FLOPs, the pipeline's bubble of (p - 1) / m, a ring's 2 (n - 1) / n, as in the papers."""
     model, card = meta_model(SHAPES["7B"][0]), GPUS["h100"]
     costs, T = costs_of(model), 4096
-    one = step_time(costs, 1, 16, Layout(), card)
+    one = step_time(costs, 1, 16, Grid(), card)
     assert one["bubble"] == one["exposed"] == 0
-    piped = step_time(costs, 1, 16, Layout(pipeline=4), card)
+    piped = step_time(costs, 1, 16, Grid(pipeline=4), card)
     assert piped["bubble"] / piped["compute"] == pytest.approx(3 / 16)
-    full = step_time(costs, 1, 16, Layout(recompute="full"), card)
+    full = step_time(costs, 1, 16, Grid(recompute="full"), card)
     assert 1.28 < full["compute"] / one["compute"] < 1.34
-    tensor = step_time(costs, 1, 1, Layout(tensor=8), card)
+    tensor = step_time(costs, 1, 1, Grid(tensor=8), card)
     assert tensor["exposed"] == pytest.approx(32 * 4 * 2 * 7 / 8 * T * 4096 * 2 / 450e9)
     slow = card._replace(flops=1e30, bandwidth=1e30)  # nothing to hide behind
-    ddp = step_time(costs, 1, 1, Layout(data=8), slow)
+    ddp = step_time(costs, 1, 1, Grid(data=8), slow)
     assert ddp["exposed"] == pytest.approx(2 * 7 / 8 * costs.weights / 450e9)
-    across = step_time(costs, 1, 1, Layout(data=16, tensor=8), slow)["exposed"]
-    tensor = step_time(costs, 1, 1, Layout(tensor=8), slow)["exposed"]
+    across = step_time(costs, 1, 1, Grid(data=16, tensor=8), slow)["exposed"]
+    tensor = step_time(costs, 1, 1, Grid(tensor=8), slow)["exposed"]
     weights = costs.weights - 32 * costs.block * 7 / 8  # of which embedding and head are whole on every rank
     assert across - tensor == pytest.approx(2 * 15 / 16 * weights / 50e9)  # one of its ranks in each machine
 
@@ -284,7 +284,7 @@ def test_time_of_products_and_attention_by_hand(name, T, layers, width, share):
     card = GPUS["h100"]._replace(bandwidth=1e30)
     products = 3 * model.forward_flops(0) / (0.65 * width / (width + 256))
     attention = 3.5 * 4 * (T + 1) / 2 * layers * width / share
-    compute = step_time(costs_of(model), 2, 16, Layout(), card)["compute"]
+    compute = step_time(costs_of(model), 2, 16, Grid(), card)["compute"]
     assert compute == pytest.approx(2 * 16 * T * (products + attention) / 989e12)
 
 
@@ -314,7 +314,7 @@ def test_time_of_the_memory_bound_operations_by_hand():
     ends = (4 + 2 + 4 + 2 + 2 + 4 + 4 + 4 + 2) * C + 4 * 4 * C
     moved = 8 * T * (blocks + ends + 3 * 2 * V) + 4 * 10 * V * C  # 8,192 tokens are 4 pieces of at most 2,668
     moved += 16 * costs.weights / 4
-    assert step_time(costs, 8, 3, Layout(), card)["compute"] == pytest.approx(3 * moved / (0.9 * 3.35e12))
+    assert step_time(costs, 8, 3, Grid(), card)["compute"] == pytest.approx(3 * moved / (0.9 * 3.35e12))
 
 
 def test_larger_models_have_a_higher_mfu():
@@ -339,9 +339,9 @@ def test_ranks_lie_as_parallel_has_them():
         return step_time(costs, 1, 1, layout, card._replace(machine=machine))["exposed"]
 
     sent = 2 * T * width * 4
-    assert exposed(Layout(pipeline=8)) == pytest.approx(8 * sent / 450e9)
-    assert exposed(Layout(pipeline=8), machine=4) == pytest.approx(8 * sent / 50e9)
-    stages = exposed(Layout(data=8, pipeline=2)) - 2 * sent / 50e9  # each data-parallel group fills a machine
+    assert exposed(Grid(pipeline=8)) == pytest.approx(8 * sent / 450e9)
+    assert exposed(Grid(pipeline=8), machine=4) == pytest.approx(8 * sent / 50e9)
+    stages = exposed(Grid(data=8, pipeline=2)) - 2 * sent / 50e9  # each data-parallel group fills a machine
     weights = costs.weights - costs.table - 16 * costs.block  # of the first stage: no head, half of the blocks
     assert stages == pytest.approx(2 * 7 / 8 * weights / 450e9)
 

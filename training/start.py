@@ -261,7 +261,7 @@ def settle_batch(c, origin, model_config, layout, machine):
     with torch.device("meta"):
         costs = plan.costs_of(GPT(model_config))
     free = free_memory(machine.device, from_environment("LOCAL_WORLD_SIZE", 1))
-    grid = plan.Layout(layout.dp, layout.zero, c.tp_size, c.pp_size, c.activation_checkpointing)
+    grid = plan.Grid(layout.dp, layout.zero, c.tp_size, c.pp_size, c.activation_checkpointing)
 
     def step_bytes(batch_size, accumulation):
         cuda = machine.device.type == "cuda"
