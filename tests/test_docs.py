@@ -328,16 +328,16 @@ def test_the_python_lines_for_nanogpts_users_run(nanogpts_folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_commands_for_nanogpts_users_run(nanogpts_folder):
+def test_the_commands_for_nanogpts_users_run(nanogpts_folder, call_script, monkeypatch):
     """Of train.py each with a small model and few steps."""
+    monkeypatch.chdir(nanogpts_folder)
     text = read(ROOT / "docs" / "from_nanogpt.md")
     short = ["--threads=1", "--eval_interval=2", "--warmup_iters=1", "--compile=false"]
     ran = 0
     for number, words in enumerate(map(shlex.split, lines_of_tables(text))):
         if words[0] != "python" or "--dry_run" in words or "gpt2" in words:
             continue  # the Hub's GPT-2 is a Python line, and an experiment has tests of its own
-        command = [sys.executable, str(ROOT / words[1])]
-        command += [str(ROOT / word) if word.startswith("config/") else word for word in words[2:]]
+        command = [str(ROOT / word) if word.startswith("config/") else word for word in words[2:]]
         if words[1] == "train.py":
             given = {word.split("=")[0] for word in words}
             less = {"--max_iters": 2, "--eval_iters": 1, "--batch_size": 2, "--block_size": 16, "--device": "cpu"}
@@ -347,8 +347,8 @@ def test_the_commands_for_nanogpts_users_run(nanogpts_folder):
                 less |= {"--dataset": "data/shakespeare_char", "--n_layer": 1, "--n_head": 2, "--n_embd": 16}
             command += short + [f"{key}={value}" for key, value in less.items() if key not in given]
             command.append(f"--out_dir=out/{number}")
-        done = subprocess.run(command, cwd=nanogpts_folder, capture_output=True, encoding="utf-8")
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        code, out, err = call_script(words[1], *command)
+        assert code == 0, f"{shlex.join(words)}\n{out}\n{err}"
         ran += 1
     assert ran > 15
 
