@@ -38,6 +38,7 @@ from device import pick_device
 from eval import evaluate
 from files import sha256, write_whole
 from infer import load
+from loader import evaluation_rows
 from plan import meta_model, model_fields
 from reporting.experiment import BUDGETS, OURS, checked, code_sha256, question, read_experiment, steps_of
 from reporting.tables import divergence, figures
@@ -329,7 +330,7 @@ def final_loss(folder, config):
     model = load(folder, device=pick_device(config["device"])[0])[0]
     tokens = open_tokens(open_datasets(config["dataset"])[0], "val", model.config.vocab_size)
     block_size = config["block_size"]
-    result = evaluate(model, tokens, block_size, max(1, 16384 // block_size))
+    result = evaluate(model, tokens, block_size, evaluation_rows(block_size))
     if not math.isfinite(result["loss"]):
         raise ValueError("its loss is not finite")
     return {"val_loss": result["loss"], "val_tokens": result["tokens"], "val_sha256": result["tokens_sha256"]}

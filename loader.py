@@ -219,6 +219,11 @@ class Loader:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
+def evaluation_rows(block_size):
+    """Windows in a batch of an evaluation: about 16,384 tokens."""
+    return max(1, 16384 // block_size)
+
+
 def fixed_batches(tokens, block_size, batch_size, limit=0):
     """The windows of a split for evaluation, in order from its first token, including a short last one.
 

@@ -403,7 +403,7 @@ class GPT(nn.Module):
         return self.rope_cos[:T, None], self.rope_sin[:T, None]
 
     def head(self, x):
-        """Residual stream (..., n_embd) -> logits (..., vocab_size), without those of the padding."""
+        """Residual stream (..., n_embd) -> logits (..., vocab_size). The padding of the table has none."""
         logits = self.lm_head(self.transformer.ln_f(x))[..., : self.config.vocab_size]
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)

@@ -164,7 +164,7 @@ def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=ONE_GPU, mic
 
     - optimizer: the two moments of AdamW; Muon keeps one, so this is an upper bound for it
     - casts: the matrices of the blocks in `dtype`, which autocast keeps for the backward pass; with ZeRO the gathered
-      weights, in stage 3 those of two blocks and the ends (embedding and head)
+      weights, which in stage 3 belong to two blocks and the ends (embedding and head)
     - activations: what autograd keeps on the first pipeline stage, for as many micro-batches as there are stages
     - logits: the peak of the loss; backward: that of the last block. The total contains the larger of the two
     -> {"weights", "gradients", "optimizer", "casts", "activations", "logits", "backward", "total"}

@@ -376,8 +376,8 @@ def _plain_dict(*arguments):
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers of them. A pickle runs code only through a global, and here the only
-    globals are those in OWN: for numpy's whole numbers and strings, and for the dicts of `collections`."""
+    """Reads numbers, strings and containers of them. A pickle runs code only through a global. OWN has the only globals
+    that are allowed: for numpy's whole numbers and strings, and for the dicts of `collections`."""
 
     OWN = {
         ("numpy", "dtype"): _Dtype,

@@ -330,15 +330,9 @@ def main(c, given, stop, lock, rewound=None):
 
     saved = saver.wait() and saved
     run.say_lines(profiler.after(state["step"]))
-    run.event("end", step=state["step"], wall_s=state["wall_s"])
     seconds = state["wall_s"] - first_wall_s
     summary = f"trained {state['step'] - first_step:,} steps in {seconds:.1f} s; val loss {val_loss:.4f}"
-    if not saved:
-        run.say(f"{summary}; the last checkpoint could not be saved (the reason is above)")
-        return 1
-    tokenizer = "" if data.tokenizer else " --tokenizer=FILE"
-    run.say(f"{summary}; next: python sample.py {shlex.quote(f'--out_dir={c.out_dir}')}{tokenizer}")
-    return 0
+    return end_run(c, run, summary, saved, data.tokenizer)
 
 
 # -----------------------------------------------------------------------------
@@ -366,6 +360,17 @@ def learning_rate_at(c, step):
         warmup_iters=c.warmup_iters if c.decay_lr else 0,
         lr_decay_iters=c.lr_decay_iters or c.max_iters, decay_frac=c.wsd_decay_frac,
     )
+
+
+def end_run(c, run, summary, saved, tokenizer):
+    """Note that the run has all its steps, and say what comes next. -> the exit code"""
+    run.event("end", step=run.state["step"], wall_s=run.state["wall_s"])
+    if not saved:
+        run.say(f"{summary}; the last checkpoint could not be saved (the reason is above)")
+        return 1
+    flag = "" if tokenizer else " --tokenizer=FILE"
+    run.say(f"{summary}; next: python sample.py {shlex.quote(f'--out_dir={c.out_dir}')}{flag}")
+    return 0
 
 
 def stop_early(c, run, signum, saved):
@@ -408,9 +413,6 @@ class StopSignal:
         for signum, handler in self.handlers.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self.handlers = {}
-
-
-# -----------------------------------------------------------------------------
 
 
 def run_until_done(c, given):

@@ -208,7 +208,7 @@ class DatasetWriter:
         self.write(split, shard_header(tokens))
 
     def write(self, split, data, tokens=0):
-        """Append bytes, which hold so many tokens, to the open shard of a split. A full shard is closed."""
+        """Append bytes, which hold `tokens` tokens, to the open shard of a split. A full shard is closed."""
         file, digest, left = self.open[split]
         with naming(file.name):
             file.write(data)

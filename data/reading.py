@@ -10,9 +10,9 @@ Files of a user -> documents, in pieces of work that do not depend on who reads 
 Text is UTF-8. A byte order mark at the beginning of a file is no part of it.
 
 A corpus is a sorted list of such files (or the shards of a dataset of the Hugging Face Hub). Each is cut into chunks by
-the offset at which a document begins: chunk i holds those that begin in [i * size, (i + 1) * size). So a chunk has the
-same documents whoever reads it, and however often reading was interrupted. A file that is not packed can be read from
-any chunk on.
+the offset at which a document begins: chunk i holds the documents that begin in [i * size, (i + 1) * size). So a chunk
+has the same documents whoever reads it, and however often reading was interrupted. Reading can begin at any chunk of a
+file that is not packed.
 """
 
 import codecs
@@ -200,13 +200,20 @@ def parquet_documents(file, text_key, limit):
         at = 0
         for batch in opened.iter_batches(64, columns=[text_key], use_threads=False):
             for text in bytes_of(batch.column(0), arrow).to_pylist():
-                if not isinstance(text, bytes):
-                    yield at, Reject("no_text")
-                    at += 1
-                else:
-                    yield at, Reject("too_long") if len(text) > limit else text
-                    at += len(text)
+                document, length = accepted(text, bytes, limit)
+                yield at, document
+                at += length
             file.done += file.size * len(batch) // max(1, opened.metadata.num_rows)
+
+
+def accepted(text, kind, limit):
+    """The cell of a row -> (the text, or its Reject if it is not of this `kind` or too long; how far it moves the
+    offset of the next row)."""
+    if not isinstance(text, kind):
+        return Reject("no_text"), 1
+    if len(text) > limit:
+        return Reject("too_long"), len(text)
+    return text, len(text)
 
 
 def bytes_of(column, arrow):
@@ -261,12 +268,9 @@ def hub_documents(file, text_key, limit):
             fail(f"{file.name}: the Hub broke off ({type(error).__name__}: {error}): "
                  "run the same command again, which resumes from here")
         text = row.get(text_key)
-        if not isinstance(text, str):
-            yield at, Reject("no_text")
-            at += 1
-        else:
-            yield at, Reject("too_long") if len(text) > limit else text
-            at += len(text)
+        document, length = accepted(text, str, limit)
+        yield at, document
+        at += length
 
 
 def read_documents(file, text_key, limit):

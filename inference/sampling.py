@@ -83,8 +83,8 @@ def most_likely(probs, k):
 
 
 def penalise(logits, ids, penalty):
-    """Logits (vocab_size,), with those of the tokens in `ids` divided by `penalty`, or multiplied where negative
-    (CTRL, Keskar et al. 2019, arXiv:1909.05858)."""
+    """Logits (vocab_size,) -> the same, but the tokens in `ids` become less likely: `penalty` divides a positive logit
+    and multiplies a negative one (CTRL, Keskar et al. 2019, arXiv:1909.05858)."""
     if penalty == 1:
         return logits
     seen = torch.tensor(sorted(set(ids)), dtype=torch.long)

@@ -231,7 +231,7 @@ def difference_cell(comparison):
 
 
 def losses_of(groups, by=None, budget=None):
-    """variant -> losses of its seeds: the final ones, or with `by` those of the curves at a budget.
+    """variant -> losses of its seeds: the final losses, or with `by` the losses on the curves at a budget.
 
     Runs that diverged have none.
     """

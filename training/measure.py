@@ -12,12 +12,10 @@ import device
 from device import what_failed
 from eval import evaluate
 from infer import stream
-from loader import context_length, fixed_batches, keyed
+from loader import context_length, evaluation_rows, fixed_batches, keyed
 from training.guard import Diverged
 from training.monitor import Hardware, show
 from training.probe import attention
-
-EVAL_TOKENS = 16384  # tokens in a batch of an evaluation
 
 
 def context_at(c, step):
@@ -28,14 +26,14 @@ def context_at(c, step):
 def seed_dropout(c, layout, step, micro):
     """Seed the dropout of one pass by (seed, step, micro-batch), so that a resumed run drops the same activations."""
     if c.dropout:
-        micro_batch = micro * layout.dp + layout.dp_rank  # its number among those of all ranks
+        micro_batch = micro * layout.dp + layout.dp_rank  # counted over all ranks
         pass_seed = keyed(c.seed, step, micro_batch, "dropout") >> 1  # 63 bits
         torch.manual_seed(pass_seed + layout.pp_rank)
 
 
 def validation_loss(c, layout, tokens, context, compiled=None):
     """eval.evaluate over the fixed validation windows, which the ranks share. `compiled` runs the full batches."""
-    rows = max(1, EVAL_TOKENS // c.block_size)
+    rows = evaluation_rows(c.block_size)
     result = evaluate(layout.model, tokens, c.block_size, rows, c.eval_iters, context,
                       layout.dp_rank, layout.dp, layout.gather_objects, compiled=compiled)
     layout.free_gathered()
@@ -82,7 +80,7 @@ class Measure:
             if model is not None:  # on rank 0
                 text = self.sample(model)
                 self.run.event("sample", step=step, text=text)
-                print(f"---- sample at step {step}\n{text}\n----")
+                self.run.say(f"---- sample at step {step}\n{text}\n----")
         return {
             "val_loss": result["loss"], "val_tokens": result["tokens"],
             "val_sha256": result["tokens_sha256"],

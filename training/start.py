@@ -30,6 +30,7 @@ from device import (
     use_sdpa,
     use_tf32,
 )
+from loader import evaluation_rows
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer, meta_vocab_size
 from training import guard
@@ -230,7 +231,7 @@ def check_validation(c, val_tokens):
     for part, _ in val_tokens.parts:
         targets = len(part) - 1
         if c.eval_iters:
-            targets = min(targets, c.eval_iters * max(1, 16384 // c.block_size) * c.block_size)
+            targets = min(targets, c.eval_iters * evaluation_rows(c.block_size) * c.block_size)
         part.sha256_of(targets + 1)  # cached, for the evaluation needs the same digest
 
 
