@@ -667,6 +667,33 @@ def test_a_full_disk_behind_is_said_and_the_run_goes_on(n, code, there, tiny, tm
     assert [e["event"] for e in records(tmp_path, "events.jsonl")] == ["start", "warning", "end"]
 
 
+# the first checkpoint fails behind step 5, which waits for that
+FAILS_BEHIND = """
+import checkpoint, errno, optim, os
+from training import saver
+save, step, finish, threads = saver.Background.save, optim.Optimizers.step, checkpoint.finish, []
+def saves(self, *args):
+    save(self, *args)
+    threads.append(self.thread)
+def waits(self):
+    for thread in threads:
+        thread.join()
+    return step(self)
+def full(*args):
+    checkpoint.finish = finish
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+saver.Background.save, optim.Optimizers.step, checkpoint.finish = saves, waits, full
+"""
+
+
+def test_a_failure_behind_the_steps_is_told_at_the_next_record(tiny, tmp_path):
+    """And not only when the next checkpoint is due."""
+    done = tiny(tmp_path, before=FAILS_BEHIND, checkpoint_format="sharded")
+    assert done.code == 0 and checkpoints(tmp_path) == [8, 12], done.err
+    warning, = (e for e in records(tmp_path, "events.jsonl") if e["event"] == "warning")
+    assert warning["step"] == 5 and warning["message"].startswith("no checkpoint at step 4: ")
+
+
 # -----------------------------------------------------------------------------
 # Removed, linked, of another version
 

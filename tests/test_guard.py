@@ -420,6 +420,42 @@ def test_killed_right_after_a_rewind(moment, step, to, tiny, skipping, tmp_path)
     same(tmp_path, skipping(str(step)))
 
 
+def test_a_rewind_begins_the_trace_again(tiny, tmp_path):
+    """The trace that the bad step cut off is not written."""
+    done = tiny(tmp_path, before=faulty({2: NAN}), on_nan="rewind", profile="2:4", max_iters=6)
+    assert done.code == 0 and done.out.count("steps 2 to 4 are in") == 1, done.err
+    assert "back to the beginning" in done.err, done.err
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["trace_2_4.json.gz"]
+
+
+def test_a_rewind_lets_go_of_the_profiler_and_the_tracker(tmp_path):
+    calls = []
+    note = SimpleNamespace(wait=lambda: calls.append("wait"), drop=lambda: calls.append("drop"),
+                           finish=lambda: calls.append("finish"))
+    run = SimpleNamespace(event=lambda *args, **fields: None, flush=lambda: None, tell=lambda *args: None, tracker=note)
+    layout = SimpleNamespace(on_rank0=lambda function: function())
+    c = SimpleNamespace(out_dir=tmp_path, skip_batches="", max_rewinds=3)
+    bad_end_noted = guard.bad_end_noted(c, run, note, layout, [2], note, SimpleNamespace(agreed=0))
+    with pytest.raises(guard.Rewind) as rewind, bad_end_noted:
+        raise guard.Rewind(5, guard.Bad("nan", "loss", math.nan), batch=5)
+    assert calls == ["wait", "drop", "finish"]
+    assert rewind.value.skipped == [2, 5] == guard.read_skipped(tmp_path) and rewind.value.settings is c
+
+
+def test_a_rewind_ends_the_tracker_before_it_begins_again(tiny, tmp_path):
+    fake = f"""
+import sys, types
+def note(word):
+    with open({str(tmp_path / "calls")!r}, "a") as file:
+        file.write(word + "\\n")
+run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda: note("finish"))
+sys.modules["trackio"] = types.SimpleNamespace(init=lambda **kwargs: note("init") or run)
+"""
+    done = tiny(tmp_path / "run", before=faulty({5: NAN}) + fake, on_nan="rewind", tracker="trackio")
+    assert done.code == 0, done.err
+    assert (tmp_path / "calls").read_text().split() == ["init", "finish", "init", "finish"]
+
+
 def test_stopped_while_it_rewinds(tiny, skipping, tmp_path):
     """The signal is not lost: the run stops after its first step, which is saved."""
     stop = KILLED.format(before="pass", after="seen.append(os.kill(os.getpid(), 15)) if skipped and not seen else None")
