@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -665,6 +667,20 @@ def test_a_full_disk_behind_is_said_and_the_run_goes_on(n, code, there, tiny, tm
     assert done.err.startswith(f"warning: no checkpoint at step {4 * n}: ") and done.err.count("\n") == 1
     assert os.strerror(errno.ENOSPC) in done.err and "make room" in done.err
     assert [e["event"] for e in records(tmp_path, "events.jsonl")] == ["start", "warning", "end"]
+
+
+def test_the_state_holds_no_number_that_is_not_finite(tmp_path, monkeypatch):
+    """float16 skips an update whose gradient norm is inf, and that step may be the one that is saved."""
+    saved = {}
+    monkeypatch.setattr(checkpoint, "save", lambda out_dir, model, optimizers, state: saved.update(state))
+    c = SimpleNamespace(out_dir=tmp_path, keep_checkpoints=3, always_save_checkpoint=True, checkpoint_format="plain",
+                        max_iters=1)
+    layout = SimpleNamespace(rank=0, heads=None, gather=lambda opt: (None, opt), on_rank0=lambda function: function())
+    scaler, guard = SimpleNamespace(is_enabled=lambda: False), SimpleNamespace(state=dict)
+    run = SimpleNamespace(flush=lambda: 0)
+    writer = saver.Saver(c, layout, None, scaler, guard, {"step": 1}, run, watch=None, weights=0)
+    assert writer.save({"step": 1, "loss": 1.0, "grad_norm": math.inf})
+    assert saved["unevaluated"] == {"step": 1, "loss": 1.0, "grad_norm": None}
 
 
 # the first checkpoint fails behind step 5, which waits for that

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -495,6 +496,14 @@ def test_layers_that_are_split_do_not_compile(tiny, tmp_path, unbroken):
     done = tiny(tmp_path / "run", ranks=2, gradient_accumulation_steps=4, n_layer=2, compile=True, tp_size=2)
     assert done.code == 0 and done.err.count("warning: torch.compile does not work here") == 1
     assert close(losses(tmp_path / "run"), [r["loss"] for r in one["metrics"]])
+
+
+def test_rank_0_alone_prints(tiny, tmp_path):
+    done = tiny(tmp_path, ranks=2, gradient_accumulation_steps=2, max_iters=4, eval_interval=4)
+    assert done.code == 0, done.err
+    starts = Counter(line.split()[0] for line in done.out.splitlines())
+    once = ("device", "layout", "data", "model", "peak", "memory", "time", "trained")
+    assert starts == {**dict.fromkeys(once, 1), "step": 1 + 4}, done.out  # how large a step is, and four records
 
 
 ONE_DOES_NOT_COMPILE = """
