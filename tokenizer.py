@@ -9,9 +9,11 @@ Text <-> token ids.
     tokenizer = load_tokenizer("gpt2.tiktoken")  # GPT-2's byte-level BPE
 
 Every tokenizer has `kind`, `vocab_size`, `special_tokens` (name -> id), `bos` and `eos` (ids, or None if there is
-none), and the methods of Tokenizer. Special tokens enter a stream only by their ids: in a text their names are plain
-characters, so no text that a user types can produce one. `encode(text, special=True)` is for text you wrote yourself,
-which spells them out.
+none), `template` (how conversations are written, see conversation.py, or None), and the methods of Tokenizer. Special
+tokens enter a stream only by their ids: in a text their names are plain characters, so no text that a user types can
+produce one. `encode(text, special=True)` is for text you wrote yourself, which spells them out.
+
+tokenizer.json has format 1, or format 2 where it says more: special tokens at any id, bos and eos by name, a template.
 """
 
 import base64
@@ -57,7 +59,34 @@ def code_points(text):
 
 
 class Tokenizer:
-    """What all kinds share. Each has its own `encode_array`, `to_json` and `pieces`, the bytes of each token by id."""
+    """What all kinds share. Each has its own `encode_array`, `fields` of tokenizer.json, and `pieces`: the bytes of
+    each token by id, b"" for a special token. Special tokens behind all others are not in `pieces`."""
+
+    template = None  # a dict, kept as it is: conversation.Template reads it
+
+    def set_specials(self, specials, others):
+        """Give the special tokens their ids: a list of names, behind the `others` tokens, or a dict of name -> id.
+        Raises ValueError for ids that are taken, or leave a gap."""
+        if not isinstance(specials, dict):
+            if len(set(specials)) != len(specials):
+                raise ValueError("the names of the special tokens must be distinct")
+            specials = {name: others + i for i, name in enumerate(specials)}
+        self.vocab_size = others + len(specials)
+        self.special_tokens = dict(sorted(specials.items(), key=lambda item: item[1]))
+        ids = set(specials.values())
+        if len(ids) != len(specials) or not all(0 <= i < self.vocab_size for i in ids):
+            raise ValueError("the special tokens must have distinct ids, none above the number of all tokens, "
+                             f"{self.vocab_size:,}")
+        self.ordinary = [i for i in range(self.vocab_size) if i not in ids]  # ids of all other tokens, rising
+
+    def place_pieces(self, pieces):
+        """The bytes of ordinary tokens in their order -> `pieces`: by id, with b"" for special tokens among them."""
+        if self.ordinary and self.ordinary[-1] == len(pieces) - 1:
+            return pieces
+        by_id = [b""] * (self.ordinary[-1] + 1 if pieces else 0)
+        for i, piece in zip(self.ordinary, pieces, strict=True):
+            by_id[i] = piece
+        return by_id
 
     def encode(self, text, special=False):
         """Ids of `text` as a list of int. Raises ValueError naming the first character that has no id, and its place.
@@ -106,10 +135,29 @@ class Tokenizer:
         size = len(self.pieces)
 
         def decode_next(i):
-            is_piece = i is not None and i < size  # special tokens have no text
+            is_piece = i is not None and i < size  # special tokens at the end have no text
             return utf8.decode(self.pieces[i] if is_piece else b"", final=i is None)
 
         return decode_next
+
+    def to_json(self):
+        """The bytes of tokenizer.json: equal tokenizers have equal bytes. Format 1, unless that cannot express it."""
+        fields = self.fields()
+        at_end = not self.ordinary or self.ordinary[-1] == len(self.ordinary) - 1
+        if not at_end or (self.bos, self.eos) != self.usual_ends() or self.template is not None:
+            fields |= self.new_fields()
+        return self.dump(fields)
+
+    def new_fields(self):
+        """The fields of tokenizer.json that only format 2 has."""
+        name_of = {i: name for name, i in self.special_tokens.items()}
+        return {"format": 2, "specials": self.special_tokens, "bos": name_of.get(self.bos),
+                "eos": name_of.get(self.eos), "template": self.template}
+
+    def changed(self, **fields):
+        """A tokenizer with other `fields` of format 2: specials, bos, eos (names or None), template. Raises ValueError.
+        """
+        return _from_fields({**self.fields(), **self.new_fields(), **fields})
 
     @property
     def sha256(self):
@@ -125,14 +173,15 @@ class Tokenizer:
 class CharTokenizer(Tokenizer):
     """One token per character: the i-th of `chars` is id i, the special tokens follow.
 
-    `chars` is a string of distinct characters. Raises ValueError for a repeated one, or for more than fit into uint16.
+    `chars` is a string of distinct characters. `specials` may be a dict of name -> id instead of names; the characters
+    take the ids that it leaves. Raises ValueError for a repeated character, or for more than fit into uint16.
     """
 
     kind = "char"
 
     def __init__(self, chars, specials=(BOS, EOS)):
-        if len(set(chars)) != len(chars) or len(set(specials)) != len(specials):
-            raise ValueError("the characters, and the names of the special tokens, must be distinct")
+        if len(set(chars)) != len(chars):
+            raise ValueError("the characters must be distinct")
         if any("\ud800" <= c <= "\udfff" for c in chars):
             raise ValueError("a lone surrogate is half a character, and no vocabulary can hold one")
         if len(chars) + len(specials) > MAX_VOCAB:
@@ -141,14 +190,12 @@ class CharTokenizer(Tokenizer):
                 f"{MAX_VOCAB - len(specials):,} fit into 16-bit tokens; use a BPE tokenizer for such a text"
             )
         self.chars = chars
-        self.pieces = [c.encode() for c in chars]
-        self.special_tokens = {name: len(chars) + i for i, name in enumerate(specials)}
-        self.bos = self.special_tokens.get(BOS)
-        self.eos = self.special_tokens.get(EOS)
-        self.vocab_size = len(chars) + len(specials)
+        self.set_specials(specials, len(chars))
+        self.pieces = self.place_pieces([c.encode() for c in chars])
+        self.bos, self.eos = self.usual_ends()
         self._ids = np.full(UNICODE, -1, dtype=np.int32)  # code point -> id: 4 MB, and encoding is one look-up
         for start, codes in code_points(chars):
-            self._ids[codes] = np.arange(start, start + len(codes))
+            self._ids[codes] = self.ordinary[start : start + len(codes)]
 
     @classmethod
     def from_text(cls, text):
@@ -178,9 +225,16 @@ class CharTokenizer(Tokenizer):
             f"this tokenizer knows {len(self.chars):,} characters, {known}"
         )
 
-    def to_json(self):
-        """The bytes of tokenizer.json: equal tokenizers have equal bytes."""
-        fields = {"format": 1, "kind": self.kind, "chars": self.chars, "specials": [*self.special_tokens]}
+    def usual_ends(self):
+        """bos and eos where format 1 does not name them."""
+        return self.special_tokens.get(BOS), self.special_tokens.get(EOS)
+
+    def fields(self):
+        """The fields of tokenizer.json in format 1."""
+        return {"format": 1, "kind": self.kind, "chars": self.chars, "specials": [*self.special_tokens]}
+
+    @staticmethod
+    def dump(fields):
         return (json.dumps(fields, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -189,8 +243,9 @@ class BPETokenizer(Tokenizer):
 
     `pieces` are the bytes of each token, in the order of the ids, which is the order of the merges (Sennrich et al.
     2016, arXiv:1508.07909). Every single byte is among them, so any text can be encoded. `pattern` says where a text
-    is cut before anything is merged. Special tokens follow, and the last of them ends a document. Raises ValueError
-    for a vocabulary that is not of this kind.
+    is cut before anything is merged. Special tokens follow, and the last of them ends a document; `specials` may be a
+    dict of name -> id instead, and then the other tokens take the ids that it leaves. Raises ValueError for a
+    vocabulary that is not of this kind.
     """
 
     kind = "bpe"
@@ -202,20 +257,18 @@ class BPETokenizer(Tokenizer):
         if (int(major), int(minor)) < OLDEST_TIKTOKEN:
             raise ValueError(f"tiktoken {tiktoken.__version__} panics or hangs on some texts: pip install 'tiktoken>="
                              f"{'.'.join(map(str, OLDEST_TIKTOKEN))}'")
-        self.pieces = list(pieces)
         self.pattern = pattern
-        ranks = {piece: i for i, piece in enumerate(self.pieces)}
-        self.special_tokens = {name: len(self.pieces) + i for i, name in enumerate(specials)}
-        self.vocab_size = len(self.pieces) + len(self.special_tokens)
-        if len(ranks) != len(self.pieces) or len(self.special_tokens) != len(specials):
-            raise ValueError("the tokens, and the names of the special tokens, must be distinct")
+        pieces = list(pieces)
+        self.set_specials(specials, len(pieces))
+        self.pieces = self.place_pieces(pieces)
+        ranks = dict(zip(pieces, self.ordinary, strict=True))
+        if len(ranks) != len(pieces) or b"" in ranks:
+            raise ValueError("the tokens must be distinct, and none of them empty")
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
             raise ValueError(f"byte 0x{missing[0]:02x} is not among the tokens, so not every text could be encoded")
-        if self.vocab_size > MAX_VOCAB:
-            raise ValueError(f"a vocabulary of {self.vocab_size:,} does not fit into 16-bit tokens ({MAX_VOCAB:,})")
-        self.eos = self.special_tokens[specials[-1]] if specials else None
-        self.bos = self.special_tokens.get(BOS, self.eos)
+        self.bos, self.eos = self.usual_ends()
+        self.dtype = np.uint16 if self.vocab_size <= MAX_VOCAB else np.uint32
         try:
             self._bpe = tiktoken.Encoding(
                 "minichat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
@@ -233,7 +286,8 @@ class BPETokenizer(Tokenizer):
         return cls([base64.b64decode(piece, validate=True) for piece, _ in lines])
 
     def encode_array(self, text):
-        """Ids of `text`. -> uint16 (n,). Raises ValueError naming the place of half a character (a lone surrogate)."""
+        """Ids of `text`. -> uint16 (n,), or uint32 if the vocabulary is larger. Raises ValueError naming the place of
+        half a character (a lone surrogate)."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -250,7 +304,7 @@ class BPETokenizer(Tokenizer):
                 end -= 1  # GPT-2's pattern leaves the last blank to the word that follows
             arrays.append(self._encode(text[at : run.start()]))
             blanks = self._bpe._encode_single_piece(text[run.start() : end].encode())
-            arrays.append(np.array(blanks, dtype=np.uint16))
+            arrays.append(np.array(blanks, dtype=self.dtype))
             at = end
         arrays.append(self._encode(text[at:]))
         return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
@@ -265,15 +319,23 @@ class BPETokenizer(Tokenizer):
             end = border.start() if border else len(text)
             # straight to an array; no special token is allowed and none is refused, so their names are plain text
             ids = self._bpe.encode_to_numpy(text[at:end], allowed_special=set(), disallowed_special=())
-            arrays.append(ids.astype(np.uint16))
+            arrays.append(ids.astype(self.dtype))
             at = end
         return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
-    def to_json(self):
-        """The bytes of tokenizer.json: equal tokenizers have equal bytes."""
-        pieces = [base64.b64encode(piece).decode() for piece in self.pieces]
-        fields = {"format": 1, "kind": self.kind, "pattern": self.pattern, "pieces": pieces,
-                  "specials": [*self.special_tokens]}
+    def usual_ends(self):
+        """bos and eos where format 1 does not name them: the last special token ends a document."""
+        eos = [*self.special_tokens.values()][-1] if self.special_tokens else None
+        return self.special_tokens.get(BOS, eos), eos
+
+    def fields(self):
+        """The fields of tokenizer.json in format 1."""
+        pieces = [base64.b64encode(self.pieces[i]).decode() for i in self.ordinary]
+        return {"format": 1, "kind": self.kind, "pattern": self.pattern, "pieces": pieces,
+                "specials": [*self.special_tokens]}
+
+    @staticmethod
+    def dump(fields):
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
 
 
@@ -312,29 +374,51 @@ def _tokenizer_file(folder):
 def _from_json(raw):
     """The tokenizer of a tokenizer.json's bytes. Raises ValueError."""
     try:
-        fields = json.loads(raw.decode())
+        return _from_fields(json.loads(raw.decode()))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    known = isinstance(fields, dict) and fields.get("format") == 1
+
+
+def _from_fields(fields):
+    """The tokenizer of a tokenizer.json's fields. Raises ValueError."""
+    known = isinstance(fields, dict) and fields.get("format") in (1, 2)
     kind = fields.get("kind") if known else None
     if kind not in (CharTokenizer.kind, BPETokenizer.kind):
-        raise ValueError('expected an object with "format": 1 and "kind": "char" or "bpe"')
+        raise ValueError('expected an object with "format": 1 or 2, and "kind": "char" or "bpe"')
     specials = fields.get("specials")
-    if not _is_strings(specials):
+    if fields["format"] == 1 and not _is_strings(specials):
         raise ValueError('expected "specials", a list of names')
+    if fields["format"] == 2 and not _is_ids(specials):
+        raise ValueError('expected "specials", an object of names and ids')
     if kind == BPETokenizer.kind:
         pieces = fields.get("pieces")
         pattern = fields.get("pattern")
         if not _is_strings(pieces) or not isinstance(pattern, str):
             raise ValueError('expected "pieces", a list of tokens in base64, and "pattern", a regular expression')
-        return BPETokenizer([base64.b64decode(piece, validate=True) for piece in pieces], pattern, specials)
-    if not isinstance(fields.get("chars"), str):
+        pieces = [base64.b64decode(piece, validate=True) for piece in pieces]
+        tokenizer = BPETokenizer(pieces, pattern, specials)
+    elif isinstance(fields.get("chars"), str):
+        tokenizer = CharTokenizer(fields["chars"], specials)
+    else:
         raise ValueError('expected "chars", a string in the order of the ids')
-    return CharTokenizer(fields["chars"], specials)
+    if fields["format"] == 2:
+        for name in ("bos", "eos"):
+            if fields.get(name) not in (None, *specials):
+                raise ValueError(f'"{name}" is {fields[name]!r}, which is not among its special tokens')
+            setattr(tokenizer, name, specials.get(fields.get(name)))
+        if not isinstance(fields.get("template"), (dict, type(None))):
+            raise ValueError('expected "template", an object or null')
+        tokenizer.template = fields.get("template")
+    return tokenizer
 
 
 def _is_strings(value):
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_ids(value):
+    """Whether it is a dict of special tokens: name -> id."""
+    return isinstance(value, dict) and all(type(i) is int for i in value.values())
 
 
 # -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from reading import (
     read_documents,
 )
 from sources import RANKS, SourceError, gpt2_tokenizer
-from tokenizer import CharTokenizer, load_tokenizer
+from tokenizer import MAX_VOCAB, CharTokenizer, load_tokenizer
 
 # -----------------------------------------------------------------------------
 # Reading
@@ -196,7 +196,11 @@ def pick_tokenizer(name, texts=()):
             return tokenizer
         if name == "char":
             return CharTokenizer.from_text("".join(texts))
-        return load_tokenizer(name)
+        tokenizer = load_tokenizer(name)
+        if tokenizer.vocab_size > MAX_VOCAB:
+            fail(f"tokenizer={name}: a vocabulary of {tokenizer.vocab_size:,} does not fit into 16-bit tokens "
+                 f"({MAX_VOCAB:,})")
+        return tokenizer
     except SourceError as error:
         fail(f"GPT-2's ranks cannot be found here ({'; '.join(error.tried)}): put {RANKS} into the "
              "folder or at the address that MINICHAT_MIRROR names, or choose another tokenizer")

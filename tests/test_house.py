@@ -19,7 +19,7 @@ ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat 
 FLOORS = [
     "files keys device cross_entropy",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
-    "dataset",
+    "dataset conversation",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples reporting.experiment",
     "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer "
@@ -48,6 +48,7 @@ LONGER = {  # file: why it is one file all the same
     "checkpoint.py": "how a checkpoint is written, verified, found, read and removed: each relies on the others",
     "device.py": "what a machine offers a run: device, precision, kernels, a compiler, its speed, its memory",
     "doctor.py": "one machine, and the ranks on many: one report",
+    "tokenizer.py": "text to ids and back, and every file that a tokenizer is read from",
     "plan.py": "memory, time and the layouts there are, each formula beside its source",
 }
 
