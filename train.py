@@ -31,7 +31,7 @@ from parallel import Layout
 from training import guard, start, warmup
 from training.measure import Costs, Measure, seed_dropout, validation_loss
 from training.monitor import Pace, Run, StepTimer, evaluation_line
-from training.origin import adopt_sizes, check_origin, find_origin, read_other_model
+from training.origin import adopt_sizes, check_origin, find_origin, make_model_config, read_other_model
 from training.probe import Update
 from training.profiler import Profiler
 from training.ranks import all_fail_together
@@ -49,6 +49,7 @@ eval_only = False             # evaluate once and stop
 # data
 dataset = "openwebtext"       # a name under data/, a folder of shards, or a mix of them with weights: a:0.7,b:0.3
 verify_data = False           # check every shard's sha256 before the first step (sizes are checked always)
+doc_mask: bool | None = None  # the documents in one row do not see each other; none: for conversations
 batch_size = 12               # sequences per micro-step; 0: the most that memory is estimated to hold
 gradient_accumulation_steps: int | None = None  # micro-steps per update over all ranks; none: 1, or by tokens_per_step
 tokens_per_step = 0           # tokens per update; when set, decides gradient_accumulation_steps
@@ -176,7 +177,8 @@ def main(c, given, stop, lock, rewound=None):
         data = start.open_data(c.dataset)
         read_other_model(c, origin)
         c = adopt_sizes(c, given, origin)
-        model_config = start.make_model_config(c, data)
+        c = start.adopt_rows(c, given, data)
+        model_config = make_model_config(c, origin, data)
         layout.check(model_config, machine.dtype)
         c, budget = start.settle_batch(c, origin, model_config, layout, machine)
         start.open_splits(c, data, model_config.vocab_size, layout)

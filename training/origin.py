@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import checkpoint
@@ -16,7 +16,7 @@ from configurator import fail, nearest
 from loader import data_step
 from model import GPTConfig
 from training.guard import parse_steps, read_skipped
-from training.pretrained import read_model
+from training.pretrained import TABLES, new_rows, read_model
 
 # these must be the same on resume, and so must the model's shape: otherwise it would be another run
 MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "optimizer")
@@ -34,10 +34,17 @@ class Origin:
     model: Any = None
     tokenizer: Any = None  # the other model's
     skipped: list = field(default_factory=list)  # data steps to skip
+    old_tokens: int = 0  # rows of the other model's tables that are trained; the rest begins as their mean
 
     @property
     def resumes(self):
         return self.folder is not None
+
+    def size(self, field):
+        """A field of the GPTConfig of the checkpoint or the other model; from scratch 0."""
+        if self.resumes:
+            return self.state["model"][field]
+        return getattr(self.model.config, field) if self.model else 0
 
     @property
     def guard_window(self):
@@ -70,7 +77,11 @@ class Origin:
             tensors = self.model.state_dict()
             if c.pos == "learned":  # a shorter context takes the first positions
                 positions = tensors["transformer.wpe.weight"]
-                tensors["transformer.wpe.weight"] = positions[: c.block_size]
+                tensors["transformer.wpe.weight"] = positions[: model.config.block_size]
+            for name in TABLES:
+                if name in tensors and self.old_tokens:
+                    rows = model.state_dict()[name].shape[0]
+                    tensors[name] = new_rows(tensors[name], self.old_tokens, model.config.vocab_size, rows, c.seed)
             model.load_state_dict(tensors)
             self.model = None  # free its memory
 
@@ -167,6 +178,37 @@ def adopt_sizes(c, given, origin):
     return c.changed(**{key: value for key, value in sizes.items() if key not in own})
 
 
+def make_model_config(c, origin, data):
+    """The GPTConfig of the settings, with the vocab_size of the dataset if the settings have none.
+
+    A model that is fine-tuned on rows of conversations keeps its context if that is longer. If the dataset's tokenizer
+    is the other model's with more special tokens, the model gets rows for them.
+    """
+    sizes = {f.name: c[f.name] for f in fields(GPTConfig)}
+    sizes["vocab_size"] = c.vocab_size or data.vocab_size
+    if data.row_size:
+        sizes["block_size"] = max(c.block_size, origin.size("block_size"))
+    if origin.model and origin.tokenizer and extends(data.tokenizer, origin.tokenizer):
+        origin.old_tokens = origin.tokenizer.vocab_size
+    if data.row_size and not c.vocab_size:  # a vocabulary that was padded stays so
+        sizes["vocab_size"] = max(data.vocab_size, origin.size("vocab_size"))
+    return GPTConfig(**sizes)
+
+
+def extends(tokenizer, other):
+    """Whether `tokenizer` is `other` with more special tokens behind its own."""
+    if tokenizer is None or tokenizer.kind != other.kind or tokenizer.ordinary != other.ordinary:
+        return False
+    if {**tokenizer.fields(), "specials": None} != {**other.fields(), "specials": None}:
+        return False
+    return other.special_tokens.items() < tokenizer.special_tokens.items()
+
+
+def same_ids(tokenizer, other):
+    """Whether both give every text the same ids: they may differ in their chat template alone."""
+    return tokenizer.changed(template=None).sha256 == other.changed(template=None).sha256
+
+
 def check_origin(c, origin, state, model_config, data):
     """Ends the run if the checkpoint is another run's, or the other model does not fit the settings.
 
@@ -217,6 +259,8 @@ def check_other_model(c, origin, model_config, tokenizer):
         their_value = getattr(theirs, key)
         if their_value == value or key in (*FREE_FIELDS, "rope_scaling", "rope_factor"):
             continue
+        if key == "vocab_size" and origin.old_tokens and value > their_value:
+            continue
         if key == "block_size" and (c.pos == "rope" or value < their_value):
             continue
         fail(f"init_from={c.init_from}: that model has {key}={their_value}, this one {value}")
@@ -228,6 +272,6 @@ def check_other_model(c, origin, model_config, tokenizer):
              f"times {first}, which {c.init_from} was first trained at")
     if tokenizer and not origin.tokenizer:
         warn(f"{c.init_from} does not say which tokenizer it has; it should be that of {c.dataset}")
-    elif tokenizer and origin.tokenizer.sha256 != tokenizer.sha256:
+    elif tokenizer and not origin.old_tokens and not same_ids(tokenizer, origin.tokenizer):
         fail(f"init_from={c.init_from}: its tokenizer is not that of {c.dataset}, "
              "so the same ids are other text")
