@@ -13,6 +13,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -128,6 +129,36 @@ def data_step(step, skipped=()):
     return step
 
 
+class Batch(NamedTuple):
+    """The tokens of one pass through a model.
+
+    Gradients add up to the mean over all targets of an update if every micro-batch divides its summed loss by the same
+    number, the mean number of targets in a micro-batch of the update (over micro-batches and ranks).
+    """
+
+    x: torch.Tensor  # token ids, int64 (B, T)
+    y: torch.Tensor  # the targets, int64 (B, T); -1 where nothing is learned
+    docs: torch.Tensor | None = None  # the number of the document each token belongs to, int64 (B, T), rising in a row
+    divisor: torch.Tensor | None = None  # what the summed loss is divided by, 0-dim fp32; None: its own targets
+
+    def to(self, device, non_blocking=False):
+        """The same on `device`."""
+        return Batch(*[None if tensor is None else tensor.to(device, non_blocking=non_blocking) for tensor in self])
+
+    def cut(self, length):
+        """The same with each row cut into rows of `length` tokens."""
+        docs = None if self.docs is None else self.docs.reshape(-1, length)
+        return Batch(self.x.reshape(-1, length), self.y.reshape(-1, length), docs, self.divisor)
+
+
+def join_batches(batches):
+    """Batches of the same update -> one Batch of all their rows, with their divisor."""
+    docs = None if batches[0].docs is None else torch.cat([batch.docs for batch in batches])
+    x = torch.cat([batch.x for batch in batches])
+    y = torch.cat([batch.y for batch in batches])
+    return Batch(x, y, docs, batches[0].divisor)
+
+
 def to_batch(rows):
     """uint16 (B, T + 1) -> inputs and targets, int64 tensors (B, T) each."""
     x = torch.from_numpy(rows[:, :-1].astype(np.int64))
@@ -141,7 +172,7 @@ class Loader:
     Step s takes positions [d G, (d + 1) G) of the order, where G = batch_size * accumulation * world, and d is
     data_step(s, skipped). Micro-step m of rank r takes the rows of micro-batch m * world + r.
 
-    next(loader) gives the (x, y) of one micro-step after another from first_step on, without end: int64 (batch_size,
+    next(loader) gives the Batch of one micro-step after another from first_step on, without end: int64 (batch_size,
     block_size). With `pin` they are in page-locked memory, from which a GPU copies while it computes. next raises the
     error of a thread.
     """
@@ -198,7 +229,8 @@ class Loader:
         if self.pin:
             x = x.pin_memory()
             y = y.pin_memory()
-        return list(zip(x.split(self.batch_size), y.split(self.batch_size), strict=True))
+        pairs = zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
+        return [Batch(*pair) for pair in pairs]
 
     def read_ahead(self):
         """Give a thread the next group to read. -> a future of its batches"""

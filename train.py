@@ -250,12 +250,11 @@ def main(c, given, stop, lock, rewound=None):
             # the gradient of the update, accumulated over micro-batches and ranks
             micro_losses = []
             for micro in range(layout.passes):
-                x, y = layout.next_batch(loader)  # (batch_size, block_size) token ids
-                x = measure.to_device(x, step, loader.pin)
-                y = measure.to_device(y, step, loader.pin)
+                batch = layout.next_batch(loader)  # (batch_size, block_size) token ids
+                batch = measure.to_device(batch, step, loader.pin)
                 timer.mark("data_ms")
                 seed_dropout(c, layout, step, micro)
-                micro_losses.append(layout.forward_backward(x, y, micro, scaler, timer))
+                micro_losses.append(layout.forward_backward(batch, micro, scaler, timer))
             layout.reduce_gradients()
 
             # the update

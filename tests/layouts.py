@@ -122,8 +122,7 @@ def train(layout, changes, optimizer, layers, scale=1.0):
     for step in range(STEPS):
         means = []
         for micro in range(layout.passes):
-            x, y = layout.next_batch(loader)
-            means.append(layout.forward_backward(x, y, micro, scaler))
+            means.append(layout.forward_backward(layout.next_batch(loader), micro, scaler))
         layout.reduce_gradients()
         if step == 0:
             # copies: clipping changes gradients in place

@@ -103,9 +103,10 @@ class Pipeline:
         if model.config.tie_weights:
             self.tied_group = own_group(grid.mesh[[0, -1]].flatten(1).T)
 
-    def forward_backward(self, x, y, micro_batches):
-        """Forward and backward pass of a step's micro-batches. x, y (B, T) -> their mean loss on the rank with the last
-        stage, 0 on the others."""
+    def forward_backward(self, batch, micro_batches):
+        """Forward and backward pass of a step's micro-batches, joined in a loader.Batch. -> their mean loss on the rank
+        with the last stage, 0 on the others."""
+        x, y = batch.x, batch.y
         if x.shape not in self.by_shape:
             self.by_shape[x.shape] = self.new_schedule(x, micro_batches)
         inputs = [x] if self.rank == 0 else []
