@@ -326,6 +326,9 @@ class Tokens:
     plain stream by the id `bos`, which begins each.
     """
 
+    row_size = 0
+    doc_mask = False
+
     def __init__(self, folder, split, vocab_size=65536, doc_mask=False, bos=None):
         self.folder = Path(folder)
         self.split = split

@@ -165,9 +165,10 @@ class Measure:
 
     def look_inside(self, update):
         """Probe one step: its `update` (probe.Update), and the attention on the first validation window."""
-        x, y = next(fixed_batches(self.data.val.parts[0][0], self.c.block_size, 1))
-        length = int((y != -1).sum())  # a short split ends within its first window
-        window = x[:, :length].to(self.machine.device)
+        tokens = self.data.val.parts[0][0]
+        batch = next(fixed_batches(tokens, self.c.block_size, 1))
+        length = min(self.c.block_size, len(tokens) - 1)  # a short split ends within its first window
+        window = batch.x[:, :length].to(self.machine.device)
         figures = attention(self.layout.model, window, self.machine.context)
         figures = self.layout.gather_probe(figures)
         self.layout.free_gathered()

@@ -234,10 +234,11 @@ def check_sample_start(c, tokenizer):
 def check_validation(c, val_tokens):
     """Read the tokens of an evaluation once, so that damaged data is found before the first step. Raises DataError."""
     for part, _ in val_tokens.parts:
-        targets = len(part) - 1
+        targets = len(part) - (0 if part.row_size else 1)
         if c.eval_iters:
             targets = min(targets, c.eval_iters * evaluation_rows(c.block_size) * c.block_size)
-        part.sha256_of(targets + 1)  # cached, for the evaluation needs the same digest
+        # cached, for the evaluation needs the same digest
+        part.sha256_of(targets if part.row_size else targets + 1)
 
 
 # -----------------------------------------------------------------------------
