@@ -190,18 +190,18 @@ def join_batches(batches):
 def read_batch(tokens, starts, block_size):
     """The windows of `tokens` that begin at `starts`. -> Batch, without a divisor"""
     if tokens.row_size:
-        rows = tokens.read(starts, block_size)
+        rows = tokens.read(starts, block_size).astype(np.int64)
         learned = tokens.read_bits("learned", starts, block_size)
-        y = np.full(rows.shape, -1, np.int64)
+        y = np.full_like(rows, -1)
         y[:, :-1] = np.where(learned[:, 1:], rows[:, 1:], -1)  # a row's last token predicts nothing
     else:
-        rows = tokens.read(starts, block_size + 1)
-        y = rows[:, 1:].astype(np.int64)
-        rows = rows[:, :-1]
+        windows = tokens.read(starts, block_size + 1).astype(np.int64)
+        rows = windows[:, :-1].copy()
+        y = windows[:, 1:].copy()
     docs = tokens.begins(starts, rows)
     if docs is not None:
         docs = torch.from_numpy(np.cumsum(docs, axis=1))
-    return Batch(torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(y), docs)
+    return Batch(torch.from_numpy(rows), torch.from_numpy(y), docs)
 
 
 class Loader:

@@ -418,7 +418,8 @@ def test_a_dataset_that_was_left_half_written(dataset):
 def test_every_target_once_with_the_tail(tmp_path, n_tokens, batch_size):
     tokens = Tokens(write_shards(tmp_path / "d", "val", np.arange(n_tokens)), "val")
     batches = list(fixed_batches(tokens, 16, batch_size))
-    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    x = torch.cat([batch.x for batch in batches])
+    y = torch.cat([batch.y for batch in batches])
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (-(-(n_tokens - 1) // 16), 16)
     assert all(len(batch[0]) == batch_size for batch in batches[:-1]) and len(batches[-1][0]) <= batch_size
     assert y[y != -1].tolist() == list(range(1, n_tokens))
