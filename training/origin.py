@@ -21,6 +21,9 @@ from training.pretrained import TABLES, new_rows, read_model
 # these must be the same on resume, and so must the model's shape: otherwise it would be another run
 MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "optimizer")
 
+WORDS = ("scratch", "resume", "auto")  # what init_from may be besides a model
+AUTO = "auto:"  # before a model: start from it, or resume a run that did
+
 # fields of the model that may differ from the checkpoint: they change no weight's meaning
 FREE_FIELDS = ("dropout", "attn")
 
@@ -118,17 +121,17 @@ def refuse_foreign_model(c, saved):
 def checkpoint_to_resume(c, rewound=None):
     """(folder, state) of the checkpoint to resume, or None to begin. Ends the run if init_from forbids that."""
     steps = checkpoint.steps(c.out_dir)
-    if c.init_from in ("resume", "auto") and steps and c.eval_only:
+    may_resume = c.init_from in ("resume", "auto") or c.init_from.startswith(AUTO)
+    if may_resume and steps and c.eval_only:
         return checkpoint.find(c.out_dir)
-    if c.init_from in ("resume", "auto") or rewound:
+    if may_resume or rewound:
         latest = checkpoint.latest_good(c.out_dir, warn=warn)
         if latest is None and c.init_from == "resume":
             fail(f"nothing to resume: {c.out_dir} holds no checkpoint; "
                  "--init_from=scratch begins a run, auto resumes one or begins one")
         return latest
-    words = ("scratch", "resume", "auto")
-    if c.init_from not in words and not os.path.exists(c.init_from):
-        if mend := nearest(c.init_from, words):
+    if c.init_from not in WORDS and not os.path.exists(c.init_from):
+        if mend := nearest(c.init_from, WORDS):
             fail(f"init_from={c.init_from!r} is no model to start from{mend}")
     if steps:
         fail(f"{c.out_dir} already holds a run (step {max(steps)}): continue it with --init_from=resume, "
@@ -152,7 +155,7 @@ def batches_to_skip(c, saved, rewound=None):
             fail(f"skip_batches={c.skip_batches}: {c.out_dir} resumes at step {steps_done}, "
                  f"which has seen data step {batch}")
     since = rewound or []
-    if not rewound and (saved or c.init_from == "auto"):
+    if not rewound and (saved or c.init_from.startswith("auto")):
         since = read_skipped(c.out_dir)  # a rewind after the checkpoint, and then the run was killed
     return sorted({*asked, *before, *since})
 
@@ -160,7 +163,7 @@ def batches_to_skip(c, saved, rewound=None):
 def read_other_model(c, origin):
     """Read the model that init_from names, if the run begins at one. Raises ValueError."""
     if not origin.resumes and c.init_from not in ("scratch", "auto"):
-        origin.model, origin.tokenizer = read_model(c.init_from)[:2]
+        origin.model, origin.tokenizer = read_model(c.init_from.removeprefix(AUTO))[:2]
 
 
 def adopt_sizes(c, given, origin):
