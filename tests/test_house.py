@@ -19,9 +19,10 @@ ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat 
 FLOORS = [
     "files keys device cross_entropy",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
-    "dataset conversation",
+    "dataset conversation training.foreign training.byte_level",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
-    "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples reporting.experiment",
+    "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples reporting.experiment "
+    "training.hugging_face training.gguf_files training.templates",
     "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer "
     "inference.long_context reporting.history",
     "parallel eval export reporting.tables reporting.charts",
