@@ -1,6 +1,7 @@
 """
 Under infer.py, sample.py and eval.py:
 
+    prompts       what a prompt may be
     sampling      logits to a token; where a text ends
     kvcache       keys and values in blocks of one pool, and attention over them
     quantize      weights as inference reads them: packed for the CPU, half precision, int8

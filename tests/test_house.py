@@ -19,7 +19,7 @@ ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat 
 FLOORS = [
     "files keys device cross_entropy",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
-    "dataset conversation training.foreign training.byte_level",
+    "dataset conversation training.foreign training.byte_level inference.prompts",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples reporting.experiment "
     "training.hugging_face training.gguf_files training.templates",
