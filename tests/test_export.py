@@ -16,11 +16,13 @@ import checkpoint
 import export
 from data.common import write_dataset
 from dataset import Tokens
-from export import NoOptimizer, bytes_to_unicode, merges_of
+from export import NoOptimizer
+from exporting.tokenizer_files import merges_of
 from infer import Engine, load
 from loader import Loader
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from training.pretrained import bytes_to_unicode
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[1]

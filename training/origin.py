@@ -11,12 +11,14 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
+
 import checkpoint
 from configurator import fail, nearest
 from loader import data_step
 from model import GPTConfig
 from training.guard import parse_steps, read_skipped
-from training.pretrained import TABLES, new_rows, read_model
+from training.pretrained import TABLES, add_rows, read_model
 
 # these must be the same on resume, and so must the model's shape: otherwise it would be another run
 MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "optimizer")
@@ -82,10 +84,13 @@ class Origin:
                 positions = tensors["transformer.wpe.weight"]
                 tensors["transformer.wpe.weight"] = positions[: model.config.block_size]
             for name in TABLES:
-                if name in tensors and self.old_tokens:
-                    rows = model.state_dict()[name].shape[0]
-                    tensors[name] = new_rows(tensors[name], self.old_tokens, model.config.vocab_size, rows, c.seed)
+                if name in tensors and self.old_tokens:  # there may be more rows, or fewer that pad
+                    table = torch.zeros(model.config.padded_vocab_size, tensors[name].size(1))
+                    table[: self.old_tokens] = tensors[name][: self.old_tokens]
+                    tensors[name] = table
             model.load_state_dict(tensors)
+            if self.old_tokens:
+                add_rows(model, self.old_tokens, model.config.vocab_size)
             self.model = None  # free its memory
 
     def restore(self, opt, scaler, layout):

@@ -117,19 +117,6 @@ def build(config, tensors, rows_needed=None):
     return model
 
 
-def new_rows(table, old, new, rows, seed=0):
-    """A table (N, C) whose first `old` rows are trained -> (rows, C), where the rows old .. new - 1 are those of new
-    tokens: the mean of the trained ones and a little noise, 2% of their standard deviation. Rows of zeros would poison
-    a tied head, where a logit of 0 beats the negative ones (Hewitt 2021, "Initializing New Word Embeddings for
-    Pretrained Language Models"). The rows behind them only pad."""
-    trained = table[:old].float()
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(new - old, table.size(1), generator=generator)
-    means = trained.mean(0) + 0.02 * trained.std() * noise
-    padding = table.new_zeros(rows - new, table.size(1))
-    return torch.cat((table[:old], means.to(table), padding))
-
-
 # -----------------------------------------------------------------------------
 # New tokens
 
