@@ -1,5 +1,5 @@
 """
-Under infer.py, sample.py and eval.py:
+Under infer.py, sample.py, chat.py and eval.py:
 
     prompts       what a prompt may be
     sampling      logits to a token; where a text ends
@@ -7,5 +7,6 @@ Under infer.py, sample.py and eval.py:
     quantize      weights as inference reads them: packed for the CPU, half precision, int8
     tasks         multiple choice and last words, by log-likelihood
     samples       samples of a bank of prompts, as Markdown
+    terminal      what chat.py reads from a keyboard or a pipe, and what it prints
     long_context  loss by position, a key hidden in a long text
 """

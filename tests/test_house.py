@@ -21,8 +21,8 @@ FLOORS = [
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
     "dataset conversation training.foreign training.byte_level inference.prompts",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
-    "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples reporting.experiment "
-    "training.hugging_face training.gguf_files training.templates exporting.chat_template",
+    "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
+    "reporting.experiment training.hugging_face training.gguf_files training.templates exporting.chat_template",
     "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer "
     "inference.long_context reporting.history",
     "parallel eval exporting.tokenizer_files reporting.tables reporting.charts",
@@ -30,7 +30,7 @@ FLOORS = [
     "reporting.pictures benchmarks.common",
     "training.warmup",
     "train benchmarks.*",
-    "sample bench ablate report doctor",
+    "sample chat bench ablate report doctor",
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
