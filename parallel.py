@@ -195,12 +195,11 @@ class Layout(Ranks):
 
     def repeat_batch(self, batch):
         """The Batch of one micro-batch -> that of a pass. A pipeline's pass repeats it for each micro-batch."""
-        if self.pp == 1:
-            return batch
-        return join_batches([batch] * self.accumulation)
+        return batch if self.pp == 1 else join_batches([batch] * self.accumulation)
 
     def forward_backward(self, batch, micro, scaler=None, timer=None):
-        """Pass number `micro` of a step, forward and backward, on a loader.Batch. -> the mean loss, detached.
+        """Pass number `micro` of a step on a loader.Batch, forward and backward. -> the loss, detached. The step's loss
+        and gradient are the means over its passes and data-parallel ranks.
 
         Gradients are reduced in the last pass, number passes - 1; -1 is never the last. In a pipeline the loss is 0 on
         the ranks without the last stage. `timer` (monitor.StepTimer) measures the parts of the step.
@@ -212,7 +211,7 @@ class Layout(Ranks):
             return loss
         self.before_forward(last=micro == self.passes - 1)
         with self.context():
-            _, loss = self.module(batch.x, batch.y, loss_only=True)
+            _, loss = self.module(batch.x, batch.y, docs=batch.docs, divisor=batch.divisor, loss_only=True)
         mark("forward_ms")
         share = loss / self.accumulation
         if scaler:
@@ -287,6 +286,7 @@ class Layout(Ranks):
             module.forward = torch.compile(module.forward, dynamic=False)
         for root in self.roots:
             root.loss = partial(root.loss, fuse=self.device.type == "cuda")
+            root.attend_apart = partial(root.attend_apart, compiling=True)
 
     def run_uncompiled(self):
         """Call the module as it was placed, and run everything compiled within it eagerly."""
