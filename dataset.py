@@ -450,6 +450,7 @@ class Mix:
         self.parts = parts
         self.folder = ", ".join(str(tokens.folder) for tokens, _ in parts)
         self.row_size = parts[0][0].row_size
+        self.doc_mask = parts[0][0].doc_mask
         for tokens, _ in parts:
             if tokens.row_size != self.row_size:
                 raise DataError(f"{tokens.folder} has {describe_rows(tokens)}, {parts[0][0].folder} "
@@ -484,7 +485,7 @@ class Mix:
 
     def begins(self, starts, tokens):
         """Tokens.begins of each row."""
-        if not self.parts[0][0].doc_mask:
+        if not self.doc_mask:
             return None
         rows = np.empty(tokens.shape, bool)
         for part, own, places in self.by_part(starts):

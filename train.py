@@ -371,8 +371,9 @@ def end_run(c, run, summary, saved, tokenizer):
     if not saved:
         run.say(f"{summary}; the last checkpoint could not be saved (the reason is above)")
         return 1
+    script = "chat.py" if tokenizer and tokenizer.template else "sample.py"
     flag = "" if tokenizer else " --tokenizer=FILE"
-    run.say(f"{summary}; next: python sample.py {shlex.quote(f'--out_dir={c.out_dir}')}{flag}")
+    run.say(f"{summary}; next: python {script} {shlex.quote(f'--out_dir={c.out_dir}')}{flag}")
     return 0
 
 

@@ -169,6 +169,8 @@ class Data:
 
     @property
     def unit(self):
+        if self.row_size:
+            return "learned token"
         return "char" if self.tokenizer and self.tokenizer.kind == "char" else "token"
 
 
