@@ -7,4 +7,7 @@ Under infer.py, sample.py and eval.py:
     tasks         multiple choice and last words, by log-likelihood
     samples       samples of a bank of prompts, as Markdown
     long_context  loss by position, a key hidden in a long text
+    chat_tasks    answers of a chat model: do they end by themselves, are they right
+    letters       multiple choice of chat models, by letter
+    puzzles       generated questions with answers that can be checked
 """

@@ -17,13 +17,13 @@ from configurator import read_file, read_keys  # noqa: E402
 
 ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
-    "files keys device cross_entropy",
+    "files keys device cross_entropy inference.puzzles",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
     "dataset conversation",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples reporting.experiment",
     "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer "
-    "inference.long_context reporting.history",
+    "inference.long_context inference.chat_tasks inference.letters reporting.history",
     "parallel eval export reporting.tables reporting.charts",
     "training.origin training.start training.saver training.measure reporting.alarm reporting.page "
     "reporting.pictures benchmarks.common",
