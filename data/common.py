@@ -4,12 +4,16 @@ What every prepare script shares: how it ends when something goes wrong, and how
 A dataset is a folder with `train_000000.bin`, ..., `val_000000.bin`, ..., `tokenizer.json` and `manifest.json`. It
 changes all at once: while its files are put in place the folder holds a file INCOMPLETE, and the loader refuses it.
 
+A dataset of conversations is made of rows of equal length, and beside each shard lie two files with a bit for each of
+its tokens (BITS), eight to a byte, the lowest bit first: `train_000000.learned`, `train_000000.begins`.
+
 Each prepare.py puts the project's root and this folder on sys.path before it imports this file.
 """
 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,6 +31,8 @@ from tokenizer import MAX_VOCAB
 # the uint16 shards of llm.c and modded-nanogpt
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_TOKENS = 100_000_000  # tokens per shard, as in llm.c
+# a token is learned as a target; a conversation, or the padding of a row, begins at this token
+BITS = ("learned", "begins")
 INCOMPLETE = "INCOMPLETE"
 BESIDE = ".writing"  # suffix of a file that is not finished
 
@@ -107,12 +113,9 @@ def manifest_hash(folder):
 
 
 def other_shards(folder, files):
-    """Shards in `folder` that are not among `files`: an earlier, larger dataset left them."""
-    shards = []
-    for path in folder.glob("*.bin"):
-        if re.fullmatch(r"(train|val)_\d{6}\.bin", path.name) and path.name not in files:
-            shards.append(path)
-    return sorted(shards)
+    """Shards in `folder`, and files of their bits, that are not among `files`: an earlier dataset left them."""
+    name = re.compile(rf"(train|val)_\d{{6}}\.(bin|{'|'.join(BITS)})")
+    return sorted(path for path in folder.glob("*") if name.fullmatch(path.name) and path.name not in files)
 
 
 def dataset_key(folder):
@@ -145,7 +148,8 @@ class DatasetWriter:
     """Writes a dataset's folder piece by piece; `finish` puts it in place all at once.
 
     `totals` says how many tokens each split will get. The files depend only on what is added (no time, no path of this
-    machine), so a dataset that is there already is recognised and left alone.
+    machine), so a dataset that is there already is recognised and left alone. With `block_size` it is a dataset of rows
+    of so many tokens, and each piece comes with its bits.
 
     Until `finish` every file has another name, so an earlier dataset stays whole even when the disk is full or the
     process is killed. `finish` syncs the new files, writes INCOMPLETE, renames them, removes shards that an earlier
@@ -153,10 +157,12 @@ class DatasetWriter:
     file behind.
     """
 
-    def __init__(self, folder, tokenizer, totals):
+    def __init__(self, folder, tokenizer, totals, block_size=0):
         self.folder = Path(folder)
         self.tokenizer = tokenizer
         self.totals = totals
+        self.block_size = block_size
+        assert not block_size or not any(total % block_size for total in totals.values()), "rows must be whole"
         if tokenizer.vocab_size > MAX_VOCAB:
             fail(f"a vocabulary of {tokenizer.vocab_size:,} does not fit into 16-bit tokens "
                  f"({MAX_VOCAB:,})")
@@ -166,6 +172,7 @@ class DatasetWriter:
                      "val_fraction")
         self.shards = {split: [] for split in totals}  # the manifest's entries
         self.open = {}  # split -> (the file of its last shard, its hash, tokens it still takes)
+        self.bits = {}  # split -> the BitFiles of that shard, in the order of BITS
         self.names = []  # of all files, in the order in which they are put in place
 
     def __enter__(self):
@@ -179,23 +186,30 @@ class DatasetWriter:
     def __exit__(self, kind, error, trace):
         for file, _, _ in self.open.values():
             file.close()
+        for bits in itertools.chain(*self.bits.values()):
+            bits.file.close()
         with contextlib.suppress(OSError):
             remove_unfinished(self.folder)
             if self.new and kind:
                 self.folder.rmdir()
         self.lock.__exit__(kind, error, trace)
 
-    def add(self, split, ids):
-        """Append `ids`, uint16 (n,), to a split."""
+    def add(self, split, ids, learned=None, begins=None):
+        """Append `ids`, uint16 (n,), to a split, and to a dataset of rows their bits, bool (n,) each."""
         assert ids.dtype == np.uint16
         assert not len(ids) or int(ids.max()) < self.tokenizer.vocab_size
+        columns = [learned, begins] if self.block_size else []
+        assert all(column.shape == ids.shape and column.dtype == bool for column in columns)
         ids = np.ascontiguousarray(ids, dtype="<u2")
-        while len(ids):
+        at = 0
+        while at < len(ids):
             if split not in self.open:
                 self.open_shard(split)
-            left = self.open[split][2]
-            self.write(split, ids[:left].data, min(left, len(ids)))
-            ids = ids[left:]
+            count = min(self.open[split][2], len(ids) - at)
+            for bits, column in zip(self.bits[split], columns, strict=True):
+                bits.add(column[at : at + count])
+            self.write(split, ids[at : at + count].data, count)
+            at += count
 
     def open_shard(self, split):
         """Begin the next shard of a split."""
@@ -205,6 +219,9 @@ class DatasetWriter:
         name = f"{split}_{len(self.shards[split]):06d}.bin"
         self.shards[split].append({"file": name, "tokens": tokens})
         self.open[split] = self.create(name), hashlib.sha256(), tokens
+        self.bits[split] = []
+        for kind in BITS if self.block_size else ():
+            self.bits[split].append(BitFile(self.create(f"{name.removesuffix('bin')}{kind}")))
         self.write(split, shard_header(tokens))
 
     def write(self, split, data, tokens=0):
@@ -217,7 +234,11 @@ class DatasetWriter:
         digest.update(data)
         self.open[split] = file, digest, left - tokens
         if left == tokens:
-            self.shards[split][-1]["sha256"] = digest.hexdigest()
+            shard = self.shards[split][-1]
+            shard["sha256"] = digest.hexdigest()
+            for kind, bits in zip(BITS, self.bits.pop(split), strict=False):  # none in a plain dataset
+                name = f"{shard['file'].removesuffix('bin')}{kind}"
+                shard[kind] = {"file": name, "sha256": bits.finish(self.close)}
             del self.open[split]
 
     def create(self, name):
@@ -277,6 +298,9 @@ class DatasetWriter:
             "preprocessing": preprocessing,
             "documents": documents,
         }
+        if self.block_size:
+            rows = {split: total // self.block_size for split, total in self.totals.items()}
+            fields["rows"] = {"block_size": self.block_size, **rows}
         return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
     def put(self, name):
@@ -288,13 +312,42 @@ class DatasetWriter:
             for name in ("manifest.json", "tokenizer.json"):  # the manifest nearly always tells
                 if (self.folder / name).read_bytes() != contents[name]:
                     return False
-            for shards in self.shards.values():
-                for shard in shards:
-                    if file_sha256(self.folder / shard["file"]) != shard["sha256"]:
+            for shard in itertools.chain(*self.shards.values()):
+                for entry in (shard, *(shard[kind] for kind in BITS if kind in shard)):
+                    if file_sha256(self.folder / entry["file"]) != entry["sha256"]:
                         return False
         except (FileNotFoundError, NotADirectoryError):
             return False
         return not (self.folder / INCOMPLETE).exists() and not other_shards(self.folder, self.names)
+
+
+class BitFile:
+    """A file of one bit a token, written piece by piece: np.packbits of all of them, the lowest bit first."""
+
+    def __init__(self, file):
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.rest = np.zeros(0, dtype=bool)  # bits that do not fill a byte yet
+
+    def add(self, bits):
+        """Append bool (n,)."""
+        bits = np.concatenate([self.rest, bits])
+        whole = len(bits) // 8 * 8
+        self.write(bits[:whole])
+        self.rest = bits[whole:]
+
+    def write(self, bits):
+        data = np.packbits(bits, bitorder="little").tobytes()
+        with naming(self.file.name):
+            self.file.write(data)
+        self.digest.update(data)
+
+    def finish(self, close):
+        """Write the last bits and call `close` on the file. -> the SHA-256 of the file"""
+        self.write(self.rest)
+        with naming(self.file.name):
+            close(self.file)
+        return self.digest.hexdigest()
 
 
 @contextlib.contextmanager

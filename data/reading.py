@@ -99,20 +99,20 @@ def find_files(folder, endings=ENDINGS):
     return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def list_files(path):
+def list_files(path, endings=ENDINGS):
     """The corpus at `path`, a file or folder. -> list of InputFile. Ends the script where there is none to read."""
     path = Path(path)
     if not path.is_dir():
         if not os.path.lexists(path):
             fail(f"--input={path}: there is no such file or folder")
-        if not path.name.lower().endswith(ENDINGS):
-            fail(f"--input={path}: a file of documents ends in one of {' '.join(ENDINGS)}")
+        if not path.name.lower().endswith(endings):
+            fail(f"--input={path}: a file of documents ends in one of {' '.join(endings)}")
         return [InputFile(path.name, path.stat().st_size, path)]
     files = []
-    for file in find_files(path):
+    for file in find_files(path, endings):
         files.append(InputFile(file.relative_to(path).as_posix(), file.stat().st_size, file))
     if not files:
-        fail(f"--input={path}: the folder has no file that ends in one of {' '.join(ENDINGS)}")
+        fail(f"--input={path}: the folder has no file that ends in one of {' '.join(endings)}")
     return files
 
 
@@ -206,6 +206,25 @@ def parquet_documents(file, text_key, limit):
             file.done += file.size * len(batch) // max(1, opened.metadata.num_rows)
 
 
+def parquet_rows(file, columns, limit):
+    """Rows of a parquet file, as dicts of those of `columns` that it has. A row of more than `limit` bytes is a Reject.
+    """
+    parquet = need("pyarrow.parquet")
+    with parquet.ParquetFile(file.path) as opened:
+        names = opened.schema_arrow.names
+        there = [name for name in columns if name in names]
+        if not there:
+            raise Damaged(f"it has none of the columns {', '.join(columns)}, but {', '.join(names)}")
+        for batch in opened.iter_batches(64, columns=there, use_threads=False):
+            for i in range(len(batch)):
+                row = batch.slice(i, 1)
+                try:
+                    yield Reject("too_long") if row.nbytes > limit else row.to_pylist()[0]
+                except UnicodeDecodeError:
+                    yield Reject("not_utf8")
+            file.done += file.size * len(batch) // max(1, opened.metadata.num_rows)
+
+
 def accepted(text, kind, limit):
     """The cell of a row -> (the text, or its Reject if it is not of this `kind` or too long; how far it moves the
     offset of the next row)."""
@@ -228,8 +247,8 @@ def bytes_of(column, arrow):
     return column.cast(arrow.large_binary()) if is_text else column
 
 
-def hub_files(dataset, name, revision, plan):
-    """A dataset of the Hugging Face Hub, streamed from its parquet files. None of its code runs.
+def hub_files(dataset, name, revision, plan, split="train"):
+    """A split of a dataset of the Hugging Face Hub, streamed from its parquet files. None of its code runs.
 
     -> (list of InputFile, the manifest's source). The commit is the one in `plan`, the file of an unfinished run, or
     else the latest: what is read does not change between two attempts.
@@ -245,7 +264,7 @@ def hub_files(dataset, name, revision, plan):
         if not re.fullmatch("[0-9a-f]{40}", revision):
             revision = hub.HfApi().dataset_info(dataset, revision=revision or None).sha
         rows = datasets.load_dataset(
-            dataset, name or None, split="train", streaming=True, revision=revision
+            dataset, name or None, split=split, streaming=True, revision=revision
         )
     except Exception as error:  # the network, the Hub and the library have no exception in common
         fail(f"the Hub's dataset {dataset} cannot be read here ({type(error).__name__}: {error}); "
@@ -256,8 +275,17 @@ def hub_files(dataset, name, revision, plan):
 
 
 def hub_documents(file, text_key, limit):
-    """Rows of a shard of the Hub; offsets count characters of text."""
+    """Texts of a shard of the Hub; offsets count characters of text."""
     at = 0
+    for row in hub_rows(file, ", which resumes from here"):
+        text = row.get(text_key)
+        document, length = accepted(text, str, limit)
+        yield at, document
+        at += length
+
+
+def hub_rows(file, resumes=""):
+    """Rows of a shard of the Hub, as dicts. `resumes` ends the line that is printed where the Hub breaks off."""
     rows = iter(file.rows)
     while True:
         try:
@@ -266,11 +294,8 @@ def hub_documents(file, text_key, limit):
             return
         except Exception as error:  # of the network: it does not mean that the corpus ends here
             fail(f"{file.name}: the Hub broke off ({type(error).__name__}: {error}): "
-                 "run the same command again, which resumes from here")
-        text = row.get(text_key)
-        document, length = accepted(text, str, limit)
-        yield at, document
-        at += length
+                 f"run the same command again{resumes}")
+        yield row
 
 
 def read_documents(file, text_key, limit):
@@ -278,12 +303,7 @@ def read_documents(file, text_key, limit):
 
     A line of JSON comes as it stands: extracting its text is work for many processes (cleaning.text_of).
     """
-    errors = [EOFError, zlib.error, gzip.BadGzipFile]
-    if file.kind == "parquet":
-        errors += [need("pyarrow").ArrowException, OSError]
-    elif file.path and file.ending.endswith(".zst"):
-        errors += [OSError]
-    try:
+    with damage_named(file):
         if file.kind == "hub":
             yield from hub_documents(file, text_key, limit)
         elif file.kind == "parquet":
@@ -292,6 +312,33 @@ def read_documents(file, text_key, limit):
             raise Damaged(fault)
         else:
             yield from stream_documents(file, limit)
+
+
+def read_records(file, columns, limit):
+    """All records of a .jsonl, a .parquet or a shard of the Hub: a line as bytes, a row as a dict of those of `columns`
+    that it has, or the Reject that replaces it. Raises Damaged where the rest cannot be read."""
+    with damage_named(file):
+        if file.kind == "hub":
+            yield from hub_rows(file)
+        elif file.kind == "parquet":
+            yield from parquet_rows(file, columns, limit)
+        elif fault := foreign_encoding(file):
+            raise Damaged(fault)
+        else:
+            for _, line in stream_documents(file, limit):
+                yield line
+
+
+@contextlib.contextmanager
+def damage_named(file):
+    """Raise Damaged for the errors inside that mean that the rest of a file cannot be read."""
+    errors = [EOFError, zlib.error, gzip.BadGzipFile]
+    if file.kind == "parquet":
+        errors += [need("pyarrow").ArrowException, OSError]
+    elif file.path and file.ending.endswith(".zst"):
+        errors += [OSError]
+    try:
+        yield
     except (PermissionError, FileNotFoundError):
         raise
     except tuple(errors) as error:

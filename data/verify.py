@@ -1,5 +1,6 @@
 """
-Check that a dataset is what its manifest says: each shard's size, sha256 and token range, the tokenizer, the documents.
+Check that a dataset is what its manifest says: each shard's size, sha256 and token range, the tokenizer, the documents,
+and of a dataset of rows the files of bits beside the shards.
 
     python data/verify.py data/shakespeare_char data/my_book
 
@@ -18,6 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # so that it runs from anywhere
 
 import common  # noqa: E402, I001
 from configurator import Settings, configure, fail  # noqa: E402
+from files import file_sha256  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -54,6 +56,7 @@ def dataset_faults(folder):
             entries = splits[split]["shards"]
             shards[split] = [(shard["file"], shard["tokens"], shard["sha256"]) for shard in entries]
         kept = manifest["documents"]["kept"]
+        rows = Rows(manifest) if "rows" in manifest else None
     except (FileNotFoundError, NotADirectoryError):
         yield f"{folder} has no manifest.json: it is not a dataset that a prepare.py made"
         return
@@ -86,10 +89,13 @@ def dataset_faults(folder):
             if fault:
                 broken += 1
                 yield fault
+    if rows:
+        names |= rows.names
+        yield from rows.faults(folder, kept)
     for path in common.other_shards(folder, names):
         yield f"{path} is in no manifest"
     expected = kept if kept > 1 else 0  # a single document has no token at its end
-    if not broken and ends != expected:
+    if not broken and not rows and ends != expected:
         yield f"{folder} has {ends:,} ends of documents, the manifest says {kept:,} documents"
 
 
@@ -119,6 +125,84 @@ def shard_fault(path, tokens, digest, tokenizer):
     if highest >= tokenizer.vocab_size:
         return f"{path} holds token {highest}, the vocabulary has {tokenizer.vocab_size:,}", ends
     return None, ends
+
+
+# -----------------------------------------------------------------------------
+# Rows
+
+
+class Rows:
+    """What the manifest of a dataset of rows says about them. Raises KeyError or TypeError for another manifest."""
+
+    def __init__(self, manifest):
+        self.size = int(manifest["rows"]["block_size"])
+        self.splits = {}  # split -> (tokens, rows, tokens that are learned, files of bits)
+        self.names = set()
+        for split, fields in manifest["splits"].items():
+            files = []
+            for shard in fields["shards"]:
+                files += [(shard["tokens"], kind, shard[kind]["file"], shard[kind]["sha256"]) for kind in common.BITS]
+            self.names |= {name for _, _, name, _ in files}
+            learned = manifest["documents"]["learned"][split]
+            self.splits[split] = fields["tokens"], manifest["rows"][split], learned, files
+
+    def faults(self, folder, kept):
+        """Yields a line for each file of bits that is not as promised, or else for what the bits say that cannot be."""
+        broken = conversations = 0
+        for _, _, _, files in self.splits.values():
+            for tokens, _, name, digest in files:
+                fault = bits_fault(folder / name, tokens, digest)
+                if fault:
+                    broken += 1
+                    yield fault
+        if broken:
+            return
+        for split, (tokens, count, promised, files) in self.splits.items():
+            if tokens != count * self.size or not count:
+                yield f"{folder}: {split} has {tokens:,} tokens, which are not {count:,} rows of {self.size:,}"
+                return
+            total = wrong = 0
+            for learned, begins in self.bits(folder, files):
+                total += int(learned.sum())
+                wrong += int((~learned.any(axis=1) | learned[:, 0] | ~begins[:, 0]).sum())
+                # padding has nothing to learn, a conversation has
+                starts = np.flatnonzero(begins)
+                conversations += int(np.logical_or.reduceat(learned.ravel(), starts).sum()) if len(starts) else 0
+            if wrong:
+                yield (f"{folder}: {wrong:,} rows of {split} have nothing to learn, or learn their first token, or "
+                       "begin within a conversation")
+            if total != promised:
+                yield f"{folder}: {split} has {total:,} tokens to learn, the manifest says {promised:,}"
+        if conversations != kept:
+            yield f"{folder} has {conversations:,} conversations, the manifest says {kept:,}"
+
+    def bits(self, folder, files):
+        """Yields (learned, begins) of some rows at a time, bool (rows, size) each. A row may lie in several shards."""
+        rest = {kind: np.zeros(0, dtype=bool) for kind in common.BITS}
+        per_shard = len(common.BITS)
+        for i in range(0, len(files), per_shard):
+            for start in range(0, files[i][0], CHUNK):
+                for tokens, kind, name, _ in files[i : i + per_shard]:
+                    raw = np.fromfile(folder / name, dtype=np.uint8, count=CHUNK // 8, offset=start // 8)
+                    count = min(CHUNK, tokens - start)
+                    bits = np.unpackbits(raw, count=count, bitorder="little").astype(bool)
+                    rest[kind] = np.concatenate([rest[kind], bits])
+                whole = len(rest["learned"]) // self.size * self.size
+                yield [rest[kind][:whole].reshape(-1, self.size) for kind in common.BITS]
+                rest = {kind: bits[whole:] for kind, bits in rest.items()}
+
+
+def bits_fault(path, tokens, digest):
+    """What is wrong with a file of bits, or None."""
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    promised = -(-tokens // 8)
+    if size != promised:
+        return f"{path} has {size:,} bytes, not the {promised:,} of {tokens:,} bits"
+    if file_sha256(path) != digest:
+        return f"{path} was changed after it was written (sha256 differs)"
+    return None
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ BARE = {"configurator": {"files", "keys"}, "keys": set(), "cross_entropy": {"tor
         "device": {"torch"}, "files": set(), "reporting/isoflop": {"numpy"}}
 
 # floors of data/; every prepare.py may import all of these
-DATA_FLOORS = [{"common", "sources"}, {"reading"}, {"texts", "cleaning", "dedup"}, {"scan"}, {"pipeline"}]
+DATA_FLOORS = [{"common", "sources"}, {"reading"}, {"texts", "cleaning", "dedup"}, {"scan"},
+               {"pipeline", "chats"}]
 DATA_FLOOR = {name: floor for floor, names in enumerate(DATA_FLOORS) for name in names}
 
 MOST_LINES = 450
@@ -137,7 +138,7 @@ def test_an_import_up_the_floors_would_be_seen(tmp_path):
 def test_data_scripts_import_the_ground_floor_and_those_below_them(path):
     ours = {p.stem for p in (*SCRIPTS, *DATA_SCRIPTS)} | set(ROOMS) | {"data"}
     below = {name for name, floor in DATA_FLOOR.items() if floor < DATA_FLOOR.get(path.stem, len(DATA_FLOORS))}
-    assert imports(path) & ours <= {*FLOORS[0].split(), "configurator", "tokenizer"} | below
+    assert imports(path) & ours <= {*FLOORS[0].split(), "configurator", "tokenizer", "conversation"} | below
 
 
 @pytest.mark.parametrize("name", BARE)

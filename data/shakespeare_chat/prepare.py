@@ -1,0 +1,185 @@
+"""
+Tiny Shakespeare's speeches as talks, in characters: for a small model that has read data/shakespeare_char.
+
+    python data/shakespeare_chat/prepare.py
+
+    system     ROMEO                         who answers
+    user       O, wilt thou leave me so ...  the speech before
+    assistant  The exchange of thy love's    the answer
+
+Where two speakers alternate, a talk has as many of their exchanges as fit into a row. Every speech that follows another
+speaker's is an answer once. A speech that does not fit is cut at the end of a line: of an answer the beginning stays,
+and of a speech that is answered the end.
+
+The tokens are those of data/shakespeare_char, so a model trained there knows them, and the template "minichat" adds its
+own. As there, the last tenth of the text is held out: no talk crosses that border. The text is looked for as there, and
+may be replaced by other plays as there.
+"""
+
+import re
+import shlex
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE.parent)]  # the project and data/
+
+import chats  # noqa: E402, I001
+import common  # noqa: E402
+import numpy as np  # noqa: E402
+from configurator import Settings, configure, fail  # noqa: E402
+from conversation import Refused, Template  # noqa: E402
+from sources import shakespeare  # noqa: E402
+from texts import read_texts  # noqa: E402
+from tokenizer import CharTokenizer  # noqa: E402
+
+# -----------------------------------------------------------------------------
+input = ""        # a text of your own, each speech below a NAME: and above an empty line; empty: Tiny Shakespeare
+out_dir = ""      # where the dataset goes; empty: the folder of this script
+block_size = 256  # tokens of a row, which here are characters: the context that the model is trained with
+val_fraction = 0.1  # the share at the end of the text that is held out, as in data/shakespeare_char
+# -----------------------------------------------------------------------------
+
+NAME = re.compile(r"[A-Z][^\n:.]{0,39}[:.]")  # the line above a speech; the plays that may replace the text have a dot
+
+
+@dataclass
+class Speech:
+    name: str
+    text: str
+    start: int  # where it begins in the text of the play
+    end: int
+
+
+def main(c):
+    folder = Path(c.out_dir) if c.out_dir else HERE
+    if not 64 <= c.block_size <= chats.LARGEST_ROW:
+        fail(f"block_size={c.block_size}: a row has from 64 to {chats.LARGEST_ROW:,} tokens")
+    text, source = read_play(c.input) if c.input else shakespeare()
+    tokenizer = chats.chat_tokenizer(CharTokenizer.from_text(text), "char", "minichat")
+    speeches = list(find_speeches(text))
+    border = int(len(text) * (1 - c.val_fraction))
+    conversations = chats.Conversations(Template(tokenizer), c.block_size)
+    documents = {"read": 0, "kept": 0, "changed": 0, "cut": 0, "dropped": Counter(), "speeches": len(speeches)}
+    counts = []  # conversations of each split
+    for part in ([s for s in speeches if s.end <= border], [s for s in speeches if s.start >= border]):
+        before = len(conversations)
+        for messages, is_cut in find_talks(part, conversations.template, c.block_size):
+            documents["read"] += 1
+            try:
+                conversations.add(messages)
+                documents["cut"] += is_cut
+            except Refused as refusal:
+                documents["dropped"][refusal.reason] += 1
+        counts.append(len(conversations) - before)
+    if not all(counts):
+        fail(f"{source['name']}: in {len(speeches):,} speeches there are {counts[0]:,} talks to learn from and "
+             f'{counts[1]:,} to hold out: a speech stands below a line "NAME:" and above an empty line')
+    documents["kept"] = len(conversations)
+    held_out = np.repeat([False, True], counts)
+    preprocessing = {"version": 1, "tokens": "conversations", "block_size": c.block_size,
+                     "val_fraction": c.val_fraction}
+    changed, rows = chats.write_rows(folder, conversations, held_out, source, preprocessing, documents)
+
+    print(f"{len(speeches):,} speeches; {documents['kept']:,} talks, {documents['cut']:,} of them with a speech cut at "
+          f"the end of a line; dropped: {documents['dropped']['exact_duplicate']:,} that came before")
+    chats.print_rows(folder, conversations, rows, changed)
+    print(f"next: {next_command(folder)}")
+
+
+def read_play(path):
+    """-> (the text of a file, the manifest's source)"""
+    texts, source, _ = read_texts(path)
+    if len(texts) > 1:
+        fail(f"--input={path}: give one text file")
+    return texts[0], source
+
+
+def find_speeches(text):
+    """Yields the speeches of a play, each below a line with the speaker's name. Some have no text."""
+    start = 0
+    for block in text.split("\n\n"):
+        head, _, body = block.strip("\n").partition("\n")
+        if NAME.fullmatch(head):
+            yield Speech(head[:-1], body.strip(), start, start + len(block))
+        start += len(block) + len("\n\n")
+
+
+def find_talks(speeches, template, block_size):
+    """Yields (messages, whether a speech had to be cut), so that each speech that answers another speaker's is an
+    answer in one talk. A talk has as many exchanges of the same two speakers as fit into block_size."""
+
+    def answers(i):
+        """Whether speech i answers the one before."""
+        if not 0 < i < len(speeches):
+            return False
+        question, answer = speeches[i - 1 : i + 1]
+        return bool(question.text and answer.text) and question.name != answer.name
+
+    done = set()  # numbers of the speeches that have been an answer
+    for i in range(1, len(speeches)):
+        if i in done or not answers(i):
+            continue
+        names = speeches[i - 1].name, speeches[i].name
+        messages = [{"role": "system", "content": names[1]}]
+        room = block_size - size(messages + exchange("", ""), template)
+        pair = speeches[i - 1].text, speeches[i].text
+        texts = shorten(*pair, room)
+        if texts is None:
+            continue
+        messages += exchange(*texts)
+        k = i + 2
+        while answers(k) and names == (speeches[k - 1].name, speeches[k].name):
+            longer = messages + exchange(speeches[k - 1].text, speeches[k].text)
+            if size(longer, template) > block_size:
+                break
+            messages = longer
+            done.add(k)
+            k += 2
+        yield messages, texts != pair
+
+
+def exchange(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def size(messages, template):
+    """How many tokens a talk takes."""
+    return len(template.encode(messages)[0])
+
+
+def shorten(question, answer, room):
+    """Cut two speeches at the ends of lines, so that both together have at most `room` characters: of the answer the
+    beginning stays, if possible up to the end of a sentence, of the question the end. -> the two, or None if no line of
+    one of them fits.
+    """
+    allowed = max(room // 2, room - len(question))
+    if len(answer) > allowed:
+        ends = [match.start() for match in re.finditer("\n", answer) if match.start() <= allowed]
+        sentences = [end for end in ends if answer[end - 1] in ".!?"]
+        answer = answer[: (sentences or ends or [0])[-1]]
+    allowed = room - len(answer)
+    if len(question) > allowed:
+        starts = [match.end() for match in re.finditer("\n", question) if len(question) - match.end() <= allowed]
+        question = question[starts[0] :] if starts else ""
+    return (question, answer) if question and answer else None
+
+
+def next_command(folder):
+    """What to type next, in the current folder."""
+    here = Path.cwd()
+    words = ["python"]
+    for file in (ROOT / "train.py", ROOT / "config" / "chat_shakespeare.py"):
+        words.append(str(file.relative_to(here) if file.is_relative_to(here) else file))
+    if folder.resolve() != HERE:  # the config file names the folder of this script
+        words.append(common.dataset_key(folder))
+    command = shlex.join([*words, "--init_from=RUN"])
+    return f"{command} (RUN: the folder of a model trained on data/shakespeare_char)"
+
+
+if __name__ == "__main__":
+    c = Settings(configure(globals()))
+    common.run(main, c)
