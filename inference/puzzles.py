@@ -1,8 +1,8 @@
 """
 Puzzles: generated questions whose answers can be checked, as conversations.
 
-    puzzle = make_puzzle("reverse", seed=1, index=7)   # the same one on every machine
-    puzzle.question, puzzle.answer                      # "Reverse dhtg.", "gthd"
+    puzzle = make_puzzle("reverse", seed=1, index=8)   # the same one on every machine
+    puzzle.question, puzzle.answer                      # "Reverse ziap.", "paiz"
     for messages in conversations(1000, "train"): ...   # what data/puzzles/prepare.py writes
 
 A puzzle is a function of its kind, a seed and its index. Whether it is for training, validation or the test follows

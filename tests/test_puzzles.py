@@ -54,7 +54,7 @@ def test_a_wrong_answer_would_be_seen(drawn):
 
 def test_a_puzzle_follows_from_its_kind_seed_and_index():
     """The same in another process; others for another kind, seed or index. The figures of a run stand on that."""
-    assert make_puzzle("reverse", seed=1, index=7)[1:] == ("Reverse dhtg.", "gthd", "dhtg")
+    assert make_puzzle("reverse", seed=1, index=8)[1:] == ("Reverse ziap.", "paiz", "ziap")
     code = "from inference.puzzles import puzzles; print([p.question for p in puzzles(50, 'val', seed=3)])"
     here = str([puzzle.question for puzzle in puzzles(50, "val", seed=3)])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -151,10 +151,51 @@ def test_a_test_does_not_ask_twice(drawn):
 
 
 @pytest.mark.parametrize("options, named", [
-    ({"split": "all"}, "split='all' is not one of train, val, test"), ({"kinds": ("sum", "chess")}, "each is one of sum"),
-    ({"kinds": ()}, "each is one of sum"), ({"kinds": ("sum", "sum")}, "twice"), ({"digits": 1}, "digits=1"),
+    ({"split": "all"}, "split='all' is not one of train, val, test"),
+    ({"kinds": ("sum", "chess")}, "each is one of sum"), ({"kinds": ()}, "each is one of sum"), ({"kinds": ("sum", "sum")}, "twice"), ({"digits": 1}, "digits=1"),
     ({"letters": 2}, "letters=2"), ({"count": 3000, "kinds": ("sum",), "distinct": True}, "too few different sum"),
 ])
 def test_options_without_a_meaning(options, named):
     with pytest.raises(ValueError, match=named):
         list(puzzles(**{"count": 1, "split": "test", **options}))
+
+
+# -----------------------------------------------------------------------------
+# data/puzzles/prepare.py
+
+
+def texts_of(folder, split):
+    """All text of a split, row after row."""
+    tokens = Tokens(folder, split)
+    return load_tokenizer(folder).decode(tokens.read([0], len(tokens))[0], skip_special=False)
+
+
+def test_prepare_writes_the_puzzles_as_conversations(tmp_path, call_script):
+    args = ["--count=300", "--held_out=40", "--block_size=64", f"--out_dir={tmp_path / 'a'}"]
+    code, out, err = call_script("data/puzzles/prepare.py", *args)
+    assert code == 0, err
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["rows"]["block_size"] == 64 and manifest["tokenizer"]["kind"] == "char"
+    assert manifest["documents"]["read"] == 340 and f"{manifest['documents']['kept']} of them different" in out
+    assert manifest["preprocessing"]["kinds"] == [*KINDS]
+    train, val = texts_of(tmp_path / "a", "train"), texts_of(tmp_path / "a", "val")
+    for puzzle in puzzles(300, "train"):
+        assert f"<|user|>{puzzle.question}<|end|><|assistant|>{puzzle.answer}<|end|>" in train
+        assert f"<|user|>{puzzle.question}<|end|>" not in val
+    for puzzle in puzzles(40, "val"):
+        assert f"<|user|>{puzzle.question}<|end|><|assistant|>{puzzle.answer}<|end|>" in val
+
+    args[-1] = f"--out_dir={tmp_path / 'b'}"
+    assert call_script("data/puzzles/prepare.py", *args)[0] == 0
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("args, named", [
+    (["--kinds=chess"], "kinds=chess"), (["--digits=1"], "digits"), (["--letters=2"], "letters"),
+    (["--count=0"], "count"), (["--block_size=8"], "block_size"), (["--block_size=16"], "no puzzle of one split can be used"), (["--template=chess"], "template=chess"),
+])
+def test_prepare_names_a_wrong_setting(args, named, tmp_path, call_script):
+    code, _, err = call_script("data/puzzles/prepare.py", "--count=5", "--held_out=5", *args, f"--out_dir={tmp_path}")
+    assert code == 2 and named in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

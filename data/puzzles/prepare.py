@@ -46,6 +46,8 @@ SPLITS = {"train": "count", "val": "held_out"}  # and the setting that says how 
 
 
 def main(c):
+    if not 16 <= c.block_size <= chats.LARGEST_ROW:
+        fail(f"block_size={c.block_size}: a row has from 16 to {chats.LARGEST_ROW:,} tokens")
     folder = Path(c.out_dir) if c.out_dir else HERE
     tokenizer = pick_tokenizer(c.tokenizer) if c.tokenizer else ascii_characters()
     tokenizer = chats.chat_tokenizer(tokenizer, c.tokenizer or "ASCII", c.template)
@@ -64,7 +66,8 @@ def main(c):
         preprocessing[name] = c[name]
     source = {"name": "puzzles", "generated": "inference/puzzles.py"}
     changed, counts = chats.write_rows(folder, conversations, held_out, source, preprocessing, documents)
-    chats.print_chats(folder, conversations, documents, examples, counts, changed)
+    print(f"{c.count + c.held_out:,} puzzles, {len(conversations):,} of them different")
+    chats.print_rows(folder, conversations, counts, changed)
     print(f"next: {shlex.join(['python', 'train.py', common.dataset_key(folder), f'--block_size={c.block_size}'])}")
 
 
