@@ -152,7 +152,8 @@ def test_a_test_does_not_ask_twice(drawn):
 
 @pytest.mark.parametrize("options, named", [
     ({"split": "all"}, "split='all' is not one of train, val, test"),
-    ({"kinds": ("sum", "chess")}, "each is one of sum"), ({"kinds": ()}, "each is one of sum"), ({"kinds": ("sum", "sum")}, "twice"), ({"digits": 1}, "digits=1"),
+    ({"kinds": ("sum", "chess")}, "each is one of sum"), ({"kinds": ()}, "each is one of sum"),
+    ({"kinds": ("sum", "sum")}, "twice"), ({"digits": 1}, "digits=1"),
     ({"letters": 2}, "letters=2"), ({"count": 3000, "kinds": ("sum",), "distinct": True}, "too few different sum"),
 ])
 def test_options_without_a_meaning(options, named):
@@ -193,7 +194,8 @@ def test_prepare_writes_the_puzzles_as_conversations(tmp_path, call_script):
 
 @pytest.mark.parametrize("args, named", [
     (["--kinds=chess"], "kinds=chess"), (["--digits=1"], "digits"), (["--letters=2"], "letters"),
-    (["--count=0"], "count"), (["--block_size=8"], "block_size"), (["--block_size=16"], "no puzzle of one split can be used"), (["--template=chess"], "template=chess"),
+    (["--count=0"], "count"), (["--block_size=8"], "block_size"), (["--template=chess"], "template=chess"),
+    (["--block_size=16"], "no puzzle of one split can be used"),
 ])
 def test_prepare_names_a_wrong_setting(args, named, tmp_path, call_script):
     code, _, err = call_script("data/puzzles/prepare.py", "--count=5", "--held_out=5", *args, f"--out_dir={tmp_path}")
