@@ -8,7 +8,9 @@ Datasets: find the shards of a folder, check them, and read their tokens as one 
     folders, manifest, sha256 = open_datasets("a:0.7,b:0.3")   # one dataset, or a mix of several
     tokens = open_tokens(folders, "train", vocab_size)         # -> Tokens, or a Mix
 
-Shards are files in the format of llm.c and modded-nanogpt, or nanoGPT's without a header.
+Shards are files in the format of llm.c and modded-nanogpt, or nanoGPT's without a header. A dataset of conversations
+(data/chat/prepare.py) has rows of `row_size` tokens and, beside each shard, two files of one bit a token: whether the
+token is learned, and whether a conversation begins there.
 """
 
 import contextlib
@@ -31,6 +33,7 @@ from files import file_sha256, sha256
 from tokenizer import load_tokenizer
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # llm.c's and modded-nanogpt's uint16 shards
+BITS = ("learned", "begins")  # endings of the files of one bit a token, and their names in the manifest
 MOST_FILES = 64  # shards that are open at once, of all datasets together; macOS allows a process 256 files
 # First bytes of files that are not tokens, though a file may have nanoGPT's name for tokens
 NOT_TOKENS = {
@@ -159,9 +162,10 @@ def verify_shards(folder):
         raise DataError(f"{folder} has no manifest.json to verify it by: leave verify_data off")
     for split in splits.values():
         for shard in split["shards"]:
-            path = Path(folder) / shard["file"]
-            if file_sha256(path) != shard["sha256"]:
-                raise DataError(f"{path} was changed after it was written: prepare it again")
+            for entry in (shard, *(shard[name] for name in BITS if name in shard)):
+                path = Path(folder) / entry["file"]
+                if file_sha256(path) != entry["sha256"]:
+                    raise DataError(f"{path} was changed after it was written: prepare it again")
 
 
 # -----------------------------------------------------------------------------
@@ -317,13 +321,20 @@ class Tokens:
     """One split as one read-only stream of token ids over its shards. len() is the number of tokens.
 
     Reads the files that find_shards finds: shards with llm.c's header, and nanoGPT's SPLIT.bin with a header or
-    without. Sizes are checked on opening; raises DataError naming the shard.
+    without. Sizes are checked on opening; raises DataError naming the shard. `row_size` is the tokens of a row of
+    conversations, 0 for a plain stream. `doc_mask`: whether the documents in a row are told apart (`begins`), in a
+    plain stream by the id `bos`, which begins each.
     """
 
-    def __init__(self, folder, split, vocab_size=65536):
+    row_size = 0
+    doc_mask = False
+
+    def __init__(self, folder, split, vocab_size=65536, doc_mask=False, bos=None):
         self.folder = Path(folder)
         self.split = split
         self.vocab_size = vocab_size
+        self.doc_mask = doc_mask
+        self.bos = bos
         self.owner = next(OWNERS)
         weakref.finalize(self, OPEN.close, self.owner)
         self.paths = find_shards(self.folder, split)
@@ -337,9 +348,38 @@ class Tokens:
         names = [path.name for path in self.paths]
         check_manifest(self.folder, split, dict(zip(names, counts, strict=True)))
         self.starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # first token of each shard
+        self.row_size = row_size_of(self.folder)
+        if self.row_size:
+            self.check_rows(counts)
+
+    def check_rows(self, counts):
+        """Raise DataError if the tokens are not whole rows, or if a shard's files of bits are not whole."""
+        if len(self) % self.row_size:
+            raise DataError(f"{self.folder}: the {self.split} split has {len(self):,} tokens, which are not whole rows "
+                            f"of {self.row_size}: prepare it again")
+        for path, count in zip(self.paths, counts, strict=True):
+            for name in BITS:
+                bits = path.with_suffix(f".{name}")
+                size = bits.stat().st_size if bits.exists() else 0
+                if size != -(-count // 8):
+                    raise DataError(f"{bits} has {size:,} bytes where {count:,} tokens have {-(-count // 8):,}: "
+                                    "prepare the dataset again")
 
     def __len__(self):
         return int(self.starts[-1])
+
+    def spans(self, starts, length):
+        """Where `length` tokens from each of `starts` lie, which may span several shards. Yields (row, place in the
+        row, shard, place in the shard, number of tokens)."""
+        shards = (np.searchsorted(self.starts, starts, side="right") - 1).tolist()
+        for row, (start, shard) in enumerate(zip(np.asarray(starts).tolist(), shards, strict=True)):
+            filled = 0
+            while filled < length:
+                at = start + filled
+                count = min(length - filled, int(self.starts[shard + 1]) - at)
+                yield row, filled, shard, at - int(self.starts[shard]), count
+                filled += count
+                shard += 1
 
     def read(self, starts, length):
         """`length` consecutive tokens from each of `starts`. -> uint16 (len(starts), length)
@@ -347,25 +387,43 @@ class Tokens:
         It reads the files instead of mapping them: the pages of a mapping would pile up in this process's memory.
         """
         rows = np.empty((len(starts), length), dtype="<u2")
-        shards = (np.searchsorted(self.starts, starts, side="right") - 1).tolist()
         with OPEN.lock:
-            for row, start, shard in zip(rows, np.asarray(starts).tolist(), shards, strict=True):
-                filled = 0
-                while filled < length:  # a row may span several shards
-                    at = start + filled
-                    part = row[filled : filled + int(self.starts[shard + 1]) - at]
-                    file = OPEN.get(self.owner, self.paths[shard])
-                    file.seek(self.skip + 2 * (at - int(self.starts[shard])))
-                    if file.readinto(part.data) != part.nbytes:
-                        raise DataError(f"{self.paths[shard]} became shorter: prepare the dataset again")
-                    filled += len(part)
-                    shard += 1
+            for row, filled, shard, at, count in self.spans(starts, length):
+                part = rows[row, filled : filled + count]
+                file = OPEN.get(self.owner, self.paths[shard])
+                file.seek(self.skip + 2 * at)
+                if file.readinto(part.data) != part.nbytes:
+                    raise DataError(f"{self.paths[shard]} became shorter: prepare the dataset again")
         if rows.size and int(rows.max()) >= self.vocab_size:
             raise DataError(
                 f"{self.folder}: the {self.split} split holds token {int(rows.max())}, but vocab_size is "
                 f"{self.vocab_size}: set vocab_size above it, or prepare the dataset with this model's tokenizer"
             )
         return rows
+
+    def read_bits(self, name, starts, length):
+        """The bits "learned" or "begins" of the tokens that `read` gives. -> bool (len(starts), length)"""
+        rows = np.empty((len(starts), length), dtype=bool)
+        with OPEN.lock:
+            for row, filled, shard, at, count in self.spans(starts, length):
+                path = self.paths[shard].with_suffix(f".{name}")
+                file = OPEN.get(self.owner, path)
+                file.seek(at // 8)
+                raw = file.read(-(-(at + count) // 8) - at // 8)
+                bits = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little")[at % 8 :]
+                if len(bits) < count:
+                    raise DataError(f"{path} became shorter: prepare the dataset again")
+                rows[row, filled : filled + count] = bits[:count]
+        return rows
+
+    def begins(self, starts, tokens):
+        """Whether a document begins at each of `tokens` (n, length), read from `starts`. -> bool (n, length), or None
+        if documents are not told apart"""
+        if not self.doc_mask:
+            return None
+        if self.row_size:
+            return self.read_bits("begins", starts, tokens.shape[1])
+        return tokens == self.bos
 
     @property
     def parts(self):
@@ -374,10 +432,14 @@ class Tokens:
 
     @lru_cache(maxsize=8)  # noqa: B019  the cache keeps Tokens alive, but a run has only one or two
     def sha256_of(self, count):
-        """sha256 of the first `count` tokens as little-endian uint16. It names the tokens of an evaluation."""
+        """sha256 of the first `count` tokens as little-endian uint16, each piece of conversations followed by a byte a
+        token for what is learned. It names the tokens of an evaluation."""
         digest = hashlib.sha256()
         for start in range(0, count, 1 << 20):
-            digest.update(self.read([start], min(1 << 20, count - start)).astype("<u2").data)
+            length = min(1 << 20, count - start)
+            digest.update(self.read([start], length).astype("<u2").data)
+            if self.row_size:
+                digest.update(self.read_bits("learned", [start], length).data)
         return digest.hexdigest()
 
 
@@ -387,24 +449,66 @@ class Mix:
     def __init__(self, parts):
         self.parts = parts
         self.folder = ", ".join(str(tokens.folder) for tokens, _ in parts)
+        self.row_size = parts[0][0].row_size
+        self.doc_mask = parts[0][0].doc_mask
+        for tokens, _ in parts:
+            if tokens.row_size != self.row_size:
+                raise DataError(f"{tokens.folder} has {describe_rows(tokens)}, {parts[0][0].folder} "
+                                f"{describe_rows(parts[0][0])}: the datasets of a mix must have rows of one size")
         lengths = [len(tokens) for tokens, _ in parts]
         self.bases = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))  # first token of each dataset
 
     def __len__(self):
         return int(self.bases[-1])
 
-    def read(self, starts, length):
-        """`length` tokens from each of `starts`; a row lies in one dataset. -> uint16 (len(starts), length)"""
+    def by_part(self, starts):
+        """Yields (Tokens, which of `starts` are its, their places in it)."""
         starts = np.asarray(starts, dtype=np.int64)
-        rows = np.empty((len(starts), length), np.uint16)
         owners = np.searchsorted(self.bases, starts, side="right") - 1  # the dataset of each row
         for i in np.unique(owners):
             own = owners == i
-            rows[own] = self.parts[i][0].read(starts[own] - self.bases[i], length)
+            yield self.parts[i][0], own, starts[own] - self.bases[i]
+
+    def read(self, starts, length):
+        """`length` tokens from each of `starts`; a row lies in one dataset. -> uint16 (len(starts), length)"""
+        rows = np.empty((len(starts), length), np.uint16)
+        for tokens, own, places in self.by_part(starts):
+            rows[own] = tokens.read(places, length)
+        return rows
+
+    def read_bits(self, name, starts, length):
+        """Tokens.read_bits of each row."""
+        rows = np.empty((len(starts), length), bool)
+        for tokens, own, places in self.by_part(starts):
+            rows[own] = tokens.read_bits(name, places, length)
+        return rows
+
+    def begins(self, starts, tokens):
+        """Tokens.begins of each row."""
+        if not self.doc_mask:
+            return None
+        rows = np.empty(tokens.shape, bool)
+        for part, own, places in self.by_part(starts):
+            rows[own] = part.begins(places, tokens[own])
         return rows
 
 
-def open_tokens(folders, split, vocab_size):
+def describe_rows(tokens):
+    return f"rows of {tokens.row_size} tokens" if tokens.row_size else "no rows, but one stream of tokens"
+
+
+def row_size_of(folder):
+    """Tokens in a row of a dataset of conversations; 0 for a plain stream. Raises DataError."""
+    rows = read_manifest(folder)[0].get("rows")
+    if rows is None:
+        return 0
+    size = rows.get("block_size") if isinstance(rows, dict) else None
+    if not isinstance(size, int) or size < 2:
+        raise DataError(f"{Path(folder) / 'manifest.json'} does not say how long a row is: prepare the dataset again")
+    return size
+
+
+def open_tokens(folders, split, vocab_size, doc_mask=False, bos=None):
     """A split of the datasets [(folder, weight), ...] that open_datasets gives. -> Tokens, or a Mix"""
-    parts = [(Tokens(folder, split, vocab_size), weight) for folder, weight in folders]
+    parts = [(Tokens(folder, split, vocab_size, doc_mask, bos), weight) for folder, weight in folders]
     return parts[0][0] if len(parts) == 1 else Mix(parts)

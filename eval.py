@@ -27,7 +27,7 @@ import torch
 from checkpoint import run_of
 from configurator import Settings, configure, fail
 from conversation import Template
-from dataset import open_datasets, open_tokens
+from dataset import open_datasets, open_tokens, row_size_of
 from device import autocast, inference_kernels, memory_is_full, pick_device, pick_dtype
 from files import finite, sha256, write_whole
 from infer import Engine, load, stretch
@@ -90,7 +90,8 @@ SEVERAL = ("context", "passkey")  # these verbs take any number of rope_scaling
 @torch.no_grad()
 def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contextlib.nullcontext, rank=0, ranks=1,
              collect=lambda sums: [sums], tokenizer=None, compiled=None):
-    """Mean cross-entropy of `model` over the fixed windows of `tokens`, in nats per token.
+    """Mean cross-entropy of `model` over the fixed windows of `tokens`, in nats per token, or per learned token of rows
+    of conversations.
 
     Each window is read from its start, so its first tokens have little context: losses compare at equal block_size.
     Each dataset of a mix is evaluated by itself, and the losses are weighted with the weights of the mix. With several
@@ -113,27 +114,31 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
     full_shape = None  # of the first batch; at the end of the tokens batches are smaller
     for part, weight in tokens.parts:
         sums = []  # this rank's summed losses, one a batch
-        count = 0
+        count = windows = 0
         batches = fixed_batches(part, block_size, batch_size, eval_iters)
         while group := list(itertools.islice(batches, ranks)):
-            x, y = group[min(rank, len(group) - 1)]  # every rank runs: a sharded model's forward pass needs all
-            n = int((y != -1).sum())
-            full_shape = full_shape or group[0][0].shape
-            forward = model if compiled is None or x.shape != full_shape else compiled
+            batch = group[min(rank, len(group) - 1)]  # every rank runs: a sharded model's forward pass needs all
+            n = int((batch.y != -1).sum())
+            full_shape = full_shape or group[0].x.shape
+            forward = model if compiled is None or batch.x.shape != full_shape else compiled
+            batch = batch.to(device)
             with context():
-                _, mean = forward(x.to(device), y.to(device), loss_only=True)
+                _, mean = forward(batch.x, batch.y, docs=batch.docs, loss_only=True)
             # a sum over tokens: a mean of means would weight the tokens of the last batch more
             sums.append(mean.item() * n if rank < len(group) else 0.0)
-            count += sum(int((y != -1).sum()) for _, y in group)
+            count += sum(int((batch.y != -1).sum()) for batch in group)
+            windows += sum(len(batch.x) for batch in group)
         total = 0.0
         for batch_sums in zip(*collect(sums), strict=True):  # of all ranks
             for batch_sum in batch_sums:
                 total += batch_sum
         loss += float(weight) * total / count
         tokens_read += count
-        digests.append(part.sha256_of(count + 1))  # the windows follow one another from the first token on
+        # the windows follow one another from the first token on
+        end = windows * block_size if part.row_size else count + 1
+        digests.append(part.sha256_of(end))
         if tokenizer:
-            size = text_size(tokenizer, part, 1, count + 1)
+            size = text_size(tokenizer, part, 1, end)
             sizes += size
             rates += float(weight) * total / math.log(2) / np.maximum(size, 1)
     model.train(was_training)
@@ -154,7 +159,8 @@ def text_size(tokenizer, tokens, first, end, piece=1 << 20):
     """Characters and UTF-8 bytes of the text of tokens first .. end - 1 of a stream. -> int64 (2,)
 
     A character of several tokens counts where its first byte is, so the sum is that of the decoded text. Special tokens
-    have no text. The stream is read a `piece` at a time, so that a long split takes no more memory.
+    have no text. Of conversations, the learned tokens count. The stream is read a `piece` at a time, so that a long
+    split takes no more memory.
     """
     sizes = np.zeros((max(tokens.vocab_size, len(tokenizer.pieces)), 2), np.int64)  # of each token id
     for i, text in enumerate(tokenizer.pieces):
@@ -162,6 +168,8 @@ def text_size(tokenizer, tokens, first, end, piece=1 << 20):
     total = np.zeros(2, np.int64)
     for start in range(first, end, piece):
         ids = tokens.read([start], min(piece, end - start))[0]
+        if tokens.row_size:
+            ids = ids[tokens.read_bits("learned", [start], len(ids))[0]]
         total += sizes[ids].sum(0)
     return total
 
@@ -169,7 +177,11 @@ def text_size(tokenizer, tokens, first, end, piece=1 << 20):
 def open_split(c, model, tokenizer, state, folder):
     """-> (tokens of the split, sha256 that names the dataset). Raises ValueError for tokens of another model."""
     datasets, manifest, dataset_sha256 = open_datasets(c.dataset or state["config"]["dataset"])
-    tokens = open_tokens(datasets, c.split, model.config.vocab_size)
+    doc_mask = state["config"].get("doc_mask")  # as the run was trained
+    if doc_mask is None:
+        doc_mask = bool(row_size_of(datasets[0][0]))
+    bos = tokenizer.bos if tokenizer else None
+    tokens = open_tokens(datasets, c.split, model.config.vocab_size, doc_mask, bos)
     if tokenizer and manifest.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:
         raise ValueError(f"{datasets[0][0]} was prepared with another tokenizer than {folder} was trained with: their "
                          "ids differ")
@@ -185,7 +197,9 @@ def whole_split(c, model, tokenizer, state, folder, context):
     tokens, dataset_sha256 = open_split(c, model, tokenizer, state, folder)
     if not 0 <= c.block_size <= model.config.block_size:
         raise ValueError(f"--block_size={c.block_size}: the model sees at most {model.config.block_size} tokens")
-    block_size = c.block_size or model.config.block_size
+    block_size = c.block_size or tokens.row_size or model.config.block_size
+    if tokens.row_size not in (0, block_size):
+        raise ValueError(f"--block_size={block_size}: {tokens.folder} has rows of {tokens.row_size} tokens")
     result = evaluate(model, tokens, block_size, c.batch_size, c.eval_iters, context, tokenizer=tokenizer)
     print(f"{folder} on {result['tokens']:,} tokens of {tokens.folder}, split {c.split}:")
     figures = [f"loss {result['loss']:.4f}", f"perplexity {result['perplexity']:.3f}"]

@@ -5,9 +5,11 @@ Convert a run of ours for transformers or llama.cpp, and a model from elsewhere 
     python export.py out/mine mine.gguf --dtype=q8_0        # to a file that llama.cpp loads
     python export.py out-shakespeare/ckpt.pt out/mine      # from nanoGPT
     python export.py gpt2 out/gpt2                          # from the Hub, or a folder with config.json and safetensors
+    python export.py llama.gguf out/llama                   # from llama.cpp's file
 
 A run becomes a model of the class of transformers that can express it: GPT-2's, Llama's, Qwen3's or NanoChat's (RMSNorm
-without gain, a norm after the embedding, RoPE, QK-norm, ReLU squared). llama.cpp has the first three.
+without gain, a norm after the embedding, RoPE, QK-norm, ReLU squared). llama.cpp has the first three. Its tokenizer
+and its chat template go along (exporting/).
 
 training/pretrained.py reads models from elsewhere, and executes no pickle. The result is a run like any other:
 sample.py and eval.py read it, and train.py starts from it with --init_from=. (train.py also starts from the original.)
@@ -24,14 +26,17 @@ from safetensors.torch import save_file
 
 import checkpoint
 from configurator import Settings, configure, fail
+from exporting.tokenizer_files import add_to_gguf, hugging_face_files
 from model import rope_base
-from tokenizer import GPT2_PATTERN
-from training.pretrained import CHARACTERS, TABLES, TRANSPOSED, bytes_to_unicode, read_model
+from training.foreign import LAYER_NAMES, NANOCHAT_NAMES, OUTER_NAMES
+from training.hugging_face import TRANSPOSED
+from training.pretrained import TABLES, read_model
 
 # -----------------------------------------------------------------------------
 paths: tuple[str, ...] = ()  # source and target, as bare words; a target NAME.gguf is for llama.cpp
 ckpt = "latest"         # which checkpoint of a run: latest | best | a step
 tokenizer = ""          # for a model from elsewhere: a file or folder (nanoGPT's data folder); empty: the one beside it
+template = ""           # for a model from elsewhere: minichat | chatml | smollm2 | nanochat; empty: its chat template
 dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat16 | q8_0 (8 bits, a scale for each 32)
 # -----------------------------------------------------------------------------
 
@@ -39,8 +44,8 @@ dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat
 # Which class can express a model
 
 # Fields of GPTConfig that are written or checked below. A fork may have more.
-KNOWN = set("""activation attn bias block_size dropout logit_softcap n_embd n_head n_kv_head n_layer norm norm_embed
-    norm_eps pos qk_norm rope_factor rope_scaling rope_theta tie_weights vocab_size zero_init""".split())
+KNOWN = set("""activation attn bias block_size dropout logit_softcap mlp_width n_embd n_head n_kv_head n_layer norm
+    norm_embed norm_eps pos qk_norm rope_factor rope_scaling rope_theta tie_weights vocab_size zero_init""".split())
 
 # For each class of transformers, the values of our fields that it can express
 PLAIN = {"norm_embed": (False,), "logit_softcap": (0.0,)}
@@ -101,7 +106,7 @@ def write_hugging_face(model, tokenizer, target):
         "tie_word_embeddings": config.tie_weights, "bos_token_id": tokenizer.bos if tokenizer else None,
         "eos_token_id": tokenizer.eos if tokenizer else None, "pad_token_id": None,
     }
-    files = tokenizer_files(tokenizer) if tokenizer else {}
+    files = hugging_face_files(tokenizer) if tokenizer else {}
     files["config.json"] = fields
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
@@ -136,22 +141,11 @@ def gpt2_tensors(tensors, config):
 def gpt2_fields(config):
     return {
         "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_positions": config.block_size,
+        "n_inner": config.mlp_dim,
         "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.activation],
         "layer_norm_epsilon": config.norm_eps, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
     }
-
-
-# Our names, within a layer and outside, and the names in the classes with rotary positions
-LAYER_NAMES = {
-    "ln_1.weight": "input_layernorm.weight", "ln_2.weight": "post_attention_layernorm.weight",
-    "attn.c_proj.weight": "self_attn.o_proj.weight", "attn.q_gain": "self_attn.q_norm.weight",
-    "attn.k_gain": "self_attn.k_norm.weight", "mlp.c_gate.weight": "mlp.gate_proj.weight",
-    "mlp.c_fc.weight": "mlp.up_proj.weight", "mlp.c_proj.weight": "mlp.down_proj.weight",
-}
-NANOCHAT_NAMES = {"mlp.c_fc.weight": "mlp.fc1.weight", "mlp.c_proj.weight": "mlp.fc2.weight"}
-OUTER_NAMES = {"transformer.wte.weight": "model.embed_tokens.weight", "transformer.ln_f.weight": "model.norm.weight",
-               "lm_head.weight": "lm_head.weight"}
 
 
 def rotary_tensors(tensors, config, family):
@@ -204,59 +198,6 @@ def rope_parameters(config):
     return parameters
 
 
-def tokenizer_files(tokenizer):
-    """{file name: JSON}, from which AutoTokenizer makes the same ids. Raises ValueError."""
-    if tokenizer.kind == "bpe":
-        words, pairs = words_and_merges(tokenizer)
-        model = {"type": "BPE", "vocab": {word: i for i, word in enumerate(words)}, "merges": pairs}
-        splitter = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        decoder = splitter
-    else:
-        ids = {c: i for i, c in enumerate(tokenizer.chars)}
-        model = {"type": "WordLevel", "vocab": ids, "unk_token": ""}
-        splitter = CHARACTERS
-        decoder = {"type": "Fuse"}
-    specials = [{"id": i, "content": name, "special": True, "normalized": False, "single_word": False, "lstrip": False,
-                 "rstrip": False} for name, i in tokenizer.special_tokens.items()]
-    fields = {"version": "1.0", "added_tokens": specials, "normalizer": None, "pre_tokenizer": splitter,
-              "decoder": decoder, "post_processor": None, "truncation": None, "padding": None, "model": model}
-    options = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    names = {i: name for name, i in tokenizer.special_tokens.items()}
-    for key, i in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
-        if i in names:
-            options[key] = names[i]
-    return {"tokenizer.json": fields, "tokenizer_config.json": options}
-
-
-def words_and_merges(tokenizer):
-    """A BPETokenizer's tokens, and the pairs that make them, as GPT-2's files spell them. Raises ValueError."""
-    if tokenizer.pattern != GPT2_PATTERN:
-        raise ValueError("the tokenizer does not split texts like GPT-2's, and these files cannot express that")
-    character = bytes_to_unicode()
-    words = {}
-    for piece in tokenizer.pieces:
-        words[piece] = "".join(character[byte] for byte in piece)
-    return [*words.values()], [(words[a], words[b]) for a, b in merges_of(tokenizer.pieces)]
-
-
-def merges_of(pieces):
-    """The merges that make each token, as pairs of bytes in the order of the ids: the two parts into which the earlier
-    merges turn the bytes of the token."""
-    ranks = {piece: i for i, piece in enumerate(pieces)}
-    pairs = []
-    for piece in pieces:
-        parts = [bytes([byte]) for byte in piece]
-        while len(parts) > 2:
-            neighbours = enumerate(zip(parts, parts[1:], strict=False))
-            rank, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in neighbours)
-            if rank >= ranks[piece]:
-                raise ValueError(f"token {piece!r} is not made of two that come before it")
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            pairs.append(tuple(parts))
-    return pairs
-
-
 # -----------------------------------------------------------------------------
 # To llama.cpp
 
@@ -284,7 +225,7 @@ def write_gguf(model, tokenizer, target, dtype="float32"):
     add_sizes(writer, config, family)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if short == "F32" else f"MOSTLY_{short}"])
-    add_tokenizer(writer, tokenizer, config.vocab_size)
+    add_to_gguf(writer, tokenizer, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.n_layer)
     for name, p in tensors_of(model, family)[0].items():
         p = gguf_layout(name, p, config, family)
@@ -336,42 +277,6 @@ def add_sizes(writer, config, family):
         writer.add_rope_freq_base(rope_base(config))
 
 
-def add_tokenizer(writer, tokenizer, vocab_size):
-    """Add the tokenizer as llama.cpp's byte-level BPE, which can also express one of ASCII characters. Raises
-    ValueError."""
-    if not tokenizer:
-        return writer.add_tokenizer_model("none")
-    if tokenizer.eos is None:
-        raise ValueError("the tokenizer has no token that ends a text, and llama.cpp would use its own for one")
-    words, merges = gguf_words(tokenizer)
-    specials = [*tokenizer.special_tokens]
-    if not merges:
-        merges = [f"{specials[-1]} {specials[-1]}"]  # the list must not be empty, and no text contains this pair
-    spare = [f"[PAD{i}]" for i in range(len(words) + len(specials), vocab_size)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(words + specials + spare)
-    normal, control, unused = 1, 3, 5  # gguf.TokenType
-    writer.add_token_types([normal] * len(words) + [control] * len(specials) + [unused] * len(spare))
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(tokenizer.eos if tokenizer.bos is None else tokenizer.bos)
-    writer.add_eos_token_id(tokenizer.eos)
-    writer.add_add_bos_token(False)
-
-
-def gguf_words(tokenizer):
-    """(tokens without the special ones, merges "A B"), in GPT-2's spelling. Raises ValueError."""
-    if tokenizer.kind == "bpe":
-        words, pairs = words_and_merges(tokenizer)
-        return words, [" ".join(pair) for pair in pairs]
-    wide = [c for c in tokenizer.chars if not c.isascii()]
-    if wide:
-        raise ValueError(f"the tokenizer has {wide[0]!r} as a token, and llama.cpp takes only ASCII characters as "
-                         "tokens: train on the tokens of a BPE tokenizer instead (data/text/prepare.py)")
-    character = bytes_to_unicode()
-    return [character[ord(c)] for c in tokenizer.chars], []
-
-
 # -----------------------------------------------------------------------------
 # To a run of ours
 
@@ -407,7 +312,7 @@ def main(c):
     if not to_llama_cpp and c.dtype != "float32":
         fail(f"dtype={c.dtype!r} is for a .gguf: here it is float32")
     try:
-        model, tokenizer, state = read_model(c.paths[0], c.ckpt, c.tokenizer)
+        model, tokenizer, state = read_model(c.paths[0], c.ckpt, c.tokenizer, c.template)
         if to_llama_cpp:
             write_gguf(model, tokenizer, target, c.dtype)
             note = f"llama-cli -m {target} runs it" if tokenizer else "without a tokenizer, so it takes only ids"

@@ -271,6 +271,11 @@ def occupy_closed_descriptors():
         os.close(descriptor)
 
 
+def close_stdout():
+    """Nobody can read stdout any more: point it at /dev/null, so that the flush at exit does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def has_descriptor(stream, descriptor):
     """Whether a stream prints to this file descriptor."""
     try:

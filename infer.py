@@ -16,7 +16,6 @@ GPT.generate in model.py is the plain way: it reads the whole context for every 
 it. Read Engine.step first: it is the whole loop.
 """
 
-import operator
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -27,9 +26,20 @@ import torch
 
 from checkpoint import CheckpointError, config_of, find, load_model, run_of
 from device import inference_kernels, pick_device, pick_dtype
-from inference.kvcache import BatchPass, Blocks, BlockTable, Part, Pool, StepCache, paged_kernel
+from inference.kvcache import (
+    BatchPass,
+    Blocks,
+    BlockTable,
+    Part,
+    Pool,
+    StepCache,
+    block_digest,
+    block_digests,
+    paged_kernel,
+)
+from inference.prompts import check_prompt, encode_prompt, is_one_prompt, plain_lists, token_ids
 from inference.quantize import computes_bfloat16, convert
-from inference.sampling import Sampling, StopText, penalise, probabilities
+from inference.sampling import Chooser, Sampling, StopText, top_tokens
 from model import GPT, rope_tables
 from tokenizer import load_tokenizer
 
@@ -62,7 +72,7 @@ def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0
 def stretch(model, trained, rope_scaling, rope_factor):
     """Make the context of `model` rope_factor times as long as the one it was first trained at, without any training.
     `trained` is its GPTConfig. With rope_scaling "none" the positions simply continue. Raises ValueError for learned
-    positions."""
+    positions. An Engine of the model must be made again: it has tables of its own, and keys at the old positions."""
     if trained.pos != "rope":
         raise ValueError(f"a context longer than block_size={trained.block_size} needs a model with pos='rope': the "
                          "positions of this one are learned, and end there")
@@ -80,77 +90,29 @@ def stretch(model, trained, rope_scaling, rope_factor):
 
 @torch.no_grad()
 def stream(model, prompt, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-           seed=0, eos=None):
+           presence_penalty=0.0, frequency_penalty=0.0, logit_bias=(), seed=0, eos=None):
     """Yield up to max_new_tokens token ids that follow `prompt` (at least one id), and stop before `eos`.
 
     Like GPT.generate it reads the last block_size tokens again for every new one. Unlike generate it yields each token
-    immediately, knows every option of Sampling, and draws on the CPU: a seed gives the same tokens on every device, and
-    in the engine.
+    immediately, knows every option of Sampling that changes a token, and draws on the CPU: a seed gives the same tokens
+    on every device, and in the engine.
     """
-    prompt = token_ids(prompt)
-    check_prompt(prompt, model.config)
+    ids = token_ids(prompt)
+    check_prompt(ids, model.config)
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.tensor([prompt], dtype=torch.long, device=device)
+    choose = Chooser(Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias, seed=seed,
+    ), model.config.vocab_size)
     for _ in range(max_new_tokens):
+        context = torch.tensor([ids[-model.config.block_size :]], device=device)
         with inference_kernels(device):
-            logits, _ = model(ids[:, -model.config.block_size :], last_only=True)
-        logits = penalise(logits[0, -1].float().cpu(), ids[0].tolist(), repetition_penalty)
-        probs = probabilities(logits, temperature, top_k, top_p, min_p)
-        token = int(torch.multinomial(probs, 1, generator=generator))
+            logits, _ = model(context, last_only=True)
+        token = choose(logits[0, -1].float().cpu(), ids)
         if token == eos:
             return
         yield token
-        ids = torch.cat((ids, torch.tensor([[token]], device=device)), dim=1)
-
-
-def is_id(value):
-    """Whether a value is a whole number, of Python, numpy or torch."""
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, bool)
-
-
-def plain_lists(prompts):
-    """Arrays and tensors as lists; everything else as it is."""
-    return prompts.tolist() if hasattr(prompts, "tolist") else prompts
-
-
-def token_ids(prompt):
-    """A list, tuple, numpy array or tensor of token ids (T,) -> list of int. Raises ValueError for anything else."""
-    prompt = plain_lists(prompt)
-    if not isinstance(prompt, (list, tuple)) or not all(map(is_id, prompt)):
-        raise ValueError(f"a prompt is a string or one row of token ids, which are whole numbers, not {prompt!r:.80}")
-    return [operator.index(i) for i in prompt]
-
-
-def is_one_prompt(prompts):
-    """Whether this is one prompt, a string or a row of ids, rather than a list of prompts."""
-    if getattr(prompts, "ndim", 2) < 2:  # an array or tensor of one row, even an empty one
-        return True
-    prompts = plain_lists(prompts)
-    if not isinstance(prompts, (list, tuple)):
-        return True
-    return len(prompts) > 0 and is_id(prompts[0])
-
-
-def encode_prompt(tokenizer, text, special=False):
-    """Ids of a prompt; an empty one becomes the tokenizer's bos. `special`: read names of special tokens as tokens."""
-    if text:
-        return tokenizer.encode(text, special=special)
-    if tokenizer.bos is None:
-        raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a text")
-    return [tokenizer.bos]
-
-
-def check_prompt(prompt, config):
-    """Raises ValueError for a prompt that is empty or has a token outside the model's vocabulary."""
-    if not prompt:
-        raise ValueError("the prompt is empty: it needs at least one token, such as the tokenizer's bos")
-    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-        raise ValueError(f"the prompt has a token outside the model's vocabulary of {config.vocab_size}")
+        ids.append(token)
 
 
 # -----------------------------------------------------------------------------
@@ -165,13 +127,18 @@ class Request:
     prompt_tokens: int
     sampling: Sampling
     blocks_needed: int  # for the prompt and all new tokens
-    generator: torch.Generator  # of its own random numbers
+    choose: Chooser  # logits -> the next token, with random numbers of its own
     decode: Callable  # the next token -> text; None -> the rest
     until: StopText  # holds back text that may begin a stop string
     text: str = ""  # what follows the prompt, up to a stop string
-    logprobs: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)  # of the tokens that were drawn
+    top_logprobs: list = field(default_factory=list)  # of each of them: [(most likely id, its logprob), ...]
+    prompt_logprobs: list = field(default_factory=list)  # the first is None: nothing comes before it
+    prompt_top_logprobs: list = field(default_factory=list)
     finish: str = ""  # why it ended: length | eos | stop | cancelled; empty until then
     cached: int = 0  # tokens whose keys and values are in the cache
+    cached_tokens: int = 0  # tokens of the prompt that were there already, and did not have to be read
+    digests: list | None = None  # of its full blocks so far; None: it slides, so its blocks change and are its own
     table: BlockTable | None = None  # where they lie, once it runs
 
     @property
@@ -189,7 +156,8 @@ class Engine:
 
     max_tokens: how many tokens' keys and values the cache holds, over all requests; 0: four contexts. A request that
     could never fit is refused by `submit`. One that does not fit now waits; once it starts it has all the room that it
-    may need.
+    may need. Room that is not needed keeps what finished requests left, so the next turn of a talk reads only what is
+    new. After a change of the model's weights, call `engine.blocks.forget()`.
     block: tokens in a block; 0: 16, or the 256 that flash-attn's kernel needs.
     chunk: most tokens in one step.
     slide: past block_size, continue with the last block_size tokens (only with RoPE, whose positions are relative).
@@ -226,6 +194,7 @@ class Engine:
         self.extend_rope(config.block_size)
         self.waiting = deque()
         self.running = []
+        self.tokens_read = 0  # by the model, so far; those found in the cache do not count
 
     @classmethod
     def load(cls, out_dir, which="latest", device="auto", dtype="auto", quantize="", rope_scaling="", rope_factor=1.0,
@@ -272,18 +241,23 @@ class Engine:
         if blocks_needed > len(self.blocks.users):
             raise ValueError(f"a request of {min(total, window)} tokens never fits into max_tokens="
                              f"{len(self.blocks.users) * self.block}")
-        generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
+        choose = Chooser(sampling, self.model.config.vocab_size)
         decode = self.tokenizer.stream_decoder() if self.tokenizer else lambda token: ""
-        request = Request(ids, len(ids), sampling, blocks_needed, generator, decode, StopText(sampling.stop))
+        request = Request(ids, len(ids), sampling, blocks_needed, choose, decode, StopText(sampling.stop))
+        if total <= window:
+            request.digests = block_digests(ids, self.block)
         self.waiting.append(request)
         return request
-
 
     def admit(self):
         """Start waiting requests, in their order, as long as there is room for all the blocks that they may need."""
         while self.waiting and len(self.running) < self.max_requests:
             request = self.waiting[0]
-            shared = [] if self.slide else self.blocks.share_prefix(request.ids, self.block)
+            shared = []
+            # log-probabilities of the prompt need the logits of all its tokens, so all must be read
+            if request.digests and not request.sampling.prompt_logprobs:
+                # the last token is always read: the next one follows from it
+                shared = self.blocks.share(request.digests[: (request.prompt_tokens - 1) // self.block])
             own = request.blocks_needed - len(shared)
             if own > self.blocks.free:
                 self.blocks.release(shared)
@@ -291,8 +265,9 @@ class Engine:
             window = len(self.blocks.users) * self.block  # never reached
             if self.slide:
                 window = self.model.config.block_size
-            request.table = BlockTable(shared + self.blocks.allocate(own), self.block, window)
-            request.cached = len(shared) * self.block
+            behind = shared[-1] if shared else None
+            request.table = BlockTable(shared + self.blocks.allocate(own, behind), self.block, window)
+            request.cached = request.cached_tokens = len(shared) * self.block
             self.running.append(self.waiting.popleft())
 
     @torch.no_grad()
@@ -306,11 +281,14 @@ class Engine:
         self.extend_rope(max(request.cached + count for request, count in parts))
         with inference_kernels(self.device):
             logits = self.forward(parts)
-        for request, count in parts:
+        ready = []
+        for (request, count), rows in zip(parts, logits, strict=True):
             self.publish(request, count)
-        ready = [request for request, _ in parts if request.cached == len(request.ids)]
-        for request, row in zip(ready, logits, strict=True):
-            self.draw(request, row)
+            if request.sampling.prompt_logprobs:
+                self.score_prompt(request, rows)
+            if request.cached == len(request.ids):
+                self.draw(request, rows[-1])
+                ready.append(request)
         return ready
 
     def next_parts(self):
@@ -327,19 +305,23 @@ class Engine:
         return parts
 
     def forward(self, parts):
-        """Logits (rows, vocab_size), fp32 on the CPU, of the requests in `parts` whose last token is read, in their
-        order. The keys and values of all parts are in the cache afterwards."""
+        """Logits (rows, vocab_size), fp32 on the CPU, of each of the `parts`: of its last token if that is the last of
+        the request, and with prompt_logprobs of each token of the prompt. -> tuple, in the order of `parts`; their keys
+        and values are in the cache afterwards"""
         reads = []
         for request, count in parts:
             first = request.cached
             end = first + count
-            wanted = end == len(request.ids)  # the last token is read, so its logits are wanted
+            wanted = int(end == len(request.ids))  # the last token is read, so its logits are wanted
+            if request.sampling.prompt_logprobs and first < request.prompt_tokens:
+                wanted = count
             reads.append(Part(request.ids[first:end], first, request.table, wanted))
         if self.batched and all(part.wanted and len(part.tokens) == 1 for part in reads):
-            return self.batch_pass(reads)(reads)
-        idx = torch.tensor([[token for part in reads for token in part.tokens]], device=self.device)  # (1, N)
-        logits, _ = self.model(idx, cache=StepCache(self.pool, self.rope, reads))
-        return logits[0].float().cpu()
+            logits = self.batch_pass(reads)(reads)
+        else:
+            idx = torch.tensor([[token for part in reads for token in part.tokens]], device=self.device)  # (1, N)
+            logits = self.model(idx, cache=StepCache(self.pool, self.rope, reads))[0][0].float().cpu()
+        return logits.split([part.wanted for part in reads])
 
     def batch_pass(self, parts):
         """The BatchPass that has room for these parts. Its sizes are powers of two: few passes serve all steps."""
@@ -360,31 +342,48 @@ class Engine:
         self.passes.clear()  # their graphs read the old tables
 
     def publish(self, request, count):
-        """`count` more tokens are in the cache. From now on others may share the full blocks of the prompt."""
+        """`count` more tokens are in the cache. From now on others may share the blocks that they fill."""
         before = request.cached
         request.cached = before + count
-        if self.slide:
-            return  # its blocks will be overwritten
-        end = min(request.cached, request.prompt_tokens)
-        for i in range(before // self.block, end // self.block):
-            self.blocks.publish(tuple(request.ids[: (i + 1) * self.block]), request.table.blocks[i])
+        self.tokens_read += count
+        if request.digests is None:
+            return
+        for i in range(before // self.block, request.cached // self.block):
+            if i == len(request.digests):  # the block has tokens that were drawn
+                parent = request.digests[-1] if i else b""
+                tokens = request.ids[i * self.block : (i + 1) * self.block]
+                request.digests.append(block_digest(parent, tokens))
+            self.blocks.publish(request.digests[i], request.table.blocks[i])
+
+    def score_prompt(self, request, logits):
+        """Keep the log-probabilities of the prompt's tokens that follow from `logits` (rows, vocab_size)."""
+        top = request.sampling.prompt_logprobs
+        if not request.prompt_logprobs:
+            request.prompt_logprobs.append(None)
+            request.prompt_top_logprobs += [] if top is True else [None]
+        for row in logits:
+            place = len(request.prompt_logprobs)
+            if place == request.prompt_tokens:
+                return  # what follows the prompt is drawn
+            logprobs = torch.log_softmax(row, -1)
+            request.prompt_logprobs.append(float(logprobs[request.ids[place]]))
+            if top is not True:
+                request.prompt_top_logprobs.append(top_tokens(logprobs, top))
 
     def draw(self, request, logits):
         """Choose the next token from `logits` (vocab_size,), and finish the request if that ends it."""
         sampling = request.sampling
-        penalised = penalise(logits, request.ids, sampling.repetition_penalty)
-        if sampling.temperature == 0:
-            token = int(penalised.argmax())
-        else:
-            probs = probabilities(penalised, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-            token = int(torch.multinomial(probs, 1, generator=request.generator))
+        token = request.choose(logits, request.ids)
         if token in sampling.stop_tokens:
             return self.finish(request, "stop")
         if self.tokenizer and token == self.tokenizer.eos and not sampling.ignore_eos:
             return self.finish(request, "eos")
         request.ids.append(token)
-        if sampling.logprobs:
-            request.logprobs.append(float(torch.log_softmax(logits, -1)[token]))
+        if sampling.logprobs or sampling.top_logprobs:
+            logprobs = torch.log_softmax(logits, -1)
+            request.logprobs.append(float(logprobs[token]))
+            if sampling.top_logprobs:
+                request.top_logprobs.append(top_tokens(logprobs, sampling.top_logprobs))
         request.text += request.until(request.decode(token))
         if request.until.stopped:
             self.finish(request, "stop")
@@ -392,13 +391,13 @@ class Engine:
             self.finish(request, "length")
 
     def finish(self, request, why):
-        """End a request: complete its text, and free its blocks for others."""
+        """End a request: complete its text, and free its blocks, which stay known while nobody needs their room."""
         request.finish = why
         if not request.until.stopped:
             request.text += request.until(request.decode(None), last=True)
         if request in self.running:
             self.running.remove(request)
-            self.blocks.release(request.blocks)
+            self.blocks.release(request.blocks, (request.digests or [])[: request.cached // self.block])
         elif request in self.waiting:
             self.waiting.remove(request)
 

@@ -22,14 +22,15 @@ KIND = re.compile(r"S|tuple\[(S, \.\.\.|S(, S)*)\]".replace("S", "(bool|int|floa
 # An end that is "inf" means finite, and for a whole number at most 64 bits.
 INTERVALS = {
     "[0, inf)": """batch_size bin_size block_size context_iters context_start crowd eval_iters grad_clip limit
-        logit_softcap loss_tolerance lr_decay_iters max_chars memory_tolerance min_chars min_lr n_kv_head peak_flops
-        permutations probe_interval rope_factor rows sample_tokens save_interval save_minutes seed seeds
+        logit_softcap loss_tolerance lr_decay_iters max_chars memory_tolerance min_chars min_lr mlp_width n_kv_head
+        peak_flops permutations probe_interval rope_factor rows sample_tokens save_interval save_minutes seed seeds
         speed_tolerance spike_z temperature tokens_per_step top_k vocab_size warm_up warmup_iters watch
         weight_decay""",
-    "[1, inf)": """batches count eval_interval eval.batch_size gpu_batches gpu_pieces gpus gradient_accumulation_steps
-        held_out kv_heads lengths log_interval max_iters max_new_tokens max_rewinds n_embd n_head n_layer new_tokens
-        num_samples pp_size prefetch processes prompts reads rounds sample.rope_factor shape sizes tokens tp_size
-        train.block_size train.rope_factor trials updates worlds keep_checkpoints""",
+    "[1, inf)": """batches chat.rope_factor count eval_interval eval.batch_size gpu_batches gpu_pieces gpus
+        gradient_accumulation_steps held_out kv_heads lengths log_interval max_iters max_new_tokens max_rewinds
+        n_embd n_head n_layer new_tokens num_samples pp_size prefetch processes prompts reads rounds
+        sample.rope_factor shape sizes tokens tp_size train.block_size train.rope_factor trials updates worlds
+        keep_checkpoints""",
     "[2, inf)": "eval.lengths spike_window",
     "[2, 9]": "digits",
     "[3, 32]": "letters",
@@ -46,8 +47,8 @@ INTERVALS = {
 RANGES = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
 
 # Keys whose values are paths: a "~" at the start becomes the home folder, and an empty path is an error.
-PATHS = set("""baseline config data dataset folders html init_from input into models out out_dir paths plot png prompts
-    reference runs tokenizer""".split())
+PATHS = set("""baseline config data dataset folders html init_from input into load models out out_dir paths plot png
+    prompts reference runs tokenizer""".split())
 
 QUOTED = re.compile(r"""[ \t]*(["'])((?:(?!\1).|\1\1)*)\1\s*(?=,|\Z)""", re.DOTALL)  # an element of a tuple
 

@@ -5,6 +5,9 @@ A split is one stream of tokens over its shards (dataset.py). Epoch e cuts it in
 overlap, from an offset drawn from (seed, e). It visits each window once, in a permutation that is computed and never
 stored. So the tokens of any step follow from its number alone, and resuming needs no state. The order is that of the
 run, however many processes share it. A mix of datasets has one such order, in which the datasets take turns.
+
+Conversations lie in rows of block_size tokens (data/chat/prepare.py). A row is a window of its own, and only some of
+its tokens are learned.
 """
 
 import hashlib
@@ -13,9 +16,11 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dataset import DataError, Mix
 
@@ -58,16 +63,19 @@ def permute(index, n, key, rounds=6):
 
 
 class Order:
-    """Position in the run -> first token of its window."""
+    """Position in the run -> first token of its window. With `rows` the windows are the rows of conversations."""
 
-    def __init__(self, n_tokens, block_size, seed):
-        if n_tokens <= block_size:
+    def __init__(self, n_tokens, block_size, seed, rows=False):
+        if n_tokens <= block_size and not rows:
             raise DataError(f"{n_tokens:,} tokens are too few for block_size={block_size}: at least block_size + 1")
         self.block_size = block_size
         self.seed = seed
         # as many windows as fit after any offset, so that every epoch has the same number
         self.windows = max(1, (n_tokens - block_size) // block_size)
         self.offsets = min(block_size, n_tokens - self.windows * block_size)
+        if rows:
+            self.windows = n_tokens // block_size
+            self.offsets = 1
 
     def starts(self, positions):
         """First tokens of the windows at `positions`, an array of ints >= 0. -> int64 array of that length"""
@@ -93,7 +101,7 @@ class MixedOrder:
         self.orders = []
         for i, (tokens, _) in enumerate(mix.parts):
             try:
-                self.orders.append(Order(len(tokens), block_size, f"{seed}/{i}"))
+                self.orders.append(Order(len(tokens), block_size, f"{seed}/{i}", rows=bool(mix.row_size)))
             except DataError as error:
                 raise DataError(f"{tokens.folder}: {error}") from None
 
@@ -128,11 +136,72 @@ def data_step(step, skipped=()):
     return step
 
 
-def to_batch(rows):
-    """uint16 (B, T + 1) -> inputs and targets, int64 tensors (B, T) each."""
-    x = torch.from_numpy(rows[:, :-1].astype(np.int64))
-    y = torch.from_numpy(rows[:, 1:].astype(np.int64))
-    return x, y
+class Batch(NamedTuple):
+    """The tokens of one pass through a model.
+
+    Gradients add up to the mean over all targets of an update if every micro-batch divides its summed loss by the same
+    number, the mean number of targets in a micro-batch of the update (over micro-batches and ranks).
+    """
+
+    x: torch.Tensor  # token ids, int64 (B, T)
+    y: torch.Tensor  # the targets, int64 (B, T); -1 where nothing is learned
+    docs: torch.Tensor | None = None  # the number of the document each token belongs to, int64 (B, T), rising in a row
+    divisor: torch.Tensor | None = None  # what the summed loss is divided by, 0-dim fp32; None: its own targets
+
+    def to(self, device, non_blocking=False):
+        """The same on `device`."""
+        return Batch(*[None if tensor is None else tensor.to(device, non_blocking=non_blocking) for tensor in self])
+
+    def pin_memory(self):
+        """The same in page-locked memory."""
+        return Batch(*[None if tensor is None else tensor.pin_memory() for tensor in self])
+
+    def split(self, rows):
+        """A list of Batches of `rows` rows each, with the same divisor."""
+        xs = self.x.split(rows)
+        docs = [None] * len(xs) if self.docs is None else self.docs.split(rows)
+        return [Batch(*parts, self.divisor) for parts in zip(xs, self.y.split(rows), docs, strict=True)]
+
+    def pad(self, length):
+        """The same with rows of `length` tokens: behind its own each has zeros, in its last document, and no targets.
+        """
+        more = (0, length - self.x.size(1))
+        x = F.pad(self.x, more)
+        y = F.pad(self.y, more, value=-1)
+        docs = None
+        if self.docs is not None:
+            docs = torch.cat((self.docs, self.docs[:, -1:].expand(-1, more[1])), dim=1)
+        return Batch(x, y, docs, self.divisor)
+
+    def cut(self, length):
+        """The same with each row cut into rows of `length` tokens."""
+        docs = None if self.docs is None else self.docs.reshape(-1, length)
+        return Batch(self.x.reshape(-1, length), self.y.reshape(-1, length), docs, self.divisor)
+
+
+def join_batches(batches):
+    """Batches of the same update -> one Batch of all their rows, with their divisor."""
+    docs = None if batches[0].docs is None else torch.cat([batch.docs for batch in batches])
+    x = torch.cat([batch.x for batch in batches])
+    y = torch.cat([batch.y for batch in batches])
+    return Batch(x, y, docs, batches[0].divisor)
+
+
+def read_batch(tokens, starts, block_size):
+    """The windows of `tokens` that begin at `starts`. -> Batch, without a divisor"""
+    if tokens.row_size:
+        rows = tokens.read(starts, block_size).astype(np.int64)
+        learned = tokens.read_bits("learned", starts, block_size)
+        y = np.full_like(rows, -1)
+        y[:, :-1] = np.where(learned[:, 1:], rows[:, 1:], -1)  # a row's last token predicts nothing
+    else:
+        windows = tokens.read(starts, block_size + 1).astype(np.int64)
+        rows = windows[:, :-1].copy()
+        y = windows[:, 1:].copy()
+    docs = tokens.begins(starts, rows)
+    if docs is not None:
+        docs = torch.from_numpy(np.cumsum(docs, axis=1))
+    return Batch(torch.from_numpy(rows), torch.from_numpy(y), docs)
 
 
 class Loader:
@@ -141,7 +210,7 @@ class Loader:
     Step s takes positions [d G, (d + 1) G) of the order, where G = batch_size * accumulation * world, and d is
     data_step(s, skipped). Micro-step m of rank r takes the rows of micro-batch m * world + r.
 
-    next(loader) gives the (x, y) of one micro-step after another from first_step on, without end: int64 (batch_size,
+    next(loader) gives the Batch of one micro-step after another from first_step on, without end: int64 (batch_size,
     block_size). With `pin` they are in page-locked memory, from which a GPU copies while it computes. next raises the
     error of a thread.
     """
@@ -152,7 +221,7 @@ class Loader:
         if isinstance(tokens, Mix):
             self.order = MixedOrder(tokens, block_size, seed)
         else:
-            self.order = Order(len(tokens), block_size, seed)
+            self.order = Order(len(tokens), block_size, seed, rows=bool(tokens.row_size))
         self.block_size = block_size
         self.batch_size = batch_size
         self.accumulation = accumulation
@@ -161,6 +230,7 @@ class Loader:
         self.pin = pin
         self.skipped = skipped
         self.starts_of_block = lru_cache(maxsize=8)(self.find_starts)
+        self.divisor = lru_cache(maxsize=8)(self.find_divisor)
         steps = itertools.count(first_step)
         self.micro_steps = ((step, micro) for step in steps for micro in range(accumulation))
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -194,11 +264,22 @@ class Loader:
         """The batches of some (step, micro-step) in order, read together."""
         positions = [self.positions(step, micro) for step, micro in micro_steps]
         starts = self.starts(np.concatenate(positions))
-        x, y = to_batch(self.tokens.read(starts, self.block_size + 1))
+        together = read_batch(self.tokens, starts, self.block_size)
         if self.pin:
-            x = x.pin_memory()
-            y = y.pin_memory()
-        return list(zip(x.split(self.batch_size), y.split(self.batch_size), strict=True))
+            together = together.pin_memory()
+        batches = together.split(self.batch_size)
+        if self.tokens.row_size:
+            divisors = [self.divisor(data_step(step, self.skipped)) for step, _ in micro_steps]
+            batches = [batch._replace(divisor=divisor) for batch, divisor in zip(batches, divisors, strict=True)]
+        return batches
+
+    def find_divisor(self, step):
+        """The mean number of targets in a micro-batch of data step `step`, over all micro-batches and ranks, fp32."""
+        micro_batches = self.accumulation * self.world
+        rows = micro_batches * self.batch_size
+        starts = self.starts(np.arange(step * rows, (step + 1) * rows))
+        learned = self.tokens.read_bits("learned", starts, self.block_size)[:, 1:]
+        return torch.tensor(np.count_nonzero(learned) / micro_batches, dtype=torch.float32)
 
     def read_ahead(self):
         """Give a thread the next group to read. -> a future of its batches"""
@@ -227,10 +308,10 @@ def evaluation_rows(block_size):
 def fixed_batches(tokens, block_size, batch_size, limit=0):
     """The windows of a split for evaluation, in order from its first token, including a short last one.
 
-    Yields (x, y), int64 (B, block_size), at most `limit` of them (0: the whole split). Each token after the first is a
+    Yields Batches without a divisor, at most `limit` of them (0: the whole split). Each token after the first is a
     target once; targets past the end of the split are -1. Raises DataError if there is no target at all.
     """
-    targets = len(tokens) - 1
+    targets = len(tokens) - (0 if tokens.row_size else 1)
     if targets < 1:
         raise DataError(f"{tokens.folder}: the {tokens.split} split has {len(tokens)} tokens, at least 2 are needed")
     starts = np.arange(0, targets, block_size)
@@ -239,13 +320,11 @@ def fixed_batches(tokens, block_size, batch_size, limit=0):
             return
         rows = starts[i : i + batch_size]
         full_rows = rows[rows + block_size <= targets]
-        x, y = to_batch(tokens.read(full_rows, block_size + 1))
+        batch = read_batch(tokens, full_rows, block_size)
         if len(full_rows) < len(rows):  # the last window of the split is shorter
-            tail_x, tail_y = to_batch(tokens.read(rows[-1:], len(tokens) - int(rows[-1])))
-            pad = (0, block_size - tail_x.size(1))
-            x = torch.cat((x, torch.nn.functional.pad(tail_x, pad)))
-            y = torch.cat((y, torch.nn.functional.pad(tail_y, pad, value=-1)))
-        yield x, y
+            tail = read_batch(tokens, rows[-1:], targets - int(rows[-1]))
+            batch = join_batches([batch, tail.pad(block_size)])
+        yield batch
 
 
 def context_length(step, block_size, start, until):

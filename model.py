@@ -13,6 +13,8 @@ With the defaults it is GPT-2 (Radford et al. 2019). The options and their sourc
 - `logit_softcap`: bounds the logits (Gemma 2, arXiv:2408.00118)
 - `attn`: PyTorch's SDPA, flash-attn where it is installed, or plain matrix products
 
+A row can hold several documents that do not see each other (`docs` of GPT.forward; keep_apart).
+
 Start at GPT.forward. The loss never holds all logits (cross_entropy.py). The model knows no device, rank, file or
 dataset: it imports torch and cross_entropy.py alone.
 """
@@ -20,6 +22,7 @@ dataset: it imports torch and cross_entropy.py alone.
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -28,9 +31,9 @@ import torch.nn.functional as F
 from cross_entropy import linear_cross_entropy, rows_at_once
 
 try:  # optional kernels: pip install flash-attn (CUDA only)
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 except ImportError:
-    flash_attn_func = None
+    flash_attn_func = flash_attn_varlen_func = None
 
 
 @dataclass
@@ -52,6 +55,7 @@ class GPTConfig:
     norm_embed: bool = False      # a norm right after the embedding
     qk_norm: str = "none"         # normalise queries and keys per head: none | rms | rms_gain
     activation: str = "gelu_tanh"  # gelu (erf, nanoGPT) | gelu_tanh (GPT-2) | relu2 | swiglu
+    mlp_width: int = 0            # hidden width of the MLP; 0: 4 n_embd, for swiglu two thirds of that
     tie_weights: bool = True      # the head is the embedding table
     logit_softcap: float = 0.0    # logits = cap * tanh(logits / cap); 0: off
     zero_init: bool = False       # residual projections (and an untied head) start at zero
@@ -80,6 +84,8 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
         if self.logit_softcap < 0.0:
             raise ValueError(f"logit_softcap={self.logit_softcap} must not be negative; 0 turns it off")
+        if self.mlp_width < 0:
+            raise ValueError(f"mlp_width={self.mlp_width} must not be negative; 0: 4 n_embd")
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.n_kv_head < 0 or self.n_head % self.kv_heads != 0:
@@ -112,7 +118,9 @@ class GPTConfig:
 
     @property
     def mlp_dim(self):
-        """Hidden width: 4 n_embd. SwiGLU has three matrices, so two thirds of that cost the same."""
+        """Hidden width: mlp_width, or 4 n_embd. SwiGLU has three matrices, so two thirds of that cost the same."""
+        if self.mlp_width:
+            return self.mlp_width
         if self.activation == "swiglu":
             return -(-(8 * self.n_embd) // (3 * 16)) * 16
         return 4 * self.n_embd
@@ -212,7 +220,8 @@ class Attention(nn.Module):
             self.q_gain = nn.Parameter(torch.ones(config.head_dim))
             self.k_gain = nn.Parameter(torch.ones(config.head_dim))
 
-    def forward(self, x, rope=None, attend_cached=None):
+    def forward(self, x, rope=None, other_attend=None):
+        """`other_attend(q, k, v)` takes the place of `attend`: that of a cache, or one with documents."""
         B, T, _ = x.shape
         qkv = self.c_attn(x)  # (B, T, (n_q + 2 n_kv) * head_dim)
         heads = qkv.size(-1) // self.head_dim
@@ -230,8 +239,8 @@ class Attention(nn.Module):
             qk = apply_rope(qk, *rope)
         q, k = qk.split((n_q, n_kv), dim=2)  # (B, T, n_q, head_dim), (B, T, n_kv, head_dim)
 
-        if attend_cached is not None:
-            y = attend_cached(q, k, v)
+        if other_attend is not None:
+            y = other_attend(q, k, v)
         else:
             y = attend(q, k, v, self.attn, self.dropout if self.training else 0.0)
         y = self.c_proj(y.reshape(B, T, n_q * self.head_dim))  # (B, T, n_embd)
@@ -247,12 +256,28 @@ def takes_flash(device, dtype, head_dim):
 
 
 def shares_heads(device, dtype, head_dim):
-    """Whether SDPA takes fewer key heads than query heads without T x T weights. On CUDA only its flash kernel does."""
+    """Whether SDPA takes fewer key heads than query heads without T x T weights. On CUDA only its flash kernel does,
+    which takes no mask."""
     return device.type != "cuda" or takes_flash(device, dtype, head_dim)
 
 
-def pick_attention(attn, device, dtype, T, head_dim):
-    """The kernel for config.attn on this device, in this dtype, for T tokens -> ("flash" | "sdpa" | "math", reason)"""
+def pick_attention(attn, device, dtype, T, head_dim, *, docs=False, dropout=0.0, compiling=False):
+    """The kernel for config.attn on this device, in this dtype, for T tokens -> ("flash" | "sdpa" | "math", reason)
+
+    With `docs`, documents in one row are kept apart. Then "varlen" (flash-attn on documents of any length, which is
+    never compiled) takes the place of "flash", and there is "flex" (PyTorch's FlexAttention, which has to be compiled
+    and has no dropout).
+    """
+    if docs and attn != "math":
+        skips = attn != "sdpa" and takes_flash(device, dtype, head_dim)
+        if skips and compiling and not dropout and head_dim >= 16:
+            return "flex", "compiled, it skips other documents"
+        if attn == "flash" and not compiling:
+            return "varlen", "asked for"
+        if skips and flash_attn_varlen_func is not None and not compiling:
+            return "varlen", "flash-attn is installed, and skips other documents"
+        if device.type == "cuda" or attn != "auto":
+            return "sdpa", "with a mask that hides other documents"
     if attn != "auto":
         return attn, "asked for"
     if flash_attn_func is not None and takes_flash(device, dtype, head_dim):
@@ -267,25 +292,90 @@ def pick_attention(attn, device, dtype, T, head_dim):
     return "sdpa", "PyTorch picks the kernel"
 
 
-def attend(q, k, v, attn="auto", dropout=0.0):
-    """Causal softmax(q k^T / sqrt(D)) v. q (B, T, n_q, D), k and v (B, T, n_kv, D) -> (B, T, n_q, D)."""
-    kind, _ = pick_attention(attn, q.device, q.dtype, q.size(1), q.size(-1))
+def positions_within(docs):
+    """docs (B, T), numbers that rise in each row -> the position of each token in its document, int64 (B, T)"""
+    docs = docs.contiguous()
+    first = torch.searchsorted(docs, docs)  # the first place in the row with this number, or a higher one
+    return torch.arange(docs.size(1), device=docs.device) - first
+
+
+class Apart(NamedTuple):
+    """What attention needs to keep documents apart: made once in a forward pass, and shared by all layers."""
+
+    kind: str  # pick_attention's choice
+    mask: Any = None  # sdpa, math: which keys a query sees, bool (B, 1, T, T); flex: the same as a BlockMask
+    begins: torch.Tensor | None = None  # varlen: where documents begin in the B x T tokens, and their end, int32
+    longest: int = 0  # varlen: tokens of the longest document
+
+
+def keep_apart(docs, attn, dtype, head_dim, dropout, compiling):
+    """docs (B, T), the number of the document that each token belongs to, rising in a row -> Apart"""
+    B, T = docs.shape
+    kind, _ = pick_attention(attn, docs.device, dtype, T, head_dim, docs=True, dropout=dropout, compiling=compiling)
+    if kind == "varlen":
+        first_tokens = (positions_within(docs).flatten() == 0).nonzero()[:, 0]
+        begins = F.pad(first_tokens, (0, 1), value=B * T).int()
+        return Apart(kind, begins=begins, longest=int(begins.diff().max()))
+    if kind == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def sees(b, h, query, key):
+            return (key <= query) & (docs[b, key] == docs[b, query])
+
+        return Apart(kind, create_block_mask(sees, B, None, T, T, device=docs.device))
+    same = docs[:, :, None] == docs[:, None, :]  # (B, T, T)
+    return Apart(kind, same.tril()[:, None])
+
+
+def attend(q, k, v, attn="auto", dropout=0.0, apart=None):
+    """Causal softmax(q k^T / sqrt(D)) v. q (B, T, n_q, D), k and v (B, T, n_kv, D) -> (B, T, n_q, D).
+
+    With `apart` (from keep_apart) a query sees the keys of its own document only.
+    """
+    if apart is None:
+        apart = Apart(pick_attention(attn, q.device, q.dtype, q.size(1), q.size(-1))[0])
+    kind, mask = apart.kind, apart.mask
     if kind == "flash":
         return flash_attn_func(q, k, v, dropout_p=dropout, causal=True,
                                deterministic=torch.are_deterministic_algorithms_enabled())
+    if kind == "varlen":
+        return attend_varlen(q, k, v, apart, dropout)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+    if kind == "flex":
+        return attend_flex(q, k, v, mask).transpose(1, 2)
     group = q.size(1) // k.size(1)  # query heads that share one key/value head
-    if kind == "math" or (group > 1 and not shares_heads(q.device, q.dtype, q.size(-1))):
+    masked_on_gpu = mask is not None and q.device.type == "cuda"
+    if kind == "math" or (group > 1 and (masked_on_gpu or not shares_heads(q.device, q.dtype, q.size(-1)))):
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     if kind == "math":
         T = q.size(2)
-        future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-        scores = (q * q.size(-1) ** -0.5) @ k.mT + future  # (B, n_q, T, T)
+        hidden = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device)
+        hidden = hidden.triu(1) if mask is None else torch.where(mask, 0.0, hidden)
+        scores = (q * q.size(-1) ** -0.5) @ k.mT + hidden  # (B, n_q, T, T)
         y = F.dropout(scores.softmax(-1), dropout) @ v
     else:
         gqa = q.size(1) != k.size(1)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=gqa)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
+                                           enable_gqa=gqa)
     return y.transpose(1, 2)
+
+
+def attend_varlen(q, k, v, apart, dropout):
+    """attend with flash-attn, which takes the documents of all rows one after another."""
+    y = flash_attn_varlen_func(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),  # (B * T, heads, D)
+        apart.begins, apart.begins, apart.longest, apart.longest, dropout_p=dropout, causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return y.view(q.shape)
+
+
+def attend_flex(q, k, v, mask):
+    """attend with FlexAttention (Dong et al. 2024, arXiv:2412.05496), which compiles to one kernel that skips blocks
+    that `mask`, a BlockMask, hides. q (B, n_q, T, D) -> (B, n_q, T, D)"""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
 
 class MLP(nn.Module):
@@ -327,8 +417,8 @@ class Block(nn.Module):
         self.ln_2 = Norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, attend_cached=None):
-        x = x + self.attn(self.ln_1(x), rope, attend_cached)
+    def forward(self, x, rope=None, other_attend=None):
+        x = x + self.attn(self.ln_1(x), rope, other_attend)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -382,16 +472,19 @@ class GPT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def embed(self, idx, positions=None):
+    def embed(self, idx, positions=None, docs=None):
         """Token ids (B, T), int32 or int64, at `positions` (T,) or 0, 1, ... -> residual stream (B, T, n_embd).
-        Raises ValueError for more than block_size tokens."""
+        With docs (B, T) learned positions begin at 0 in each document. Raises ValueError for more than block_size
+        tokens."""
         T = idx.size(1)
         if positions is None and T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, n_embd)
         if self.config.pos == "learned":
-            wpe = self.transformer.wpe
-            x = x + (wpe.weight[:T] if positions is None else wpe(positions))
+            if docs is not None:
+                positions = positions_within(docs)
+            table = self.transformer.wpe.weight
+            x = x + (table[:T] if positions is None else F.embedding(positions, table))
         if self.config.norm_embed:
             x = self.transformer.ln_e(x)
         return F.dropout(x, self.config.dropout, self.training)
@@ -402,6 +495,22 @@ class GPT(nn.Module):
             return None
         return self.rope_cos[:T, None], self.rope_sin[:T, None]
 
+    def attend_apart(self, docs, dtype, compiling=None):
+        """-> an attend(q, k, v) that keeps the documents docs (B, T) apart, or None without docs.
+
+        `dtype` is that of the residual stream. compiling: whether attention is compiled; None: whether this call is.
+        """
+        if docs is None:
+            return None
+        if compiling is None:
+            compiling = torch.compiler.is_compiling()
+        if torch.is_autocast_enabled(docs.device.type):
+            dtype = torch.get_autocast_dtype(docs.device.type)
+        config = self.config
+        dropout = config.dropout if self.training else 0.0
+        apart = keep_apart(docs, config.attn, dtype, config.head_dim, dropout, compiling)
+        return partial(attend, dropout=dropout, apart=apart)
+
     def head(self, x):
         """Residual stream (..., n_embd) -> logits (..., vocab_size). The padding of the table has none."""
         logits = self.lm_head(self.transformer.ln_f(x))[..., : self.config.vocab_size]
@@ -409,11 +518,17 @@ class GPT(nn.Module):
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits
 
-    def forward(self, idx, targets=None, *, loss_only=False, last_only=False, cache=None):
+    def forward(self, idx, targets=None, *, docs=None, divisor=None, loss_only=False, last_only=False, cache=None):
         """Token ids idx (B, T) and targets (B, T), -1 where there is nothing to predict -> (logits, loss).
 
         logits (B, T, vocab_size), or (B, 1, vocab_size) with last_only; loss is the mean in nats per target, or None
-        without targets. With loss_only the logits are None and never held whole in fp32.
+        without targets. With loss_only the logits are None and never held whole in fp32. With `divisor`, a 0-dim fp32
+        tensor, the loss is the sum divided by it. If all targets are -1, the loss is 0.
+
+        docs (B, T), int64, rising in a row: the number of the document that each token belongs to. A token then
+        attends only to earlier tokens of its own document, and learned positions begin at 0 in each document. RoPE
+        needs no such restart, because attention sees only the distance between two tokens. So documents packed in a
+        row compute what each computes alone.
 
         cache (inference/kvcache.py): the keys and values of earlier tokens. It has `positions` (T,) of idx, their
         `rope`, attend(layer, q, k, v) in place of `attend` above, and `rows`, the places in T whose logits are wanted.
@@ -423,21 +538,24 @@ class GPT(nn.Module):
             for i, block in enumerate(self.transformer.h):
                 x = block(x, cache.rope, partial(cache.attend, i))
             return self.head(x[:, cache.rows]), None
-        x = self.embed(idx)
+        x = self.embed(idx, docs=docs)
         rope = self.rope(idx.size(1))
+        other_attend = self.attend_apart(docs, x.dtype)
         for block in self.transformer.h:
-            x = block(x, rope)
+            x = block(x, rope, other_attend)
         if loss_only:
-            return None, self.loss(x, targets)
+            return None, self.loss(x, targets, divisor)
         logits = self.head(x[:, -1:] if last_only else x)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        cross_entropy = partial(F.cross_entropy, logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        if divisor is not None:
+            return logits, cross_entropy(reduction="sum") / divisor
+        return logits, torch.where((targets != -1).any(), cross_entropy(), 0.0)  # the mean of no loss is not a number
 
-    def loss(self, x, targets, fuse=None):
-        """Residual stream (B, T, n_embd), targets (B, T) -> mean cross-entropy in nats per target, without ever holding
-        all logits. `fuse` is linear_cross_entropy's."""
+    def loss(self, x, targets, divisor=None, fuse=None):
+        """Residual stream (B, T, n_embd), targets (B, T) -> mean cross-entropy in nats per target, or the sum divided
+        by `divisor`, without ever holding all logits. `fuse` is linear_cross_entropy's."""
         x = x.flatten(0, 1)  # (B * T, n_embd)
         targets = targets.flatten()  # (B * T,)
         if isinstance(self.lm_head, Head):
@@ -449,7 +567,9 @@ class GPT(nn.Module):
             total = 0
             for xs, ts in pieces:
                 total += F.cross_entropy(self.head(xs).float(), ts, ignore_index=-1, reduction="sum")
-        return total / (targets != -1).sum()
+        if divisor is None:
+            divisor = (targets != -1).sum().clamp(min=1)
+        return total / divisor
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):

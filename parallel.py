@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint
+from loader import join_batches
 from model import GPT, MLP, Attention
 from optim import is_dtensor, laid_out_like, local, map_state
 from training.pipeline_parallel import Pipeline, count_stages
@@ -187,32 +188,30 @@ class Layout(Ranks):
         return 1 if self.pp > 1 else self.accumulation
 
     def next_batch(self, loader):
-        """The tokens of the next pass, (x, y) on the CPU, each (B, T). A pipeline takes the whole step in one pass."""
+        """The Batch of the next pass, on the CPU. A pipeline takes the whole step in one pass."""
         if self.pp == 1:
             return next(loader)
-        batches = [next(loader) for _ in range(self.accumulation)]
-        x, y = zip(*batches, strict=True)
-        return torch.cat(x), torch.cat(y)
+        return join_batches([next(loader) for _ in range(self.accumulation)])
 
     def repeat_batch(self, batch):
-        """The (x, y) of one micro-batch -> (x, y) of a pass. A pipeline's pass repeats it for each micro-batch."""
-        repeats = self.accumulation if self.pp > 1 else 1
-        return [tokens.repeat(repeats, 1) for tokens in batch]
+        """The Batch of one micro-batch -> that of a pass. A pipeline's pass repeats it for each micro-batch."""
+        return batch if self.pp == 1 else join_batches([batch] * self.accumulation)
 
-    def forward_backward(self, x, y, micro, scaler=None, timer=None):
-        """Pass number `micro` of a step, forward and backward. x, y (B, T) -> the mean loss, detached.
+    def forward_backward(self, batch, micro, scaler=None, timer=None):
+        """Pass number `micro` of a step on a loader.Batch, forward and backward. -> the loss, detached. The step's loss
+        and gradient are the means over its passes and data-parallel ranks.
 
         Gradients are reduced in the last pass, number passes - 1; -1 is never the last. In a pipeline the loss is 0 on
         the ranks without the last stage. `timer` (monitor.StepTimer) measures the parts of the step.
         """
         mark = timer.mark if timer else lambda part: None
         if self.pipeline:
-            loss = self.pipeline.forward_backward(x, y, self.accumulation)
+            loss = self.pipeline.forward_backward(batch, self.accumulation)
             mark("pipeline_ms")
             return loss
         self.before_forward(last=micro == self.passes - 1)
         with self.context():
-            _, loss = self.module(x, y, loss_only=True)
+            _, loss = self.module(batch.x, batch.y, docs=batch.docs, divisor=batch.divisor, loss_only=True)
         mark("forward_ms")
         share = loss / self.accumulation
         if scaler:
@@ -287,6 +286,7 @@ class Layout(Ranks):
             module.forward = torch.compile(module.forward, dynamic=False)
         for root in self.roots:
             root.loss = partial(root.loss, fuse=self.device.type == "cuda")
+            root.attend_apart = partial(root.attend_apart, compiling=True)
 
     def run_uncompiled(self):
         """Call the module as it was placed, and run everything compiled within it eagerly."""

@@ -9,14 +9,13 @@ All samples of a prompt are drawn together (infer.py, which draws tokens by infe
 another.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
 
 from configurator import Settings, configure, fail
 from device import can_compile, memory_is_full, pick_device, pick_dtype, what_failed
-from files import decode_text, read_lines
+from files import close_stdout, decode_text, read_lines
 from infer import Engine, check_prompt, encode_prompt, load, stream
 from inference.quantize import convert
 from inference.sampling import StopText, sampling_from
@@ -218,11 +217,6 @@ def compile_trouble(engine, prompt):
         engine.model._compiled_call_impl = None  # what Module.compile sets
         return what_failed(e)
     return None
-
-
-def close_stdout():
-    """Nobody can read stdout any more: point it at /dev/null, so that the flush at exit does not fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

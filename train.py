@@ -31,7 +31,7 @@ from parallel import Layout
 from training import guard, start, warmup
 from training.measure import Costs, Measure, seed_dropout, validation_loss
 from training.monitor import Pace, Run, StepTimer, evaluation_line
-from training.origin import adopt_sizes, check_origin, find_origin, read_other_model
+from training.origin import adopt_sizes, check_origin, find_origin, make_model_config, read_other_model
 from training.probe import Update
 from training.profiler import Profiler
 from training.ranks import all_fail_together
@@ -40,7 +40,8 @@ from training.saver import Saver
 # -----------------------------------------------------------------------------
 # the run
 out_dir = "out"               # where config, metrics and checkpoints go
-init_from = "scratch"         # scratch | resume | auto (resume a run if there is one) | a model to start from: a
+init_from = "scratch"         # scratch | resume | auto (resume a run if there is one) | a model to start from, or
+                              # auto:MODEL (resume a run if there is one, else start from that model): a
                               # run's folder, nanoGPT's ckpt.pt, a Hugging Face folder, a name on the Hub (gpt2)
 seed = 1337                   # of initialisation, data order and dropout
 max_iters = 600000            # updates in total
@@ -49,6 +50,7 @@ eval_only = False             # evaluate once and stop
 # data
 dataset = "openwebtext"       # a name under data/, a folder of shards, or a mix of them with weights: a:0.7,b:0.3
 verify_data = False           # check every shard's sha256 before the first step (sizes are checked always)
+doc_mask: bool | None = None  # the documents in one row do not see each other; none: for conversations
 batch_size = 12               # sequences per micro-step; 0: the most that memory is estimated to hold
 gradient_accumulation_steps: int | None = None  # micro-steps per update over all ranks; none: 1, or by tokens_per_step
 tokens_per_step = 0           # tokens per update; when set, decides gradient_accumulation_steps
@@ -77,6 +79,7 @@ norm_eps = 1e-5               # added to the variance in every norm
 norm_embed = False            # a norm right after the embedding
 qk_norm = "none"              # none | rms | rms_gain
 activation = "gelu_tanh"      # gelu | gelu_tanh | relu2 | swiglu
+mlp_width = 0                 # hidden width of the MLP; 0: 4 n_embd, for swiglu two thirds of that
 tie_weights = True            # the head is the embedding table
 logit_softcap = 0.0           # 0: off
 zero_init = False             # residual projections (and an untied head) start at zero
@@ -176,7 +179,8 @@ def main(c, given, stop, lock, rewound=None):
         data = start.open_data(c.dataset)
         read_other_model(c, origin)
         c = adopt_sizes(c, given, origin)
-        model_config = start.make_model_config(c, data)
+        c = start.adopt_rows(c, given, data)
+        model_config = make_model_config(c, origin, data)
         layout.check(model_config, machine.dtype)
         c, budget = start.settle_batch(c, origin, model_config, layout, machine)
         start.open_splits(c, data, model_config.vocab_size, layout)
@@ -248,12 +252,11 @@ def main(c, given, stop, lock, rewound=None):
             # the gradient of the update, accumulated over micro-batches and ranks
             micro_losses = []
             for micro in range(layout.passes):
-                x, y = layout.next_batch(loader)  # (batch_size, block_size) token ids
-                x = measure.to_device(x, step, loader.pin)
-                y = measure.to_device(y, step, loader.pin)
+                batch = layout.next_batch(loader)  # (batch_size, block_size) token ids
+                batch = measure.to_device(batch, step, loader.pin)
                 timer.mark("data_ms")
                 seed_dropout(c, layout, step, micro)
-                micro_losses.append(layout.forward_backward(x, y, micro, scaler, timer))
+                micro_losses.append(layout.forward_backward(batch, micro, scaler, timer))
             layout.reduce_gradients()
 
             # the update
@@ -368,8 +371,9 @@ def end_run(c, run, summary, saved, tokenizer):
     if not saved:
         run.say(f"{summary}; the last checkpoint could not be saved (the reason is above)")
         return 1
+    script = "chat.py" if tokenizer and tokenizer.template else "sample.py"
     flag = "" if tokenizer else " --tokenizer=FILE"
-    run.say(f"{summary}; next: python sample.py {shlex.quote(f'--out_dir={c.out_dir}')}{flag}")
+    run.say(f"{summary}; next: python {script} {shlex.quote(f'--out_dir={c.out_dir}')}{flag}")
     return 0
 
 

@@ -171,6 +171,7 @@ def random_prompts(batch, length, vocab_size=50257):
 
 def decode(engine, batch, length, new_tokens):
     """One round of requests. -> (seconds to the first token of all, median seconds of a step after it)"""
+    engine.blocks.forget()  # the prompts are those of the last round, and shall be read again
     prompts = random_prompts(batch, length, engine.model.config.vocab_size)
     requests = []
     for ids in prompts.tolist():
@@ -222,6 +223,7 @@ def crowd_times(model, crowd):
             engine.step()
 
     one_by_one_s = timed(one_by_one)
+    engine.blocks.forget()  # the same prompts again
     at_once_s = timed(at_once)
     return {
         "crowd": crowd,

@@ -21,6 +21,7 @@ import plan
 from benchmarks.common import forget_peak, in_processes, machine, table
 from configurator import fail
 from device import memory_gb, pick_device
+from loader import Batch
 from model import GPT, GPTConfig
 from optim import Optimizers, local
 from parallel import Layout, checkpoint_activations
@@ -146,7 +147,7 @@ def updates_once(stage, shape, tokens, device_name):
         forget_peak(device)
         before_gb = memory_gb(device)
         for micro in range(layout.passes):
-            layout.forward_backward(x, x, micro)
+            layout.forward_backward(Batch(x, x), micro)
         layout.reduce_gradients()
         opt.step()
         held = held_bytes(model, opt)

@@ -11,7 +11,10 @@ engine (infer.py) the model gets one of two caches:
   do not depend on the requests, so that on CUDA a graph can be replayed.
 """
 
+import hashlib
 import itertools
+from array import array
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -28,62 +31,125 @@ except ImportError:
 # The memory
 
 
+def block_digest(parent, tokens):
+    """The digest of a full block: it stands for its `tokens` and all before them. parent: that of the block before, or
+    b"" for the first. -> bytes
+
+    A block is shared by its digest alone, without a look at its tokens, so two texts must never have the same: one talk
+    would continue another. Python's hash has 64 bits, and a user could choose prompts that collide. With 256 bits of
+    BLAKE2b (RFC 7693) nobody can, and chance will not.
+    """
+    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=32).digest()
+
+
+def block_digests(tokens, size):
+    """The digests of all full blocks of `size` tokens. -> list"""
+    digests = []
+    parent = b""
+    for end in range(size, len(tokens) + 1, size):
+        parent = block_digest(parent, tokens[end - size : end])
+        digests.append(parent)
+    return digests
+
+
 class Blocks:
-    """Which blocks of the pool are in use. Requests whose prompts begin alike may share a block."""
+    """Which blocks of the pool are in use, and which tokens' keys and values they hold.
+
+    A full block is known by its digest, so that a request whose tokens begin alike uses it too, instead of reading them
+    again. Without a user it counts as free, but stays known until its room is needed: the least recently used goes
+    first. A block goes before the one in front of it, as it cannot be found without that one.
+    """
 
     def __init__(self, count):
         self.users = [0] * count  # requests that use each block
-        self.free = count  # blocks without a user
-        self.block_of = {}  # all tokens up to the end of a full block -> the block that holds the last of them
-        self.prefix_of = {}  # block -> those tokens
+        self.free = count  # blocks without a user, known ones among them
+        self.block_of = {}  # digest -> the block known by it
+        self.digest_of = {}  # block -> its digest; None: in use since before `forget`, and never to be known
+        self.idle = OrderedDict()  # the known blocks without a user, the least recently used first
 
-    def allocate(self, count):
-        """Reserve `count` blocks for one request: neighbours if possible, as a view then needs no copy. -> list"""
+    def allocate(self, count, after=None):
+        """Reserve `count` blocks for one request: unknown ones as long as there are any. -> list
+
+        Neighbours if possible, as a view then needs no copy; best those behind the request's block `after`.
+        """
         assert count <= self.free, "more blocks asked for than are free"
-        chosen = self.free_neighbours(count)
+        empty = self.free - len(self.idle)
+        for _ in range(count - empty):
+            block, _ = self.idle.popitem(last=False)
+            del self.block_of[self.digest_of.pop(block)]
+        chosen = self.neighbours(count, after)
         if chosen is None:
-            chosen = [i for i, users in enumerate(self.users) if not users][:count]
+            chosen = [i for i in range(len(self.users)) if self.is_empty(i)][:count]
         for i in chosen:
             self.users[i] = 1
         self.free -= count
         return chosen
 
-    def free_neighbours(self, count):
-        """The first `count` free blocks in a row, or None."""
+    def is_empty(self, block):
+        """Whether a block has no user and is not known."""
+        return not self.users[block] and block not in self.digest_of
+
+    def neighbours(self, count, after):
+        """`count` empty blocks in a row: those behind `after` if they are empty, else the first such row, or None."""
+        if after is not None and after + count < len(self.users):
+            following = list(range(after + 1, after + 1 + count))
+            if all(self.is_empty(i) for i in following):
+                return following
         run = 0
-        for i, users in enumerate(self.users):
-            run = 0 if users else run + 1
+        for i in range(len(self.users)):
+            run = run + 1 if self.is_empty(i) else 0
             if run == count:
                 return list(range(i + 1 - count, i + 1))
         return None
 
-    def share_prefix(self, tokens, size):
-        """Use the full blocks of `size` tokens that already hold the beginning of `tokens`. -> list
-
-        The last token is never among them: it must be read, because the next token follows from it.
-        """
+    def share(self, digests):
+        """Use the blocks known by `digests`, up to the first that is not known. -> list"""
         shared = []
-        end = size
-        while end < len(tokens) and tuple(tokens[:end]) in self.block_of:
-            shared.append(self.block_of[tuple(tokens[:end])])
-            end += size
-        for i in shared:
-            self.users[i] += 1
+        for digest in digests:
+            block = self.block_of.get(digest)
+            if block is None:
+                break
+            if not self.users[block]:
+                del self.idle[block]
+                self.free -= 1
+            self.users[block] += 1
+            shared.append(block)
         return shared
 
-    def publish(self, tokens, block):
-        """Let other requests share `block`: it holds the last of `tokens`, and will not change."""
-        if tokens not in self.block_of and block not in self.prefix_of:
-            self.block_of[tokens] = block
-            self.prefix_of[block] = tokens
+    def publish(self, digest, block):
+        """Let other requests share `block`, which is full and will not change. One block is known by each digest."""
+        if digest not in self.block_of and block not in self.digest_of:
+            self.block_of[digest] = block
+            self.digest_of[block] = digest
 
-    def release(self, blocks):
-        """A request no longer uses these blocks."""
-        for i in blocks:
-            self.users[i] -= 1
-            if not self.users[i]:
-                self.free += 1
-                self.block_of.pop(self.prefix_of.pop(i, None), None)
+    def release(self, blocks, digests=()):
+        """A request no longer uses these blocks. `digests`: of its first blocks, those that are full.
+
+        The last block comes first, so each becomes idle before the one in front of it. Of two equal blocks only one is
+        known. If this request has the other, it used the known one all the same; and if that is gone, its own is known.
+        """
+        for place in reversed(range(len(blocks))):
+            block = blocks[place]
+            if place < len(digests):
+                self.publish(digests[place], block)
+                known = self.block_of.get(digests[place])
+                if known in self.idle:
+                    self.idle.move_to_end(known)
+            self.users[block] -= 1
+            if self.users[block]:
+                continue
+            self.free += 1
+            if self.digest_of.get(block):
+                self.idle[block] = None
+            else:
+                self.digest_of.pop(block, None)
+
+    def forget(self):
+        """Know no block any more: to be called when the weights of the model change. Requests that run keep their
+        blocks, which will not become known."""
+        self.block_of.clear()
+        self.idle.clear()
+        self.digest_of = {block: None for block, users in enumerate(self.users) if users}
 
 
 class BlockTable:
@@ -98,18 +164,19 @@ class BlockTable:
         self.size = size
         self.window = window
         self.neighbours = all(b == a + 1 for a, b in itertools.pairwise(blocks))
+        self.slots = (torch.tensor(blocks)[:, None] * size + torch.arange(size)).flatten()
 
     def slot(self, position):
         position %= self.window
         return self.blocks[position // self.size] * self.size + position % self.size
 
     def view(self, count):
-        """Index of the slots of the first `count` tokens (at most the whole window): a slice, or a list."""
+        """Index of the slots of the first `count` tokens (at most the whole window): a slice, or a tensor."""
         count = min(count, self.window)
         if self.neighbours:
             first = self.blocks[0] * self.size
             return slice(first, first + count)
-        return [self.slot(position) for position in range(count)]
+        return self.slots[:count]
 
 
 class Pool:
@@ -158,7 +225,7 @@ class Part(NamedTuple):
     tokens: list  # ids
     first: int  # position of the first of them: as many are in the cache already
     table: BlockTable
-    wanted: bool  # whether the logits after the last of them are wanted
+    wanted: int  # after how many of the last of them the logits are wanted: mostly 1, or 0
 
 
 class StepCache:
@@ -176,9 +243,11 @@ class StepCache:
             end = first + len(tokens)
             positions += range(first, end)
             slots += [table.slot(position) for position in range(first, end)]
-            self.parts.append((row, len(tokens), first, table.view(end)))
-            if wanted:
-                self.rows.append(len(positions) - 1)
+            view = table.view(end)
+            if not table.neighbours:
+                view = view.to(pool.device)
+            self.parts.append((row, len(tokens), first, view))
+            self.rows += range(len(positions) - wanted, len(positions))
         self.positions = torch.tensor(positions, device=pool.device)
         self.slots = torch.tensor(slots, device=pool.device)
         self.rope = rope_at(rope, self.positions)

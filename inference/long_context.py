@@ -66,7 +66,7 @@ def loss_by_position(model, tokens, length, rows, limit=0, context=contextlib.nu
     device = next(model.parameters()).device
     total = torch.zeros(length, dtype=torch.float64)
     count = torch.zeros(length, dtype=torch.float64)
-    for x, y in fixed_batches(tokens, length, rows, limit):
+    for x, y, *_ in fixed_batches(tokens, length, rows, limit):
         losses, _ = score_tokens(model, x.to(device), y.to(device), context)
         total += losses.cpu().double().sum(0)
         count += (y != -1).sum(0)

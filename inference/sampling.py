@@ -1,11 +1,17 @@
 """
-From logits to a token (`penalise`, then `probabilities`), and where a text ends (`StopText`). infer.py calls these.
+From logits to a token (`Chooser`, by `penalise` and `probabilities`), and where a text ends (`StopText`). infer.py
+calls these.
 """
 
 import math
+import operator
 from dataclasses import dataclass, fields
 
 import torch
+
+from inference.prompts import is_id
+
+MOST_TOP = 20  # most tokens whose log-probabilities are kept for each place, as in OpenAI's interface
 
 
 @dataclass(frozen=True)
@@ -18,11 +24,16 @@ class Sampling:
     top_p: float = 1.0               # nucleus sampling: the smallest set of tokens whose probability reaches top_p
     min_p: float = 0.0               # only tokens with at least this share of the largest probability
     repetition_penalty: float = 1.0  # above 1: tokens that were there before become less likely
+    presence_penalty: float = 0.0    # is subtracted from the logits of tokens that the answer has; -2 to 2
+    frequency_penalty: float = 0.0   # the same, times how often the answer has the token
+    logit_bias: tuple = ()           # a dict of id -> number from -100 to 100, which is added to that token's logit
     seed: int = 0                    # of the request's own random numbers
     stop: tuple = ()                 # strings that end the text, and are not part of it
     stop_tokens: tuple = ()          # ids that end it
     ignore_eos: bool = False         # continue past the end of a document
     logprobs: bool = False           # keep the log-probability of each token, before temperature and the other options
+    top_logprobs: int = 0            # keep it, and those of this many most likely tokens; at most 20
+    prompt_logprobs: bool | int = False  # keep those of the prompt's tokens too; a number: and of as many most likely
 
     def __post_init__(self):
         if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1):
@@ -37,10 +48,34 @@ class Sampling:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1]; 0: all tokens")
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0; 1: none")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [-2, 2]; 0: none")
+        object.__setattr__(self, "logit_bias", bias_pairs(self.logit_bias))  # so that it is frozen, too
+        if not (is_id(self.top_logprobs) and 0 <= self.top_logprobs <= MOST_TOP):
+            raise ValueError(f"top_logprobs={self.top_logprobs} must be a whole number from 0 to {MOST_TOP}")
+        if not (isinstance(self.prompt_logprobs, bool)
+                or (is_id(self.prompt_logprobs) and 0 <= self.prompt_logprobs <= MOST_TOP)):
+            raise ValueError(f"prompt_logprobs={self.prompt_logprobs} must be True, False or a whole number up to "
+                             f"{MOST_TOP}")
         if not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**64):
             raise ValueError(f"seed={self.seed} must be a whole number of at most 64 bits")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop={self.stop!r} must be a list of strings that are not empty")
+
+
+def bias_pairs(logit_bias):
+    """A dict of token id -> number, or its pairs -> a tuple of pairs. Raises ValueError."""
+    try:
+        biases = dict(logit_bias)
+    except (TypeError, ValueError):
+        raise ValueError(f"logit_bias={logit_bias!r:.80} must be a dict of token id -> number") from None
+    for token, bias in biases.items():
+        if not is_id(token):
+            raise ValueError(f"logit_bias: {token!r:.80} is no token id, which is a whole number")
+        if not (isinstance(bias, (int, float)) and -100 <= bias <= 100):
+            raise ValueError(f"logit_bias: {bias!r:.80} for token {token} must be a number in [-100, 100]")
+    return tuple((operator.index(token), float(bias)) for token, bias in biases.items())
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -91,6 +126,56 @@ def penalise(logits, ids, penalty):
     penalty = in_fp32(penalty)
     penalised = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     return logits.scatter(0, seen, penalised.clamp(max=torch.finfo(logits.dtype).max))
+
+
+def penalise_answer(logits, counts, presence, frequency):
+    """Logits (vocab_size,) -> the same, less `presence` for each token that the answer has, and less `frequency` for
+    each time it has it. counts (vocab_size,): how often. As OpenAI's interface defines them: the prompt never counts.
+    """
+    return logits - presence * (counts > 0) - frequency * counts
+
+
+def top_tokens(logprobs, count):
+    """The `count` most likely tokens of logprobs (vocab_size,), the lowest ids on a tie. -> [(id, logprob), ...]"""
+    ids = most_likely(logprobs, min(count, len(logprobs)))
+    ranked, order = logprobs[ids].sort(descending=True, stable=True)
+    return list(zip(ids[order].tolist(), ranked.tolist(), strict=True))
+
+
+class Chooser:
+    """Chooses the tokens of one answer, as its Sampling says. Raises ValueError if that names a token which the model
+    does not have."""
+
+    def __init__(self, sampling, vocab_size):
+        self.sampling = sampling
+        self.generator = torch.Generator().manual_seed(sampling.seed)  # on the CPU: the same draws on every device
+        self.counts = None  # how often the answer has each token
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self.counts = torch.zeros(vocab_size)
+        self.bias = None  # of each token
+        if sampling.logit_bias:
+            self.bias = torch.zeros(vocab_size)
+        for token, bias in sampling.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"logit_bias names token {token}, outside the model's vocabulary of {vocab_size}")
+            self.bias[token] = bias
+
+    def __call__(self, logits, ids):
+        """The token that follows all of `ids`, by logits (vocab_size,), fp32 on the CPU. It counts as said."""
+        s = self.sampling
+        logits = penalise(logits, ids, s.repetition_penalty)
+        if self.counts is not None:
+            logits = penalise_answer(logits, self.counts, s.presence_penalty, s.frequency_penalty)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if s.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            probs = probabilities(logits, s.temperature, s.top_k, s.top_p, s.min_p)
+            token = int(torch.multinomial(probs, 1, generator=self.generator))
+        if self.counts is not None:
+            self.counts[token] += 1
+        return token
 
 
 class StopText:

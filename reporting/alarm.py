@@ -107,6 +107,8 @@ def effective(config, resolved):
     settings["n_kv_head"] = config["n_kv_head"] or config["n_head"]
     if config["init_from"] in ("scratch", "resume", "auto"):  # all three begin from scratch
         settings["init_from"] = "scratch"
+    else:
+        settings["init_from"] = config["init_from"].removeprefix("auto:")
     return settings
 
 

@@ -24,7 +24,7 @@ from benchmarks.common import machine  # noqa: E402
 from benchmarks.memory import held_bytes  # noqa: E402
 from dataset import Tokens  # noqa: E402
 from eval import evaluate  # noqa: E402
-from loader import Loader  # noqa: E402
+from loader import Loader, to_batch  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import Optimizers, local, map_state  # noqa: E402
 from parallel import Layout  # noqa: E402
@@ -38,6 +38,10 @@ MODELS = {
     "modern": dict(**MODERN, bias=False, tie_weights=False),
     "grouped": dict(**MODERN, n_kv_head=2),
     "multi-query": dict(qk_norm="rms_gain", n_kv_head=1),
+}
+TALKS = {  # models that train on documents in a row, some of whose tokens are learned
+    "talks": dict(n_kv_head=2),
+    "modern talks": MODELS["modern"],
 }
 LAYOUTS = {
     2: {
@@ -69,10 +73,15 @@ def cases(ranks):
             yield name, model, "adamw", settings
         if ranks == 4 and ("ZeRO-3" in name or name in ("TP 2 x DDP", "PP 2 x DDP")):
             yield name, "multi-query", "muon", settings
+        if "TP 4" not in name:
+            yield name, "talks", "adamw", settings
     if ranks < 8:
         yield "wrong scale", "GPT-2", "adamw", {}  # which must be seen
+        yield "mean of means", "talks", "adamw", {}  # and this
     if ranks == 2:
         yield "DDP", "modern", "muon", {}
+        yield "PP 2 1f1b", "modern talks", "adamw", dict(pp_size=2)
+        yield "ZeRO-3, selective", "talks", "adamw", dict(zero_stage=3, activation_checkpointing="selective")
         for kind in ("selective", "full"):
             yield f"ZeRO-3, {kind}", "modern", "adamw", dict(zero_stage=3, activation_checkpointing=kind)
         yield "TP 2, selective", "grouped", "adamw", dict(tp_size=2, activation_checkpointing="selective")
@@ -92,6 +101,43 @@ class Numbers(Tokens):
         return np.stack([self.ids[start : start + length] for start in starts])
 
 
+class Talks(Loader):
+    """Batches as those of conversations: documents in each row, and tokens that are not learned. The number of targets
+    differs a lot between rows, and some rows have none."""
+
+    def batches(self, micro_steps):
+        batches = zip(super().batches(micro_steps), micro_steps, strict=True)
+        return [batch._replace(y=learned(*batch[:2]), docs=documents(batch.x), divisor=self.divisor(step))
+                for batch, (step, _) in batches]
+
+    def divisor(self, step):
+        """Targets of an update, divided by its micro-batches."""
+        micro_batches = self.accumulation * self.world
+        rows = micro_batches * self.batch_size
+        starts = self.starts(np.arange(step * rows, (step + 1) * rows))
+        x, y = to_batch(self.tokens.read(starts, self.block_size + 1))
+        return (learned(x, y) != -1).sum().float() / micro_batches
+
+
+class MeanOfMeans(Talks):
+    """The mistake: each micro-batch divides by the number of its own targets."""
+
+    def divisor(self, step):
+        return None
+
+
+def documents(x):
+    """A document begins at each token that 5 divides."""
+    return (x % 5 == 0).long().cumsum(1)
+
+
+def learned(x, y):
+    """Targets: the tokens of every other document, in every third row all tokens, and in some rows none."""
+    kind = x[:, :1] % 3
+    wanted = (kind == 0) | (kind == 1) & (documents(x) % 2 == 1)
+    return torch.where(wanted, y, -1)
+
+
 @contextmanager
 def alone():
     """As if this were the only process."""
@@ -102,9 +148,10 @@ def alone():
         os.environ["WORLD_SIZE"] = ranks
 
 
-def train(layout, changes, optimizer, layers, scale=1.0):
-    """Ten steps as train.py does them. -> what is compared: names -> tensors, or numbers"""
+def train(layout, name, optimizer, layers, scale=1.0, batches=None):
+    """Ten steps as train.py does them, with a model of that name. -> what is compared: names -> tensors, or numbers"""
     torch.manual_seed(1)
+    changes = (MODELS | TALKS)[name]
     model = GPT(GPTConfig(**SIZES, **changes, n_layer=layers))
     with torch.no_grad():
         for p in model.parameters():  # so that biases are not 0, gains not 1, and logits do differ
@@ -117,13 +164,13 @@ def train(layout, changes, optimizer, layers, scale=1.0):
     placed = layout.gather_weights()
     same = layout.rank > 0 or all_equal(placed, start)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # and nobody unscales
-    loader = Loader(Numbers(3000), T, ROWS, accumulation=accumulation, seed=1, rank=layout.dp_rank, world=layout.dp)
+    batches = batches or (Talks if name in TALKS else Loader)
+    loader = batches(Numbers(3000), T, ROWS, accumulation=accumulation, seed=1, rank=layout.dp_rank, world=layout.dp)
     losses, norms = [], []
     for step in range(STEPS):
         means = []
         for micro in range(layout.passes):
-            x, y = layout.next_batch(loader)
-            means.append(layout.forward_backward(x, y, micro, scaler))
+            means.append(layout.forward_backward(layout.next_batch(loader), micro, scaler))
         layout.reduce_gradients()
         if step == 0:
             # copies: clipping changes gradients in place
@@ -186,11 +233,12 @@ def main():
     for name, model, optimizer, settings in cases(world()):
         clock = time.perf_counter()
         layout = Layout(**settings)
-        case = MODELS[model], optimizer, 4 if layout.pp > 1 else 2
+        case = model, optimizer, 4 if layout.pp > 1 else 2
         if layout.rank == 0 and str(case) not in references:
             with alone():
                 references[str(case)] = train(Layout(), *case)
-        found = train(layout, *case, 1.5 if name == "wrong scale" else 1.0)
+        mistake = {"wrong scale": dict(scale=1.5), "mean of means": dict(batches=MeanOfMeans)}.get(name, {})
+        found = train(layout, *case, **mistake)
         if layout.rank:
             continue
         reference = references[str(case)]

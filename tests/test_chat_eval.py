@@ -6,13 +6,11 @@ import re
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import checkpoint
-import dataset
 from conversation import Template, add_template
 from dataset import Tokens
 from export import NoOptimizer
@@ -181,22 +179,6 @@ def test_a_line_that_is_no_conversation_is_named(line, named, tmp_path):
 # Conversations of a dataset
 
 
-class Rows(Tokens):
-    """Tokens with rows, if dataset.py does not read them: bits beside a shard, as the format says."""
-
-    row_size = 48
-
-    def read_bits(self, name, starts, length):
-        raw = np.fromfile(self.folder / f"{self.split}_000000.{name}", np.uint8)
-        bits = np.unpackbits(raw, bitorder="little").astype(bool)
-        return np.stack([bits[start : start + length] for start in starts])
-
-
-@pytest.fixture(scope="module")
-def rows_class():
-    return Tokens if hasattr(Tokens, "read_bits") else Rows
-
-
 @pytest.fixture
 def puzzle_rows(tmp_path, call_script):
     folder = tmp_path / "puzzles"
@@ -206,9 +188,9 @@ def puzzle_rows(tmp_path, call_script):
     return folder
 
 
-def test_held_out_conversations_are_those_of_the_rows(puzzle_rows, rows_class):
+def test_held_out_conversations_are_those_of_the_rows(puzzle_rows):
     """All of them, in the order of the rows, without padding; nothing of the answers."""
-    tokens = rows_class(puzzle_rows, "val")
+    tokens = Tokens(puzzle_rows, "val")
     questions = held_out(tokens, TEMPLATE)
     assert all(len(question.messages) == 1 and question.answer is None for question in questions)
     found = {question.messages[0]["content"] for question in questions}
@@ -294,9 +276,8 @@ def test_the_script_scores_a_file_and_puzzles(models, tmp_path, call_script):
     assert again == result and other["items_sha256"] != result["items_sha256"]
 
 
-def test_the_script_answers_held_out_ones(models, puzzle_rows, rows_class, tmp_path, call_script, monkeypatch):
+def test_the_script_answers_held_out_conversations(models, puzzle_rows, tmp_path, call_script):
     """With the loss of the dataset that the model was trained on."""
-    monkeypatch.setattr(dataset, "Tokens", rows_class)
     run = save_run(tmp_path / "run", models["untrained"], TOKENIZER, puzzle_rows)
     code, out, err = call_script("eval.py", "chat", run, "--limit=12", "--device=cpu", "--temperature=1")
     result = json.loads(out.splitlines()[-1])
@@ -305,9 +286,7 @@ def test_the_script_answers_held_out_ones(models, puzzle_rows, rows_class, tmp_p
     assert "answers to 12 conversations of" in out and "temperature 1" in out
 
 
-def test_what_cannot_be_evaluated_is_one_line(models, tiny_run, tiny_dataset, tmp_path, call_script, monkeypatch):
-    if not hasattr(Tokens, "row_size"):
-        monkeypatch.setattr(Tokens, "row_size", 0, raising=False)
+def test_what_cannot_be_evaluated_is_one_line(models, tiny_run, tiny_dataset, tmp_path, call_script):
     run = save_run(tmp_path / "run", models["untrained"], TOKENIZER)
     questions = write(tmp_path / "c.jsonl", [user("a")])
     tokens = save_run(tmp_path / "plain", models["untrained"], TOKENIZER, tiny_dataset)

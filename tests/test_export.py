@@ -16,11 +16,13 @@ import checkpoint
 import export
 from data.common import write_dataset
 from dataset import Tokens
-from export import NoOptimizer, bytes_to_unicode, merges_of
+from export import NoOptimizer
+from exporting.tokenizer_files import merges_of
 from infer import Engine, load
 from loader import Loader
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from training.pretrained import bytes_to_unicode
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,7 +249,7 @@ def started(out_dir, dataset):
     """The first record of a run, and what it is for `model`: its loss on the run's first batch."""
     first = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     config = json.loads((out_dir / "config.json").read_text())
-    x, y = Loader(Tokens(dataset, "train"), config["block_size"], config["batch_size"], seed=1337).batch(0)
+    x, y, *_ = Loader(Tokens(dataset, "train"), config["block_size"], config["batch_size"], seed=1337).batch(0)
 
     def loss(model):
         with torch.no_grad():
@@ -364,7 +366,7 @@ def test_gpt2_is_finetuned_by_its_config(tmp_path, call_script, monkeypatch):
     code, out, err = call_script("train.py", *words)
     assert code == 0 and "warning" not in err, err
     first, config, _ = started(tmp_path / "run", tmp_path / "data")
-    x, y = Loader(Tokens(tmp_path / "data", "train"), 32, 1, seed=1337).batch(0)
+    x, y, *_ = Loader(Tokens(tmp_path / "data", "train"), 32, 1, seed=1337).batch(0)
     with torch.no_grad():
         theirs_loss = torch.nn.functional.cross_entropy(theirs(x.long()).logits[0], y[0].long())
     assert first == pytest.approx(float(theirs_loss), rel=1e-4) and config["bias"] and config["n_layer"] == 1

@@ -15,21 +15,22 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import read_file, read_keys  # noqa: E402
 
-ROOMS = ("training", "inference", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
+ROOMS = ("training", "inference", "exporting", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
     "files keys device cross_entropy inference.puzzles",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
-    "dataset conversation",
+    "dataset conversation training.foreign training.byte_level inference.prompts",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
-    "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples reporting.experiment",
+    "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
+    "reporting.experiment training.hugging_face training.gguf_files training.templates exporting.chat_template",
     "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer "
     "inference.long_context inference.chat_tasks inference.letters reporting.history",
-    "parallel eval export reporting.tables reporting.charts",
-    "training.origin training.start training.saver training.measure reporting.alarm reporting.page "
+    "parallel eval exporting.tokenizer_files reporting.tables reporting.charts",
+    "export training.origin training.start training.saver training.measure reporting.alarm reporting.page "
     "reporting.pictures benchmarks.common",
     "training.warmup",
     "train benchmarks.*",
-    "sample bench ablate report doctor",
+    "sample chat bench ablate report doctor",
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import CheckpointError, load_model_tensors
-from infer import load, probabilities, stream, stretch
+from infer import load, stream, stretch
+from inference.sampling import probabilities
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
 

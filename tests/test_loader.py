@@ -174,7 +174,7 @@ def rows(batch):
 
 def test_a_batch_is_windows_and_the_tokens_after(counting):
     loader = Loader(counting, 16, 5, seed=1)
-    x, y = loader.batch(3)
+    x, y, *_ = loader.batch(3)
     loader.close()
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (5, 16) and x.is_contiguous()
     assert torch.equal(x + 1, y) and torch.equal(x[:, 1:], y[:, :-1])
@@ -185,7 +185,7 @@ def test_a_batch_is_windows_and_the_tokens_after(counting):
 @pytest.mark.parametrize("accumulation, prefetch", [(1, 1), (3, 4)])
 def test_the_iterator_is_batch_of_step_and_micro(counting, first_step, accumulation, prefetch):
     loader = Loader(counting, 16, 3, accumulation=accumulation, seed=2, first_step=first_step, prefetch=prefetch)
-    for i, (x, y) in zip(range(8), loader, strict=False):
+    for i, (x, y, *_) in zip(range(8), loader, strict=False):
         expected = loader.batch(first_step + i // accumulation, i % accumulation)
         assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
     loader.close()
@@ -195,7 +195,7 @@ def test_each_epoch_is_whole_after_a_resume(counting):
     """Resumed in the middle of epoch 0, epoch 1 has all windows, not those after the place of the resume only."""
     windows = Order(1000, 10, 5).windows
     loader = Loader(counting, 10, 3, seed=5, first_step=17)
-    starts = [int(start) for _, (x, _) in zip(range(windows), loader, strict=False) for start in x[:, 0]]
+    starts = [int(start) for _, (x, *_) in zip(range(windows), loader, strict=False) for start in x[:, 0]]
     loader.close()
     rest = windows - 17 * 3
     second = sorted(starts[rest : rest + windows])
@@ -418,7 +418,8 @@ def test_a_dataset_that_was_left_half_written(dataset):
 def test_every_target_once_with_the_tail(tmp_path, n_tokens, batch_size):
     tokens = Tokens(write_shards(tmp_path / "d", "val", np.arange(n_tokens)), "val")
     batches = list(fixed_batches(tokens, 16, batch_size))
-    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    x = torch.cat([batch.x for batch in batches])
+    y = torch.cat([batch.y for batch in batches])
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (-(-(n_tokens - 1) // 16), 16)
     assert all(len(batch[0]) == batch_size for batch in batches[:-1]) and len(batches[-1][0]) <= batch_size
     assert y[y != -1].tolist() == list(range(1, n_tokens))
@@ -563,7 +564,7 @@ def test_the_data_has_one_name_that_its_weights_are_part_of(tiny_dataset, tmp_pa
 def test_threads_and_depth_change_nothing(counting, threads, prefetch):
     loader = Loader(counting, 16, 3, accumulation=2, seed=2, threads=threads, prefetch=prefetch)
     found = [next(loader) for _ in range(100)]
-    assert all(torch.equal(x, loader.batch(i // 2, i % 2)[0]) for i, (x, _) in enumerate(found))
+    assert all(torch.equal(x, loader.batch(i // 2, i % 2)[0]) for i, (x, *_) in enumerate(found))
     assert len(loader.ahead) == 1, "85 batches of three rows are read together"
     loader.close()
     deep = Loader(counting, 16, 200, threads=threads, prefetch=prefetch)

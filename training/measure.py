@@ -165,9 +165,10 @@ class Measure:
 
     def look_inside(self, update):
         """Probe one step: its `update` (probe.Update), and the attention on the first validation window."""
-        x, y = next(fixed_batches(self.data.val.parts[0][0], self.c.block_size, 1))
-        length = int((y != -1).sum())  # a short split ends within its first window
-        window = x[:, :length].to(self.machine.device)
+        tokens = self.data.val.parts[0][0]
+        batch = next(fixed_batches(tokens, self.c.block_size, 1))
+        length = min(self.c.block_size, len(tokens) - 1)  # a short split ends within its first window
+        window = batch.x[:, :length].to(self.machine.device)
         figures = attention(self.layout.model, window, self.machine.context)
         figures = self.layout.gather_probe(figures)
         self.layout.free_gathered()
@@ -180,12 +181,11 @@ class Measure:
         others in the middle; and the last, which reduces the gradients.
         """
         layout, last = self.layout, self.layout.passes - 1
-        x, y = layout.repeat_batch(loader.batch(step))
-        x, y = self.to_device(x, step), self.to_device(y, step)
+        batch = self.to_device(layout.repeat_batch(loader.batch(step)), step)
 
         def run_pass(micro):
             seed_dropout(self.c, layout, step, micro)
-            layout.forward_backward(x, y, micro)
+            layout.forward_backward(batch, micro)
             if micro == last:
                 layout.reduce_gradients()
 
@@ -200,7 +200,6 @@ class Measure:
         total = sum(stands_for[micro] * min(ms) for micro, ms in times.items())
         return {"comm_ms": round(total, 3)}
 
-    def to_device(self, tokens, step, pinned=False):
-        """Token ids (B, block_size) -> on the device, with each row cut into rows of the context at `step`."""
-        tokens = tokens.to(self.machine.device, non_blocking=pinned)
-        return tokens.view(-1, context_at(self.c, step))
+    def to_device(self, batch, step, pinned=False):
+        """A Batch of rows of block_size -> on the device, with each row cut into rows of the context at `step`."""
+        return batch.to(self.machine.device, non_blocking=pinned).cut(context_at(self.c, step))

@@ -385,7 +385,12 @@ def announce(c, run, budget, measure, model_config):
             f"{attention} attention ({attention_why}), {torch.get_num_threads()} CPU threads")
     if layout.world > 1:
         run.say(f"layout      {layout}")
-    run.say(f"data        {data.source}: {len(data.train):,} training and {len(data.val):,} validation tokens")
+    rows = ""
+    if data.row_size:
+        rows = f", in rows of {data.row_size}, whose conversations see each other"
+    if data.row_size and data.train.doc_mask:
+        rows = f", in rows of {data.row_size}, whose conversations do not see each other"
+    run.say(f"data        {data.source}: {len(data.train):,} training and {len(data.val):,} validation tokens{rows}")
     run.say(f"model       {costs.weights:,} parameters, {c.n_layer} layers of {c.n_embd}, context {c.block_size}")
     tokens = measure.tokens_per_step
     epochs = c.max_iters * tokens / len(data.train)

@@ -8,18 +8,23 @@ import math
 import os
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+import torch
 
 import checkpoint
 from configurator import fail, nearest
 from loader import data_step
 from model import GPTConfig
 from training.guard import parse_steps, read_skipped
-from training.pretrained import read_model
+from training.pretrained import TABLES, add_rows, read_model
 
 # these must be the same on resume, and so must the model's shape: otherwise it would be another run
 MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "optimizer")
+
+WORDS = ("scratch", "resume", "auto")  # what init_from may be besides a model
+AUTO = "auto:"  # before a model: start from it, or resume a run that did
 
 # fields of the model that may differ from the checkpoint: they change no weight's meaning
 FREE_FIELDS = ("dropout", "attn")
@@ -34,10 +39,17 @@ class Origin:
     model: Any = None
     tokenizer: Any = None  # the other model's
     skipped: list = field(default_factory=list)  # data steps to skip
+    old_tokens: int = 0  # rows of the other model's tables that are trained; the rest begins as their mean
 
     @property
     def resumes(self):
         return self.folder is not None
+
+    def size(self, field):
+        """A field of the GPTConfig of the checkpoint or the other model; from scratch 0."""
+        if self.resumes:
+            return self.state["model"][field]
+        return getattr(self.model.config, field) if self.model else 0
 
     @property
     def guard_window(self):
@@ -70,8 +82,15 @@ class Origin:
             tensors = self.model.state_dict()
             if c.pos == "learned":  # a shorter context takes the first positions
                 positions = tensors["transformer.wpe.weight"]
-                tensors["transformer.wpe.weight"] = positions[: c.block_size]
+                tensors["transformer.wpe.weight"] = positions[: model.config.block_size]
+            for name in TABLES:
+                if name in tensors and self.old_tokens:  # there may be more rows, or fewer that pad
+                    table = torch.zeros(model.config.padded_vocab_size, tensors[name].size(1))
+                    table[: self.old_tokens] = tensors[name][: self.old_tokens]
+                    tensors[name] = table
             model.load_state_dict(tensors)
+            if self.old_tokens:
+                add_rows(model, self.old_tokens, model.config.vocab_size)
             self.model = None  # free its memory
 
     def restore(self, opt, scaler, layout):
@@ -107,17 +126,17 @@ def refuse_foreign_model(c, saved):
 def checkpoint_to_resume(c, rewound=None):
     """(folder, state) of the checkpoint to resume, or None to begin. Ends the run if init_from forbids that."""
     steps = checkpoint.steps(c.out_dir)
-    if c.init_from in ("resume", "auto") and steps and c.eval_only:
+    may_resume = c.init_from in ("resume", "auto") or c.init_from.startswith(AUTO)
+    if may_resume and steps and c.eval_only:
         return checkpoint.find(c.out_dir)
-    if c.init_from in ("resume", "auto") or rewound:
+    if may_resume or rewound:
         latest = checkpoint.latest_good(c.out_dir, warn=warn)
         if latest is None and c.init_from == "resume":
             fail(f"nothing to resume: {c.out_dir} holds no checkpoint; "
                  "--init_from=scratch begins a run, auto resumes one or begins one")
         return latest
-    words = ("scratch", "resume", "auto")
-    if c.init_from not in words and not os.path.exists(c.init_from):
-        if mend := nearest(c.init_from, words):
+    if c.init_from not in WORDS and not os.path.exists(c.init_from):
+        if mend := nearest(c.init_from, WORDS):
             fail(f"init_from={c.init_from!r} is no model to start from{mend}")
     if steps:
         fail(f"{c.out_dir} already holds a run (step {max(steps)}): continue it with --init_from=resume, "
@@ -141,7 +160,7 @@ def batches_to_skip(c, saved, rewound=None):
             fail(f"skip_batches={c.skip_batches}: {c.out_dir} resumes at step {steps_done}, "
                  f"which has seen data step {batch}")
     since = rewound or []
-    if not rewound and (saved or c.init_from == "auto"):
+    if not rewound and (saved or c.init_from.startswith("auto")):
         since = read_skipped(c.out_dir)  # a rewind after the checkpoint, and then the run was killed
     return sorted({*asked, *before, *since})
 
@@ -149,7 +168,7 @@ def batches_to_skip(c, saved, rewound=None):
 def read_other_model(c, origin):
     """Read the model that init_from names, if the run begins at one. Raises ValueError."""
     if not origin.resumes and c.init_from not in ("scratch", "auto"):
-        origin.model, origin.tokenizer = read_model(c.init_from)[:2]
+        origin.model, origin.tokenizer = read_model(c.init_from.removeprefix(AUTO))[:2]
 
 
 def adopt_sizes(c, given, origin):
@@ -165,6 +184,37 @@ def adopt_sizes(c, given, origin):
         return c
     own = {*given, *FREE_FIELDS, "vocab_size"}  # the dataset says vocab_size
     return c.changed(**{key: value for key, value in sizes.items() if key not in own})
+
+
+def make_model_config(c, origin, data):
+    """The GPTConfig of the settings, with the vocab_size of the dataset if the settings have none.
+
+    A model that is fine-tuned on rows of conversations keeps its context if that is longer. If the dataset's tokenizer
+    is the other model's with more special tokens, the model gets rows for them.
+    """
+    sizes = {f.name: c[f.name] for f in fields(GPTConfig)}
+    sizes["vocab_size"] = c.vocab_size or data.vocab_size
+    if data.row_size:
+        sizes["block_size"] = max(c.block_size, origin.size("block_size"))
+    if origin.model and origin.tokenizer and extends(data.tokenizer, origin.tokenizer):
+        origin.old_tokens = origin.tokenizer.vocab_size
+    if data.row_size and not c.vocab_size:  # a vocabulary that was padded stays so
+        sizes["vocab_size"] = max(data.vocab_size, origin.size("vocab_size"))
+    return GPTConfig(**sizes)
+
+
+def extends(tokenizer, other):
+    """Whether `tokenizer` is `other` with more special tokens behind its own."""
+    if tokenizer is None or tokenizer.kind != other.kind or tokenizer.ordinary != other.ordinary:
+        return False
+    if {**tokenizer.fields(), "specials": None} != {**other.fields(), "specials": None}:
+        return False
+    return other.special_tokens.items() < tokenizer.special_tokens.items()
+
+
+def same_ids(tokenizer, other):
+    """Whether both give every text the same ids: they may differ in their chat template alone."""
+    return tokenizer.changed(template=None).sha256 == other.changed(template=None).sha256
 
 
 def check_origin(c, origin, state, model_config, data):
@@ -213,9 +263,16 @@ def check_sequences(c, saved, state):
 def check_other_model(c, origin, model_config, tokenizer):
     """Ends the run if another model's weights, even of the same shape, would mean something else in this one."""
     theirs = origin.model.config
+    if tokenizer and not origin.tokenizer:
+        warn(f"{c.init_from} does not say which tokenizer it has; it should be that of {c.dataset}")
+    elif tokenizer and not origin.old_tokens and not same_ids(tokenizer, origin.tokenizer):
+        fail(f"init_from={c.init_from}: its tokenizer is not that of {c.dataset}, "
+             "so the same ids are other text")
     for key, value in asdict(model_config).items():
         their_value = getattr(theirs, key)
         if their_value == value or key in (*FREE_FIELDS, "rope_scaling", "rope_factor"):
+            continue
+        if key == "vocab_size" and origin.old_tokens and value > their_value:
             continue
         if key == "block_size" and (c.pos == "rope" or value < their_value):
             continue
@@ -226,8 +283,3 @@ def check_other_model(c, origin, model_config, tokenizer):
     if c.rope_scaling == "yarn" and first != stretched:
         fail(f"rope_scaling='yarn': block_size={c.block_size} must be rope_factor={c.rope_factor} "
              f"times {first}, which {c.init_from} was first trained at")
-    if tokenizer and not origin.tokenizer:
-        warn(f"{c.init_from} does not say which tokenizer it has; it should be that of {c.dataset}")
-    elif tokenizer and origin.tokenizer.sha256 != tokenizer.sha256:
-        fail(f"init_from={c.init_from}: its tokenizer is not that of {c.dataset}, "
-             "so the same ids are other text")

@@ -36,6 +36,7 @@ class Stage(GPT):
         self.first = first
         self.last = last
         self.context = context
+        self.divisor = None  # of the loss, as in GPT.forward; an attribute, because PyTorch cuts arguments by rows
         ends = []
         if first or last and model.config.tie_weights:
             ends.append("wte")
@@ -51,20 +52,23 @@ class Stage(GPT):
         for name, buffer in model.named_buffers(recurse=False):
             self.register_buffer(name, buffer, persistent=False)
 
-    def forward(self, x, targets=None, cache=None):
+    def forward(self, x, targets=None, cache=None, docs=None):
         """Token ids (B, T), or the output (B, T, n_embd) of the previous stage -> (B, T, n_embd).
 
-        The last stage returns the mean loss (1,), unless a cache replaces attention as in GPT.forward.
+        The last stage returns the loss (1,), unless a cache replaces attention. docs (B, T) and the cache are those of
+        GPT.forward.
         """
         with self.context():
             rope = self.rope(x.size(1))
             if self.first:
-                x = self.embed(x)
+                x = self.embed(x, docs=docs)
+            other_attend = self.attend_apart(docs, x.dtype)
             for i, block in self.transformer.h.items():
-                attend = cache and partial(cache.attend, int(i))
-                x = block(x, rope, attend)
+                if cache:
+                    other_attend = partial(cache.attend, int(i))
+                x = block(x, rope, other_attend)
             if self.last and not cache:
-                x = torch.stack([self.loss(x, targets)])
+                x = torch.stack([self.loss(x, targets, self.divisor)])
             return x
 
 
@@ -103,17 +107,27 @@ class Pipeline:
         if model.config.tie_weights:
             self.tied_group = own_group(grid.mesh[[0, -1]].flatten(1).T)
 
-    def forward_backward(self, x, y, micro_batches):
-        """Forward and backward pass of a step's micro-batches. x, y (B, T) -> their mean loss on the rank with the last
-        stage, 0 on the others."""
+    def forward_backward(self, batch, micro_batches):
+        """Forward and backward pass of a step's micro-batches, joined in a loader.Batch. -> their mean loss on the rank
+        with the last stage, 0 on the others."""
+        x, y = batch.x, batch.y
         if x.shape not in self.by_shape:
             self.by_shape[x.shape] = self.new_schedule(x, micro_batches)
         inputs = [x] if self.rank == 0 else []
+        by_rows = {"targets": y}  # cut into micro-batches, for every stage
+        if batch.docs is not None:
+            by_rows["docs"] = batch.docs
+        self.set_divisor(batch.divisor)
         losses = []
-        self.by_shape[x.shape].step(*inputs, target=y, losses=losses, targets=y)
+        self.by_shape[x.shape].step(*inputs, target=y, losses=losses, **by_rows)
         if not losses:
             return torch.zeros((), device=self.device)
         return torch.stack(losses).sum().detach()
+
+    def set_divisor(self, divisor):
+        """The number that every stage's loss is divided by, or None for the mean, until it is set again."""
+        for stage in self.stages:
+            stage.divisor = divisor
 
     def new_schedule(self, x, micro_batches):
         """PyTorch's schedule for steps of this shape: it has to know the shapes that travel between stages."""
@@ -145,11 +159,12 @@ class Pipeline:
             loss_fn=lambda loss, _: loss.sum() / micro_batches,
         )
 
-    def forward(self, idx, targets=None, *, loss_only=True, cache=None):
+    def forward(self, idx, targets=None, *, docs=None, divisor=None, loss_only=True, cache=None):
         """GPT.forward without a backward pass: one stage after another, and every rank gets the loss.
 
         -> (None, loss), or with a cache (None, None), because the caller then wants what the cache has recorded.
         """
+        self.set_divisor(divisor)
         x = idx
         for i in range(self.count):
             here = i % self.ranks
@@ -161,7 +176,7 @@ class Pipeline:
                 if travels:
                     x = torch.empty(*idx.shape, self.model.config.n_embd, device=self.device)
                     dist.recv(x, group=self.group, group_src=previous)
-                x = self.stages[i // self.ranks](x, targets, cache)
+                x = self.stages[i // self.ranks](x, targets, cache, docs)
         if cache is not None:
             return None, None
         last = self.ranks - 1

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch
 import checkpoint
 import plan
 from configurator import fail
-from dataset import open_datasets, open_tokens, verify_shards
+from dataset import open_datasets, open_tokens, row_size_of, verify_shards
 from device import (
     SDPA,
     allocate_in_segments,
@@ -31,7 +31,7 @@ from device import (
     use_tf32,
 )
 from loader import evaluation_rows
-from model import GPT, GPTConfig
+from model import GPT
 from tokenizer import load_tokenizer, meta_vocab_size
 from training import guard
 from training.guard import ACTIONS
@@ -159,6 +159,7 @@ class Data:
     sha256: str  # names the dataset
     tokenizer: Any  # None for a dataset of bare token ids
     vocab_size: int
+    row_size: int  # tokens in a row of conversations; 0: a plain stream of tokens
     train: Any = None  # dataset.Tokens, opened by open_splits
     val: Any = None
 
@@ -168,13 +169,15 @@ class Data:
 
     @property
     def unit(self):
+        if self.row_size:
+            return "learned token"
         return "char" if self.tokenizer and self.tokenizer.kind == "char" else "token"
 
 
 def open_data(dataset):
     """Find a dataset and its tokenizer. -> Data, without its splits. Raises DataError."""
     folders, manifest, sha256 = open_datasets(dataset)
-    return Data(folders, sha256, *vocabulary(folders[0][0], manifest))
+    return Data(folders, sha256, *vocabulary(folders[0][0], manifest), row_size_of(folders[0][0]))
 
 
 def vocabulary(source, manifest):
@@ -209,8 +212,12 @@ def open_splits(c, data, vocab_size, layout):
     if c.verify_data:
         for folder, _ in data.folders:
             verify_shards(folder)
-    data.train = open_tokens(data.folders, "train", vocab_size)
-    data.val = open_tokens(data.folders, "val", vocab_size)
+    doc_mask = bool(data.row_size) if c.doc_mask is None else c.doc_mask
+    bos = tokenizer.bos if tokenizer else None
+    if doc_mask and not data.row_size and bos is None:
+        fail(f"doc_mask: {data.source} has no token that begins a document, so its documents cannot be told apart")
+    data.train = open_tokens(data.folders, "train", vocab_size, doc_mask, bos)
+    data.val = open_tokens(data.folders, "val", vocab_size, doc_mask, bos)
     if len(data.val) < 2:
         fail(f"{data.source}: {len(data.val)} validation tokens are too few: at least 2")
     layout.on_rank0(lambda: check_validation(c, data.val))
@@ -229,20 +236,26 @@ def check_sample_start(c, tokenizer):
 def check_validation(c, val_tokens):
     """Read the tokens of an evaluation once, so that damaged data is found before the first step. Raises DataError."""
     for part, _ in val_tokens.parts:
-        targets = len(part) - 1
+        targets = len(part) - (0 if part.row_size else 1)
         if c.eval_iters:
             targets = min(targets, c.eval_iters * evaluation_rows(c.block_size) * c.block_size)
-        part.sha256_of(targets + 1)  # cached, for the evaluation needs the same digest
+        # cached, for the evaluation needs the same digest
+        part.sha256_of(targets if part.row_size else targets + 1)
 
 
 # -----------------------------------------------------------------------------
 # Settings that follow from others
 
 
-def make_model_config(c, data):
-    """The GPTConfig of the settings, with the vocab_size of the dataset if the settings have none."""
-    sizes = {f.name: c[f.name] for f in fields(GPTConfig)}
-    return GPTConfig(**{**sizes, "vocab_size": c.vocab_size or data.vocab_size})
+def adopt_rows(c, given, data):
+    """With conversations, block_size is the size of their rows. -> c with it. Ends the run if the user set another one.
+    `given` names the settings that the user set."""
+    if not data.row_size:
+        return c
+    if "block_size" in given and c.block_size != data.row_size:
+        fail(f"block_size={c.block_size}, but {data.source} has rows of {data.row_size} tokens: leave block_size out, "
+             f"or prepare the conversations again with --block_size={c.block_size}")
+    return c.changed(block_size=data.row_size)
 
 
 @dataclass
@@ -260,7 +273,7 @@ def settle_batch(c, origin, model_config, layout, machine):
     Ends the run if the settings contradict each other, or if no batch fits into memory.
     """
     with torch.device("meta"):
-        costs = plan.costs_of(GPT(model_config))
+        costs = plan.costs_of(GPT(replace(model_config, block_size=c.block_size)))
     free = free_memory(machine.device, from_environment("LOCAL_WORLD_SIZE", 1))
     grid = plan.Grid(layout.dp, layout.zero, c.tp_size, c.pp_size, c.activation_checkpointing)
 

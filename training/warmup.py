@@ -43,12 +43,11 @@ def first_passes(c, layout, measure, loader, step):
     torch._dynamo.config.recompile_limit = 64  # a graph for each length, and one for the evaluation
     # DDP's ranks communicate in the last micro-step only: in any other, a rank that fails leaves none waiting
     micro = -1 if layout.copies_whole else layout.accumulation - 1
-    x, y = layout.repeat_batch(loader.batch(step))
-    x, y = x.to(measure.machine.device), y.to(measure.machine.device)
+    batch = layout.repeat_batch(loader.batch(step)).to(measure.machine.device)
     length = context_at(c, step)
     while length <= c.block_size:
         seed_dropout(c, layout, step, micro)
-        layout.forward_backward(x.view(-1, length), y.view(-1, length), micro)
+        layout.forward_backward(batch.cut(length), micro)
         length *= 2
 
 
@@ -66,8 +65,7 @@ def settle_buckets(c, layout, measure, loader, opt, step):
     """Idle passes after which DDP keeps the order of its buckets: a resumed run then sums in the same order."""
     last = layout.accumulation - 1
     for _ in range(layout.warm_ups):
-        x, y = loader.batch(step)
-        x, y = measure.to_device(x, step), measure.to_device(y, step)
+        batch = measure.to_device(loader.batch(step), step)
         seed_dropout(c, layout, step, last)
-        layout.forward_backward(x, y, last)
+        layout.forward_backward(batch, last)
         opt.zero_grad()
