@@ -1,5 +1,5 @@
 """
-Evaluate a checkpoint: loss over the fixed windows of a split, samples, tasks, long contexts.
+Evaluate a checkpoint: loss over the fixed windows of a split, samples, tasks, long contexts, chat.
 
     python eval.py --out_dir=out/shakespeare_char                          # loss, perplexity, bits per token and byte
     python eval.py prompts --out_dir=out/shakespeare_char                  # samples of many prompts, as Markdown
@@ -7,6 +7,9 @@ Evaluate a checkpoint: loss over the fixed windows of a split, samples, tasks, l
     python eval.py lastword --out_dir=RUN --task=lambada                   # the last word of a passage
     python eval.py context --out_dir=RUN --lengths=256,1024 --rope_scaling=none,yarn    # loss by position
     python eval.py passkey --out_dir=RUN --lengths=256,1024                # a key hidden in a long text
+    python eval.py chat --out_dir=RUN                                      # loss of held-out answers; do answers end?
+    python eval.py chat --out_dir=RUN --task=puzzles                       # are answers right? Or --data=FILE
+    python eval.py letters --out_dir=RUN --task=mmlu                       # a chat model's choice, by its letter
 
 The last line is one JSON object.
 """
@@ -15,6 +18,7 @@ import contextlib
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +26,13 @@ import torch
 
 from checkpoint import run_of
 from configurator import Settings, configure, fail
+from conversation import Template
 from dataset import open_datasets, open_tokens, row_size_of
 from device import autocast, inference_kernels, memory_is_full, pick_device, pick_dtype
 from files import finite, sha256, write_whole
 from infer import Engine, load, stretch
+from inference import chat_tasks
+from inference.letters import by_letter, open_letters
 from inference.long_context import SCALINGS, cases, draw_losses, loss_by_position, open_figure, passkey
 from inference.quantize import convert
 from inference.samples import code, draw_samples, markdown, read_prompts
@@ -34,7 +41,7 @@ from inference.tasks import last_word, multiple_choice, open_items
 from loader import fixed_batches
 
 # -----------------------------------------------------------------------------
-what = "loss"       # the first word: loss | prompts | choice | lastword | context | passkey
+what = "loss"       # the first word: loss | prompts | choice | lastword | context | passkey | chat | letters
 out_dir = "out"     # run folder, or one checkpoint's folder
 ckpt = "latest"     # which checkpoint: latest | best | a step
 dataset = ""        # name under data/, a folder, or a mix a:0.7,b:0.3; empty: what it was trained on
@@ -45,21 +52,25 @@ eval_iters = 0      # batches of windows; 0: the whole split
 device = "auto"     # auto | cpu | cuda | cuda:N | mps
 dtype = "float32"   # float32 | bfloat16 | float16 | auto; float32 compares between machines
 quantize = ""       # int8: weights as 8-bit integers, as in sample.py; empty: as they are
-seed = 1337         # for samples and hidden keys
+seed = 1337         # for samples, answers, puzzles and hidden keys
 
-# prompts
+# prompts and chat
 prompts = "config/prompts.txt"  # a prompt in each line
 out = ""                # the Markdown file; empty: samples_step_N.md in the run's folder
 num_samples = 2         # samples of each prompt
-max_new_tokens = 120    # tokens in each sample, not counting the prompt
+max_new_tokens = 120    # tokens in each sample or answer, not counting the prompt
 temperature = 0.8       # below 1: bolder about what is likely; 0: greedy, always the most likely token
 top_k = 200             # draw among the k most likely tokens; 0: among all
 top_p = 1.0             # draw among the smallest set of tokens whose probability reaches top_p; 1: among all
 
-# choice and lastword
-task = ""               # hellaswag | arc_easy | arc_challenge | piqa | winogrande, or lambada; empty: our own form
-data = ""               # a file of JSON lines in the form of the task; empty: from the Hub
-limit = 0               # score only the first items, up to this many; 0: all
+# choice, lastword, letters and chat
+task = ""               # hellaswag | arc_easy | arc_challenge | piqa | winogrande, or lambada; letters: arc_easy |
+                        # arc_challenge | mmlu; chat: puzzles; empty: our own form
+data = ""               # a file of JSON lines in the form of the task, for chat of conversations; empty: from the Hub
+limit = 0               # score only the first items, up to this many; 0: all, in chat 200 conversations, 1000 puzzles
+kinds = ("sum", "spell", "count", "reverse", "copy")  # of puzzles
+digits = 2              # most digits of a number in a sum
+letters = 6             # most letters of a word
 
 # context and passkey, beyond the length trained at
 rope_scaling: tuple[str, ...] = ()  # none | linear | ntk | yarn; empty: the model's, or all in context and passkey
@@ -229,17 +240,24 @@ def write_samples(c, model, tokenizer, state, folder, context):
 
 
 def score_task(c, model, tokenizer, state, folder, context):
-    """Multiple choice, or last words."""
-    words = c.what == "lastword"
-    items = open_items(c.task, c.data, words, c.limit)
-    score = last_word if words else multiple_choice
-    result = score(model, tokenizer, items, c.batch_size, context)
+    """Multiple choice by text or by letter, or last words."""
+    if c.what == "letters":
+        template = Template(tokenizer)
+        items = open_letters(c.task, c.data, c.limit)
+        result = by_letter(model, template, items, c.batch_size, context)
+    else:
+        words = c.what == "lastword"
+        items = open_items(c.task, c.data, words, c.limit)
+        score = last_word if words else multiple_choice
+        result = score(model, tokenizer, items, c.batch_size, context)
     print(f"{folder} on {len(items):,} items of {c.data or c.task}:")
     figures = []
     for name, value in result.items():
         if name == "items" or name.endswith("_stderr"):
             continue
-        if f"{name}_stderr" not in result:
+        if isinstance(value, int):
+            figures.append(f"{name} {value:,}")
+        elif f"{name}_stderr" not in result:
             figures.append(f"{name} {value:.3f}")
         elif len(items) == 1:
             figures.append(f"{name} {value:.4f}")
@@ -248,6 +266,49 @@ def score_task(c, model, tokenizer, state, folder, context):
     print("  ".join(figures))
     questions = json.dumps([(item.pairs, item.answer) for item in items], ensure_ascii=False)
     return {**result, "task": c.task or c.data, "items_sha256": sha256(questions)}
+
+
+def chat(c, model, tokenizer, state, folder, context):
+    """Answers to conversations: do they end by themselves, are they right? And the loss of held-out answers."""
+    template = Template(tokenizer)
+    sampling = replace(sampling_from(c), stop_tokens=template.stops)
+    questions, source = open_questions(c, model, tokenizer, template, state, folder)
+    result = {}
+    if not (c.task or c.data):
+        result = whole_split(c, model, tokenizer, state, folder, context)
+    drawn = f"drawn at temperature {c.temperature:g}"
+    if any(question.answer is not None for question in questions):  # answers to check are the likeliest ones
+        sampling = replace(sampling, temperature=0.0)
+        drawn = "greedy"
+
+    prompts = chat_tasks.make_prompts(template, questions, model.config.block_size, c.max_new_tokens)
+    if not c.quantize:
+        convert(model, pick_dtype(c.dtype, next(model.parameters()).device)[0])
+    cache = chat_tasks.cache_size(prompts, c.batch_size)
+    engine = Engine(model, tokenizer, max_tokens=cache, max_requests=c.batch_size)
+    answers = chat_tasks.draw_answers(engine, prompts, sampling)
+    result |= chat_tasks.figures(questions, answers)
+    print(f"{folder}: answers to {len(questions):,} {source}, {drawn}:")
+    print(*chat_tasks.table(result), sep="\n")
+    return {**result, "temperature": sampling.temperature, "seed": c.seed, "task": c.task or c.data,
+            "items_sha256": chat_tasks.questions_sha256(questions)}
+
+
+def open_questions(c, model, tokenizer, template, state, folder):
+    """-> (the Questions of eval.py chat, what they are in words). Raises ValueError."""
+    if c.task and c.data:
+        raise ValueError(f"--task={c.task} asks generated questions, --data={c.data} those of a file: give one of them")
+    if c.task == "puzzles":
+        questions = chat_tasks.puzzle_questions(c.limit or 1000, c.seed, c.kinds, c.digits, c.letters)
+        return questions, "puzzles that no training has seen"
+    if c.task:
+        raise ValueError(f"task={c.task!r} is no task of eval.py chat: it has puzzles, and --data=FILE.jsonl takes "
+                         "conversations of your own")
+    if c.data:
+        return chat_tasks.read_questions(c.data, c.limit), f"conversations of {c.data}"
+    tokens, _ = open_split(c, model, tokenizer, state, folder)
+    questions = chat_tasks.held_out(tokens, template, c.limit or 200)
+    return questions, f"conversations of {tokens.folder}, split {c.split}"
 
 
 def long_context(c, model, tokenizer, state, folder, context):
@@ -303,7 +364,7 @@ def hidden_key(c, model, tokenizer, state, folder, context):
 
 
 VERBS = {"loss": whole_split, "prompts": write_samples, "choice": score_task, "lastword": score_task,
-         "context": long_context, "passkey": hidden_key}
+         "context": long_context, "passkey": hidden_key, "chat": chat, "letters": score_task}
 
 # -----------------------------------------------------------------------------
 

@@ -9,4 +9,7 @@ Under infer.py, sample.py, chat.py and eval.py:
     samples       samples of a bank of prompts, as Markdown
     terminal      what chat.py reads from a keyboard or a pipe, and what it prints
     long_context  loss by position, a key hidden in a long text
+    chat_tasks    answers of a chat model: do they end by themselves, are they right
+    letters       multiple choice of chat models, by letter
+    puzzles       generated questions with answers that can be checked
 """

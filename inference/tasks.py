@@ -126,7 +126,8 @@ def read_items(form, rows, name, limit=0):
             if not has_answer or not all(isinstance(text, str) and text.strip() for text in item.choices):
                 raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            raise ValueError(f"{where} is not of the form of {name} (inference/tasks.py shows it)") from None
+            shown = form.__module__.replace(".", "/")
+            raise ValueError(f"{where} is not of the form of {name} ({shown}.py shows it)") from None
         items.append(item)
     if not items:
         raise ValueError(f"{name} has no items")
@@ -146,9 +147,8 @@ def json_lines(path):
         yield f"{path}:{number}", row
 
 
-def hub_rows(task):
-    """Yield (task and row number, row) of the task's dataset on the Hub. Raises ValueError if it cannot be loaded."""
-    _, name, configuration, split = TASKS[task]
+def hub_rows(task, name, configuration, split):
+    """Yield (task and row number, row) of a dataset on the Hub. Raises ValueError if it cannot be loaded."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -163,21 +163,27 @@ def hub_rows(task):
         yield f"{task} {number}", row
 
 
+def open_rows(tasks, task, data):
+    """(where, row) of each row of the file `data` or, if it is empty, of the Hub's dataset for `task`, one of `tasks`.
+    Raises ValueError."""
+    if task and task not in tasks:
+        raise ValueError(f"task={task!r} is not one of {', '.join(tasks)}")
+    if not task and not data:
+        raise ValueError(f"what to score? --data=FILE.jsonl, or --task, one of {', '.join(tasks)}")
+    if data and not Path(data).is_file():
+        raise ValueError(f"there is no file {data}")
+    return json_lines(data) if data else hub_rows(task, *tasks[task][1:])
+
+
 def open_items(task, data, words=False, limit=0):
     """Items of the file `data` or, if it is empty, of the Hub. Their form is that of `task`; if it is empty, ours.
     `words`: last words instead of multiple choice. Raises ValueError."""
-    known = [name for name in TASKS if (name == "lambada") == words]
-    if task not in ("", *known):
-        raise ValueError(f"task={task!r} is not one of {', '.join(known)}")
-    if not task and not data:
-        raise ValueError(f"what to score? --data=FILE.jsonl, or --task, one of {', '.join(known)}")
-    if data and not Path(data).is_file():
-        raise ValueError(f"there is no file {data}")
+    known = {name: fields for name, fields in TASKS.items() if (name == "lambada") == words}
+    rows = open_rows(known, task, data)
     if task:
         form = TASKS[task][0]
     else:
         form = lambada if words else own_form
-    rows = json_lines(data) if data else hub_rows(task)
     return read_items(form, rows, task or data, limit)
 
 
