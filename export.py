@@ -36,7 +36,7 @@ from training.pretrained import TABLES, read_model
 paths: tuple[str, ...] = ()  # source and target, as bare words; a target NAME.gguf is for llama.cpp
 ckpt = "latest"         # which checkpoint of a run: latest | best | a step
 tokenizer = ""          # for a model from elsewhere: a file or folder (nanoGPT's data folder); empty: the one beside it
-template = ""           # for a model from elsewhere: minichat | chatml | smollm2 | nanochat; empty: its chat template
+template = ""           # for a model from elsewhere: minichat | chatml | smollm2 | nanochat; empty: the model's own
 dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat16 | q8_0 (8 bits, a scale for each 32)
 # -----------------------------------------------------------------------------
 

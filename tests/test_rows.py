@@ -203,7 +203,7 @@ SIZES = dict(batch_size=4, block_size="", n_layer="", n_head="", n_embd="", lear
 def base(tiny, tmp_path_factory):
     """A run on plain text, with a longer context than the rows of conversations."""
     out = tmp_path_factory.mktemp("base") / "run"
-    done = tiny(out, block_size=64, pos="rope", n_layer=2, max_iters=150, eval_interval=150, learning_rate=1e-2)
+    done = tiny(out, block_size=64, pos="rope", n_layer=2, max_iters=500, eval_interval=500, learning_rate=1e-2)
     assert done.code == 0, done.err
     return out
 
@@ -346,8 +346,9 @@ def test_new_tokens_hardly_change_the_loss_of_plain_text(base, tune, tmp_path):
     after = load(tmp_path)[0]
     words = Tokens(checkpoint.find(base)[1]["config"]["dataset"], "val")
     losses = [evaluate(model, words, 64, 16)["loss"] for model in (before, after)]
-    assert 0 < losses[1] - losses[0] < 1e-3
     old = before.config.vocab_size
+    fair = math.log(1 + 4 / old)  # what four tokens cost that are as likely as an average one
+    assert 0 < losses[1] - losses[0] < fair / 20
     table = after.transformer.wte.weight
     assert torch.allclose(table[:old], before.transformer.wte.weight[:old], rtol=0, atol=1e-9)
     mean = before.transformer.wte.weight[:old].mean(0)
