@@ -1,17 +1,30 @@
 """Blocks, and attention over them, one request after another and all at once."""
 
 import contextlib
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_engine import greedy, make, some_prompts
 
 import infer
 import model as model_file
 from infer import Engine, stream
 from inference import kvcache
-from inference.kvcache import BatchPass, Blocks, Part, attend_blocks, attend_one, paged_kernel
+from inference.kvcache import (
+    BatchPass,
+    Blocks,
+    BlockTable,
+    Part,
+    attend_blocks,
+    attend_one,
+    block_digest,
+    block_digests,
+    paged_kernel,
+)
 
 
 def test_blocks_are_neighbours_where_they_can_be():
@@ -21,6 +34,269 @@ def test_blocks_are_neighbours_where_they_can_be():
     assert blocks.allocate(2) == [2, 3] and (a, c) == ([0, 1], [4, 5])
     blocks.release(a)
     assert blocks.allocate(4) == [0, 1, 6, 7], "scattered, where there is no run"
+
+
+def test_new_blocks_follow_those_that_are_shared():
+    blocks = Blocks(9)
+    blocks.allocate(1)
+    talk = blocks.allocate(3)
+    blocks.release(talk, [b"a", b"b"])
+    assert blocks.share([b"a", b"b"]) == [1, 2]
+    assert blocks.allocate(3, after=2) == [3, 4, 5]
+    assert blocks.allocate(3, after=5) == [6, 7, 8]
+    blocks.release([3, 4, 5])
+    assert blocks.allocate(2, after=8) == [3, 4], "none behind the last"
+    assert blocks.allocate(1, after=0) == [5], "the next is in use"
+
+
+def test_a_view_of_scattered_blocks_is_their_slots_in_order():
+    table = BlockTable([5, 2, 3], size=4, window=10)
+    assert not table.neighbours and BlockTable([2, 3], 4, 10).view(7) == slice(8, 15)
+    for count in (1, 4, 5, 10):
+        assert table.view(count).tolist() == [table.slot(position) for position in range(count)]
+    assert table.view(99).tolist() == table.view(10).tolist() and table.slot(10) == table.slot(0) == 20
+
+
+# -----------------------------------------------------------------------------
+# What is known of blocks
+
+
+def test_a_digest_stands_for_all_tokens_up_to_the_end_of_its_block():
+    digests = block_digests([1, 2, 3, 4, 5, 6, 7], 3)
+    assert len(digests) == 2 and digests == block_digests([1, 2, 3, 4, 5, 6], 3)
+    assert digests[1] == block_digest(block_digest(b"", [1, 2, 3]), [4, 5, 6])
+    others = [block_digests(tokens, 3)[1]
+              for tokens in ([9, 2, 3, 4, 5, 6], [1, 2, 9, 4, 5, 6], [1, 2, 3, 4, 5, 9], [4, 5, 6, 1, 2, 3])]
+    assert len({*others, digests[1], block_digest(b"", [4, 5, 6])}) == 6
+    assert block_digests([1, 2], 3) == [] and len(digests[0]) == 32
+
+
+def test_the_least_recently_used_block_goes_first_and_each_before_the_one_in_front():
+    blocks = Blocks(6)
+    old, young = blocks.allocate(3), blocks.allocate(3)
+    blocks.release(old, [b"a", b"b", b"c"])
+    blocks.release(young, [b"x", b"y"])  # the third is not full
+    assert blocks.free == 6 and len(blocks.block_of) == 5
+    assert blocks.allocate(1) == [5], "the unknown one before all others"
+    blocks.allocate(1)
+    assert blocks.block_of.keys() == {b"a", b"b", b"x", b"y"}
+    blocks.release(blocks.share([b"a", b"b"]))  # now the others are the older ones
+    blocks.allocate(3)
+    assert blocks.block_of.keys() == {b"a"} and blocks.free == 1
+
+
+def test_of_equal_blocks_one_is_known_and_the_other_takes_its_place_when_it_goes():
+    """Two requests read the same text at the same time, the second ends later and has a block more."""
+    blocks = Blocks(5)
+    first, second = blocks.allocate(2), blocks.allocate(3)
+    for digest, one, other in ((b"a", 0, 2), (b"b", 1, 3)):
+        blocks.publish(digest, one)
+        blocks.publish(digest, other)
+    blocks.publish(b"c", 4)
+    assert blocks.block_of == {b"a": 0, b"b": 1, b"c": 4}
+    blocks.release(first, [b"a", b"b"])
+    assert blocks.allocate(1) == [1]
+    blocks.release(second, [b"a", b"b", b"c"])
+    assert blocks.block_of == {b"a": 0, b"b": 3, b"c": 4} and list(blocks.idle) == [4, 3, 0]
+    assert blocks.free == 4 and blocks.is_empty(2)
+
+
+def test_what_is_forgotten_is_shared_with_nobody():
+    blocks = Blocks(4)
+    done, running = blocks.allocate(2), blocks.allocate(2)
+    blocks.release(done, [b"a", b"b"])
+    blocks.publish(b"x", running[0])
+    blocks.forget()
+    assert blocks.share([b"a"]) == blocks.share([b"x"]) == [] and blocks.free == 2
+    blocks.publish(b"y", running[1])
+    blocks.release(running, [b"x", b"y"])
+    assert not blocks.block_of and not blocks.digest_of and blocks.free == 4
+    blocks.release(blocks.allocate(4), [b"x"])
+    assert blocks.block_of == {b"x": 0}, "what is read afterwards is known again"
+
+
+class PlainBlocks:
+    """Blocks as one would write them without a thought of speed: by whole texts, and the time of their last use."""
+
+    def __init__(self, count, size):
+        self.count = count
+        self.size = size
+        self.live = []  # the requests that run
+        self.known = {}  # text up to the end of a full block -> the block
+        self.used = {}  # the same text -> when
+        self.clock = 0
+        self.never = set()  # blocks in use since forget
+
+    def users(self):
+        users = [0] * self.count
+        for request in self.live:
+            for block in request.blocks:
+                users[block] += 1
+        return users
+
+    def texts(self, tokens):
+        return [tuple(tokens[:end]) for end in range(self.size, len(tokens) + 1, self.size)]
+
+    def publish(self, text, block):
+        if text not in self.known and block not in self.known.values() and block not in self.never:
+            self.known[text] = block
+
+    def idle(self):
+        """The known texts that nobody uses, in the order in which they have to go."""
+        users = self.users()
+        texts = [text for text, block in self.known.items() if not users[block]]
+        return sorted(texts, key=lambda text: (self.used[text], -len(text)))
+
+    def evict_for(self, own):
+        room = self.count - len({*self.known.values()} | {i for i, users in enumerate(self.users()) if users})
+        for text in self.idle()[: max(0, own - room)]:
+            del self.known[text]
+
+    def use(self, texts):
+        self.clock += 1
+        self.used.update(dict.fromkeys(texts, self.clock))
+
+    def release(self, request):
+        texts = [] if request.slides else self.texts(request.tokens[: request.cached])
+        for text, block in zip(texts, request.blocks, strict=False):
+            self.publish(text, block)
+        self.use(texts)
+        self.live.remove(request)
+        self.never &= {i for i, users in enumerate(self.users()) if users}
+
+    def forget(self):
+        self.known.clear()
+        self.never = {i for i, users in enumerate(self.users()) if users}
+
+
+class BlocksUnderTest:
+    """Requests that come, read and go, in Blocks and in PlainBlocks; and what each slot holds: the text up to there."""
+
+    def __init__(self, count, size):
+        self.blocks = Blocks(count)
+        self.plain = PlainBlocks(count, size)
+        self.size = size
+        self.held = {}  # slot -> text
+        self.evicted = self.shared = 0
+
+    def start(self, tokens, prompt, slides):
+        size, blocks, plain = self.size, self.blocks, self.plain
+        window = 2 * size if slides else len(tokens)
+        needed = -(-min(len(tokens), window) // size)
+        texts = [] if slides else plain.texts(tokens[: prompt - 1])
+        found = [text for i, text in enumerate(texts) if all(before in plain.known for before in texts[: i + 1])]
+        shared = blocks.share(block_digests(tokens[: prompt - 1], size) if not slides else [])
+        assert shared == [plain.known[text] for text in found]
+        for place, block in enumerate(shared):
+            for i in range(size):
+                assert self.held[block * size + i] == tuple(tokens[: place * size + i + 1]), "another text's block"
+        self.shared += len(shared)
+        request = SimpleNamespace(tokens=tokens, slides=slides, cached=len(shared) * size, blocks=shared)
+        plain.live.append(request)
+        own = needed - len(shared)
+        if own > blocks.free:
+            assert own > plain.users().count(0)
+            blocks.release(shared)
+            plain.use(found)
+            plain.live.remove(request)
+            return
+        before = len(plain.known)
+        plain.evict_for(own)
+        self.evicted += before - len(plain.known)
+        new = blocks.allocate(own, shared[-1] if shared else None)
+        users = plain.users()
+        assert len(set(new)) == own and not any(users[block] for block in new)
+        assert not {*new} & {*plain.known.values()}
+        request.blocks = shared + new
+        request.table = BlockTable(request.blocks, size, window)
+
+    def read(self, request, count):
+        size, users = self.size, self.plain.users()
+        before = request.cached
+        request.cached = min(before + count, len(request.tokens))
+        for position in range(before, request.cached):
+            slot = request.table.slot(position)
+            assert users[slot // size] == 1, "a block that others use is written to"
+            self.held[slot] = tuple(request.tokens[: position + 1])
+        if request.slides:
+            return
+        digests = block_digests(request.tokens[: request.cached], size)
+        texts = self.plain.texts(request.tokens[: request.cached])
+        for i in range(before // size, request.cached // size):
+            self.blocks.publish(digests[i], request.blocks[i])
+            self.plain.publish(texts[i], request.blocks[i])
+
+    def finish(self, request):
+        digests = [] if request.slides else block_digests(request.tokens[: request.cached], self.size)
+        self.blocks.release(request.blocks, digests)
+        self.plain.release(request)
+
+    def forget(self):
+        self.blocks.forget()
+        self.plain.forget()
+
+    def check(self):
+        blocks, plain, size = self.blocks, self.plain, self.size
+        assert blocks.users == plain.users() and blocks.free == blocks.users.count(0)
+        assert blocks.block_of == {block_digests(text, size)[-1]: block for text, block in plain.known.items()}
+        assert {block: digest for block, digest in blocks.digest_of.items() if digest} == {
+            block: digest for digest, block in blocks.block_of.items()}
+        assert list(blocks.idle) == [plain.known[text] for text in plain.idle()]
+        for text in plain.idle():
+            assert len(text) == size or text[:-size] in plain.known, "known, and never to be found"
+        for text, block in plain.known.items():
+            for i in range(size):
+                assert self.held[block * size + i] == text[: len(text) - size + i + 1]
+
+
+EVENTS = st.lists(st.tuples(st.sampled_from(["start"] * 4 + ["read"] * 6 + ["finish"] * 3 + ["forget"]),
+                            st.integers(0, 2**30)), max_size=60)
+
+
+@given(EVENTS, st.integers(3, 16), st.integers(1, 3))
+@settings(max_examples=200, deadline=None)
+def test_blocks_are_those_of_the_plain_way(events, count, size):
+    play(BlocksUnderTest(count, size), events)
+
+
+def play(under_test, events):
+    """Texts of two letters, so that many begin alike; some slide, which rewrites their blocks; some end half read."""
+    plain, size = under_test.plain, under_test.size
+    for event, number in events:
+        rng = random.Random(number)
+        if event == "start":
+            tokens = [rng.choice((0, 0, 0, 1)) for _ in range(rng.randint(1, size * min(plain.count, 6)))]
+            under_test.start(tokens, prompt=rng.randint(1, len(tokens)), slides=rng.random() < 0.2)
+        elif event == "forget":
+            under_test.forget()
+        elif plain.live:
+            request = rng.choice(plain.live)
+            if event == "read":
+                under_test.read(request, rng.randint(1, 2 * size))
+            else:
+                under_test.finish(request)
+        under_test.check()
+    while plain.live:
+        under_test.finish(plain.live[0])
+        under_test.check()
+    assert under_test.blocks.free == plain.count
+
+
+def test_the_plain_way_is_asked_hard_questions():
+    """Negative control of the test above: its events share and evict blocks, and an eviction in another order fails."""
+    rng = random.Random(0)
+    events = [(rng.choice(["start", "read", "read", "finish"]), rng.randrange(2**30)) for _ in range(600)]
+    under_test = BlocksUnderTest(16, 2)
+    play(under_test, events)
+    assert under_test.shared > 50 and under_test.evicted > 50
+    under_test = BlocksUnderTest(16, 2)
+    under_test.blocks.idle.move_to_end = lambda block: None  # equal blocks are not used by those who have the other
+    with pytest.raises(AssertionError):
+        play(under_test, events)
+
+
+# -----------------------------------------------------------------------------
+# Attention over blocks
 
 
 def blocks_of_three(group=2, seed=0):
@@ -158,7 +434,7 @@ def test_graphs_are_captured_and_replayed_on_the_engines_device_in_one_pool(monk
     engine.pool.device = torch.device("cuda:1")
     with torch.no_grad():
         for each in passes * 2:
-            each([Part([3], request.cached, request.table, wanted=True)])
+            each([Part([3], request.cached, request.table, wanted=1)])
     captured = [("capture", "cuda:1", "the pool"), ("replay", "cuda:1")]
     assert fake.calls == [("pool", "cuda:1"), *captured, *captured, *[("replay", "cuda:1")] * 2]
 
