@@ -523,6 +523,22 @@ def test_learned_positions_restart_in_each_document(monkeypatch):
     assert torch.equal(moved, docs != docs[:, :1])
 
 
+@pytest.mark.parametrize("T", [24, 128, 300, 512])
+def test_the_blocks_of_a_mask_are_pytorchs(T):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    docs = (torch.rand(3, T, generator=torch.Generator().manual_seed(0)) < 0.01).long().cumsum(1)
+    docs[1] = 0  # one document: below the diagonal, blocks are whole
+    same = docs[:, :, None] == docs[:, None, :]
+    ours = model_file.to_block_mask(same.tril()[:, None], docs)
+    theirs = create_block_mask(ours.mask_mod, 3, None, T, T, device="cpu")
+    assert ours.shape == theirs.shape and torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices",
+                 "full_q_num_blocks", "full_q_indices"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert T < 256 or ours.full_kv_num_blocks.any()
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_logit_depends_on_another_document(kind, force):
@@ -569,6 +585,7 @@ def test_dropout_reaches_attention_between_documents(monkeypatch):
     assert seen[0]["apart"] is seen[1]["apart"], "made once, shared by the layers"
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("kind, toggle", [
     ("sdpa", {}), pytest.param("math", MODERN, marks=pytest.mark.slow), ("flex", {"pos": "rope", "n_kv_head": 2}),
 ], ids=str)
