@@ -310,21 +310,38 @@ class Apart(NamedTuple):
 
 def keep_apart(docs, attn, dtype, head_dim, dropout, compiling):
     """docs (B, T), the number of the document that each token belongs to, rising in a row -> Apart"""
-    B, T = docs.shape
+    T = docs.size(1)
     kind, _ = pick_attention(attn, docs.device, dtype, T, head_dim, docs=True, dropout=dropout, compiling=compiling)
     if kind == "varlen":
         first_tokens = (positions_within(docs).flatten() == 0).nonzero()[:, 0]
-        begins = F.pad(first_tokens, (0, 1), value=B * T).int()
+        begins = F.pad(first_tokens, (0, 1), value=docs.numel()).int()
         return Apart(kind, begins=begins, longest=int(begins.diff().max()))
-    if kind == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def sees(b, h, query, key):
-            return (key <= query) & (docs[b, key] == docs[b, query])
-
-        return Apart(kind, create_block_mask(sees, B, None, T, T, device=docs.device))
     same = docs[:, :, None] == docs[:, None, :]  # (B, T, T)
-    return Apart(kind, same.tril()[:, None])
+    mask = same.tril()[:, None]
+    return Apart(kind, to_block_mask(mask, docs) if kind == "flex" else mask)
+
+
+def to_block_mask(mask, docs, size=128):
+    """Which keys a query sees, bool (B, 1, T, T), from docs (B, T) -> the same as FlexAttention's BlockMask, in blocks
+    of size x size: those without such a key are skipped, and only those with some are looked at key by key.
+
+    PyTorch's create_block_mask makes the same, but torch 2.9 does not compile it with a function like `sees`.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(b, h, query, key):
+        return (key <= query) & (docs[b, key] == docs[b, query])
+
+    def listed(blocks):
+        """bool (B, 1, n, n) -> for each row of blocks how many are chosen, and which: their numbers come first"""
+        return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+
+    T = docs.size(1)
+    n = -(-T // size)
+    tiles = F.pad(mask, (0, n * size - T, 0, n * size - T)).view(-1, 1, n, size, n, size)
+    some, every = tiles.any(5).any(3), tiles.all(5).all(3)  # (B, 1, n, n)
+    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=size, mask_mod=sees,
+                                    seq_lengths=(T, T))
 
 
 def attend(q, k, v, attn="auto", dropout=0.0, apart=None):

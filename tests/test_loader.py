@@ -28,7 +28,7 @@ from dataset import (
     read_manifest,
     verify_shards,
 )
-from loader import Loader, MixedOrder, Order, fixed_batches, keyed, permute
+from loader import Batch, Loader, MixedOrder, Order, fixed_batches, join_batches, keyed, permute
 from tokenizer import CharTokenizer
 from training.start import vocabulary
 
@@ -189,6 +189,19 @@ def test_the_iterator_is_batch_of_step_and_micro(counting, first_step, accumulat
         expected = loader.batch(first_step + i // accumulation, i % accumulation)
         assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
     loader.close()
+
+
+def test_a_batch_is_moved_cut_and_joined_whole():
+    """Documents travel with their tokens, and one divisor stands for all micro-batches of an update."""
+    x, docs, divisor = torch.arange(16).view(2, 8), torch.arange(16).view(2, 8) // 3, torch.tensor(2.5)
+    batch = Batch(x, x + 1, docs, divisor)
+    cut = batch.to("cpu").cut(4)
+    assert torch.equal(cut.x, x.view(4, 4)) and torch.equal(cut.y, cut.x + 1) and torch.equal(cut.docs, cut.x // 3)
+    joined = join_batches([batch, batch])
+    assert torch.equal(joined.x[2:], x) and torch.equal(joined.y[:2], x + 1) and torch.equal(joined.docs[2:], docs)
+    assert cut.divisor == joined.divisor == 2.5
+    plain = join_batches([Batch(x, x).to("meta").cut(2)] * 3)
+    assert plain.x.shape == (24, 2) and plain.x.is_meta and plain.docs is None and plain.divisor is None
 
 
 def test_each_epoch_is_whole_after_a_resume(counting):

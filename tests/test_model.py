@@ -434,7 +434,233 @@ def test_more_tokens_than_block_size_are_refused():
 
 
 # -----------------------------------------------------------------------------
+# Documents in one row
+
+DOCUMENTS = [[7, 1, 16], [24], [3, 2, 1, 1, 9, 8]]  # the lengths of each row's
+KINDS = ("sdpa", "math", "varlen", "flex")
+PACKED = [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "pos": "rope"}, MODERN]
+
+
+def documents_of(rows):
+    """Lengths of documents -> docs (B, T): their numbers rise, from anywhere and by any step"""
+    numbered = [torch.arange(len(row)) * 3 + i for i, row in enumerate(rows)]
+    return torch.stack([n.repeat_interleave(torch.tensor(row)) for n, row in zip(numbered, rows, strict=True)])
+
+
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+           causal=False, deterministic=False):
+    """What flash-attn's function of this kind computes: q, k, v (tokens, heads, D) of sequences one after another."""
+    assert causal and cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    lengths = cu_seqlens_q.diff()
+    assert cu_seqlens_q[0] == 0 and lengths.min() > 0 and lengths.max() == max_seqlen_q == max_seqlen_k
+    outputs = []
+    for parts in zip(*[x.transpose(0, 1).split(lengths.tolist(), dim=1) for x in (q, k, v)], strict=True):
+        outputs.append(F.scaled_dot_product_attention(*parts, dropout_p=dropout_p, is_causal=True, enable_gqa=True))
+    return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """force(kind): documents are kept apart by this kernel, also where pick_attention would not take it."""
+    pick = model_file.pick_attention
+
+    def force(kind):
+        monkeypatch.setattr(model_file, "pick_attention", lambda *args, docs=False, **options:
+                            (kind, "forced") if docs else pick(*args, **options))
+        monkeypatch.setattr(model_file, "flash_attn_varlen_func", varlen)
+        # PyTorch refuses FlexAttention's backward pass on a CPU, where it is not compiled but computes the same
+        monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+
+    return force
+
+
+def learn(model, *batches):
+    """-> the gradients of the summed losses of some (idx, targets, options)"""
+    model.zero_grad()
+    for idx, targets, options in batches:
+        model(idx, targets, loss_only=True, **options)[1].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("toggle", PACKED, ids=label)
+def test_packed_documents_compute_what_each_computes_alone(toggle, kind, force):
+    force(kind)
+    model = build(**toggle)
+    idx, docs = tokens(model, B=3), documents_of(DOCUMENTS)
+    targets, divisor = masked_targets(model, idx), torch.tensor(10.0)
+    alone = []  # (idx, targets, options) of each document
+    for row, lengths in enumerate(DOCUMENTS):
+        pairs = zip(idx[row : row + 1].split(lengths, 1), targets[row : row + 1].split(lengths, 1), strict=True)
+        alone += [(x, y, {"divisor": divisor}) for x, y in pairs]
+
+    packed = model(idx, docs=docs)[0]
+    expected = torch.cat([model(x)[0] for x, _, _ in alone], 1).view(packed.shape)
+    assert distance(packed, expected) < 1e-5
+    grads = learn(model, (idx, targets, {"docs": docs, "divisor": divisor}))
+    expected_grads = learn(model, *alone)
+    scale = max(grad.abs().max() for grad in expected_grads.values())  # a key's bias has a gradient of 0, but rounded
+    for name, grad in grads.items():
+        assert (grad - expected_grads[name]).norm() < 1e-5 * max(expected_grads[name].norm(), 1e-2 * scale), name
+
+    # negative control: without docs every document but a row's first one is another, and one alone in its row is not
+    mixed = model(idx)[0]
+    first = docs == docs[:, :1]
+    assert distance(mixed[first], expected[first]) < 1e-5
+    assert ((mixed - expected)[~first].abs().amax(-1) > 1e-3).all()
+    table = "transformer.wte.weight"
+    assert distance(learn(model, (idx, targets, {"divisor": divisor}))[table], expected_grads[table]) > 1e-2
+
+
+def test_learned_positions_restart_in_each_document(monkeypatch):
+    docs = documents_of(DOCUMENTS)
+    positions = torch.cat([torch.arange(n) for row in DOCUMENTS for n in row]).view(docs.shape)
+    assert torch.equal(model_file.positions_within(docs), positions)
+    model = build()
+    idx = tokens(model, B=3)
+    expected = model(idx, docs=docs)[0]
+    monkeypatch.setattr(model_file, "positions_within", lambda docs: torch.arange(24).expand(docs.shape))
+    moved = (model(idx, docs=docs)[0] - expected).abs().amax(-1) > 1e-3  # negative control: it matters that they do
+    assert torch.equal(moved, docs != docs[:, :1])
+
+
+@pytest.mark.parametrize("T", [24, 128, 300, 512])
+def test_the_blocks_of_a_mask_are_pytorchs(T):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    docs = (torch.rand(3, T, generator=torch.Generator().manual_seed(0)) < 0.01).long().cumsum(1)
+    docs[1] = 0  # one document: below the diagonal, blocks are whole
+    same = docs[:, :, None] == docs[:, None, :]
+    ours = model_file.to_block_mask(same.tril()[:, None], docs)
+    theirs = create_block_mask(ours.mask_mod, 3, None, T, T, device="cpu")
+    assert ours.shape == theirs.shape and torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices",
+                 "full_q_num_blocks", "full_q_indices"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert T < 256 or ours.full_kv_num_blocks.any()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_logit_depends_on_another_document(kind, force):
+    """Exactly, and on no later token of its own either."""
+    force(kind)
+    model, docs = build(n_kv_head=2), documents_of(DOCUMENTS)[:1]
+    idx = tokens(model, B=1)
+    with torch.no_grad():
+        before = model(idx, docs=docs)[0]
+        for t in (3, 7, 12):
+            other = idx.clone()
+            other[0, t] = (idx[0, t] + 1) % 83
+            changed = (model(other, docs=docs)[0] != before).any(-1)[0]
+            assert torch.equal(changed, (docs[0] == docs[0, t]) & (torch.arange(24) >= t))
+
+
+@pytest.mark.parametrize("toggle", [{}, MODERN], ids=label)
+def test_documents_under_bf16_and_dropout(toggle):
+    model, docs = build(std=0.05, **toggle), documents_of(DOCUMENTS)
+    idx = tokens(model, B=3)
+    exact = model(idx, idx, docs=docs)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, idx, docs=docs, loss_only=True)[1]
+    loss.backward()
+    assert loss.dtype == torch.float32 and abs(loss - exact) < 0.02 * exact
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+    wet = build(**toggle, dropout=0.3).train()
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(float(wet(idx, idx, docs=docs, loss_only=True)[1].detach()))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_dropout_reaches_attention_between_documents(monkeypatch):
+    seen = []
+    attend = model_file.attend
+    monkeypatch.setattr(model_file, "attend", lambda *args, **options: seen.append(options) or attend(*args, **options))
+    model, docs = build(dropout=0.3), documents_of(DOCUMENTS)
+    for training in (True, False):
+        model.train(training)(tokens(model, B=3), docs=docs)
+    assert [options["dropout"] for options in seen] == [0.3, 0.3, 0.0, 0.0]
+    assert seen[0]["apart"] is seen[1]["apart"], "made once, shared by the layers"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("kind, toggle", [
+    ("sdpa", {}), pytest.param("math", MODERN, marks=pytest.mark.slow), ("flex", {"pos": "rope", "n_kv_head": 2}),
+], ids=str)
+def test_documents_compile_to_one_graph_for_any_documents(kind, toggle, force):
+    force(kind)
+    model = build(n_layer=1, **toggle)
+    idx = tokens(model, B=3)
+    targets, divisor = masked_targets(model, idx), torch.tensor(10.0)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (DOCUMENTS, [[24], [12, 12], [1] * 24]):
+            options = {"docs": documents_of(rows), "divisor": divisor}
+            grads = learn(model, (idx, targets, options))
+            for name, grad in learn(compiled, (idx, targets, options)).items():
+                plain = grads[name.removeprefix("_orig_mod.")]
+                assert (grad - plain).norm() <= 1e-5 * max(plain.norm(), 1e-3), name
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flex"])
+def test_documents_with_parts_compiled_alone(kind, force):
+    """As Layout.compile does where collectives lie between the parts: what keeps documents apart is made outside."""
+    force(kind)
+    model, docs = build(n_kv_head=2), documents_of(DOCUMENTS)
+    idx = tokens(model, B=3)
+    expected = learn(model, (idx, idx, {"docs": docs}))
+    torch._dynamo.reset()
+    for block in model.transformer.h:
+        block.attn.forward = torch.compile(block.attn.forward, backend="aot_eager", fullgraph=True, dynamic=False)
+    for other in (documents_of([[12, 12]] * 3), docs):
+        grads = learn(model, (idx, idx, {"docs": other}))
+    for name, grad in grads.items():
+        assert (grad - expected[name]).norm() <= 1e-5 * max(expected[name].norm(), 1e-3), name
+
+
+def test_documents_do_not_lengthen_the_context():
+    model = build()
+    with pytest.raises(ValueError, match="block_size"):
+        model(torch.zeros(1, 25, dtype=torch.long), docs=torch.arange(25)[None] // 5)
+
+
+# -----------------------------------------------------------------------------
 # The loss
+
+
+def test_the_loss_is_divided_by_the_divisor_and_without_targets_it_is_0():
+    """Without a divisor it is the mean, to the bit, as before there were any."""
+    model = build()
+    idx = tokens(model, B=3)
+    targets = masked_targets(model, idx)
+    logits, loss = model(idx, targets)
+    alone = model(idx, targets, loss_only=True)[1]
+    assert torch.equal(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1))
+    total = model(idx, targets, loss_only=True, divisor=torch.tensor(1.0))[1]
+    assert torch.equal(alone, total / (targets != -1).sum())
+    for loss_only in (False, True):
+        loss = model(idx, targets, divisor=torch.tensor(7.0), loss_only=loss_only)[1]
+        assert loss.item() == pytest.approx(total.item() / 7, rel=1e-6)
+        for divisor in (None, torch.tensor(7.0)):
+            model.zero_grad()
+            none = model(idx, torch.full_like(idx, -1), divisor=divisor, loss_only=loss_only)[1]
+            none.backward()
+            assert none == 0 and none.dtype == torch.float32
+            assert not any(p.grad.any() for p in model.parameters())  # 0, and not NaN
+
+
+def test_a_loss_that_is_not_finite_stays_so():
+    """Only a loss without targets is 0: a run that diverges must see it."""
+    model = build()
+    with torch.no_grad():
+        model.transformer.wte.weight[:] = float("nan")
+    for loss_only in (False, True):
+        assert model(tokens(model), tokens(model), loss_only=loss_only)[1].isnan()
 
 
 def masked_targets(model, idx):
@@ -832,6 +1058,38 @@ def test_where_flash_attn_is_installed_it_is_taken_if_it_is_the_quicker_one(monk
     monkeypatch.setattr(model_file, "flash_attn_func", len)
     assert model_file.pick_attention("auto", torch.device("cuda"), torch.bfloat16, 1024, 64)[0] == kind
     assert model_file.pick_attention("flash", torch.device("cuda"), torch.bfloat16, 1024, 64)[0] == "flash"
+
+
+@pytest.mark.parametrize("attn, device, dtype, head_dim, options, kind", [
+    ("auto", "cpu", torch.float32, 64, {}, "sdpa"),
+    ("auto", "cpu", torch.bfloat16, 64, {}, "math"),
+    ("math", "cuda", torch.bfloat16, 64, {}, "math"),
+    ("auto", "cuda", torch.bfloat16, 64, {}, "varlen"),
+    ("flash", "cuda", torch.bfloat16, 64, {}, "varlen"),
+    ("sdpa", "cuda", torch.bfloat16, 64, {}, "sdpa"),
+    ("auto", "cuda", torch.float32, 64, {}, "sdpa"),
+    ("auto", "cuda", torch.bfloat16, 64, {"dropout": 0.1}, "varlen"),
+    ("auto", "cuda", torch.bfloat16, 64, {"compiling": True}, "flex"),
+    ("flash", "cuda", torch.bfloat16, 64, {"compiling": True}, "flex"),
+    ("auto", "cuda", torch.bfloat16, 64, {"compiling": True, "dropout": 0.1}, "sdpa"),
+    ("flash", "cuda", torch.bfloat16, 64, {"compiling": True, "dropout": 0.1}, "sdpa"),
+    ("sdpa", "cuda", torch.bfloat16, 64, {"compiling": True}, "sdpa"),
+    ("auto", "cuda", torch.float32, 64, {"compiling": True}, "sdpa"),
+    ("auto", "cuda", torch.bfloat16, 8, {"compiling": True}, "sdpa"),
+    ("auto", "cpu", torch.float32, 64, {"compiling": True}, "sdpa"),
+])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_how_documents_are_kept_apart(monkeypatch, attn, device, dtype, head_dim, options, kind, capability):
+    """By a kernel that skips other documents where there is one. None that mixes them is taken, and why is said."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for name in ("flash_attn_func", "flash_attn_varlen_func"):
+        monkeypatch.setattr(model_file, name, len)
+    pick = model_file.pick_attention
+    assert pick(attn, torch.device(device), dtype, 512, head_dim, docs=True, **options)[0] == kind
+    monkeypatch.setattr(model_file, "flash_attn_varlen_func", None)
+    if attn == "auto":
+        without, why = pick(attn, torch.device(device), dtype, 512, head_dim, docs=True, **options)
+        assert without == kind.replace("varlen", "sdpa") and why
 
 
 @pytest.mark.parametrize("device, dtype, capability, shares", [

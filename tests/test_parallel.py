@@ -249,7 +249,7 @@ def test_a_wrong_scale_of_the_gradient_is_seen(table):
 def test_a_mean_of_means_is_seen(ranks, table):
     """Negative control: where micro-batches have unequal numbers of targets, their means must not be averaged."""
     row = table(ranks)["mean of means", "talks", "adamw"]
-    assert row["grads"] > 0.1 and row["norms"] > 0.01
+    assert row["grads"] > 0.1 and row["norms"] > 0.1
 
 
 def gradients(batches):
@@ -271,8 +271,8 @@ def test_gradients_do_not_depend_on_how_an_update_is_cut():
     found = []
     for size in (8, 2, 1):
         divisor = learned.sum() * size / 8
-        found.append(gradients([Batch(*rows, divisor) for rows in zip(*[t.split(size) for t in (x, y, docs)],
-                                                                      strict=True)]))
+        pieces = zip(x.split(size), y.split(size), docs.split(size), strict=True)
+        found.append(gradients([Batch(*rows, divisor) for rows in pieces]))
     for loss, grads in found[1:]:
         assert float(loss) == pytest.approx(float(found[0][0]), rel=SAME)
         for grad, whole in zip(grads, found[0][1], strict=True):
