@@ -5,6 +5,7 @@ Convert a run of ours for transformers or llama.cpp, and a model from elsewhere 
     python export.py out/mine mine.gguf --dtype=q8_0        # to a file that llama.cpp loads
     python export.py out-shakespeare/ckpt.pt out/mine      # from nanoGPT
     python export.py gpt2 out/gpt2                          # from the Hub, or a folder with config.json and safetensors
+    python export.py llama.gguf out/llama                   # from llama.cpp's file
 
 A run becomes a model of the class of transformers that can express it: GPT-2's, Llama's, Qwen3's or NanoChat's (RMSNorm
 without gain, a norm after the embedding, RoPE, QK-norm, ReLU squared). llama.cpp has the first three. Its tokenizer
@@ -27,12 +28,15 @@ import checkpoint
 from configurator import Settings, configure, fail
 from exporting.tokenizer_files import add_to_gguf, hugging_face_files
 from model import rope_base
-from training.pretrained import TABLES, TRANSPOSED, read_model
+from training.foreign import LAYER_NAMES, NANOCHAT_NAMES, OUTER_NAMES
+from training.hugging_face import TRANSPOSED
+from training.pretrained import TABLES, read_model
 
 # -----------------------------------------------------------------------------
 paths: tuple[str, ...] = ()  # source and target, as bare words; a target NAME.gguf is for llama.cpp
 ckpt = "latest"         # which checkpoint of a run: latest | best | a step
 tokenizer = ""          # for a model from elsewhere: a file or folder (nanoGPT's data folder); empty: the one beside it
+template = ""           # for a model from elsewhere: minichat | chatml | smollm2 | nanochat; empty: the model's own
 dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat16 | q8_0 (8 bits, a scale for each 32)
 # -----------------------------------------------------------------------------
 
@@ -40,8 +44,8 @@ dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat
 # Which class can express a model
 
 # Fields of GPTConfig that are written or checked below. A fork may have more.
-KNOWN = set("""activation attn bias block_size dropout logit_softcap n_embd n_head n_kv_head n_layer norm norm_embed
-    norm_eps pos qk_norm rope_factor rope_scaling rope_theta tie_weights vocab_size zero_init""".split())
+KNOWN = set("""activation attn bias block_size dropout logit_softcap mlp_width n_embd n_head n_kv_head n_layer norm
+    norm_embed norm_eps pos qk_norm rope_factor rope_scaling rope_theta tie_weights vocab_size zero_init""".split())
 
 # For each class of transformers, the values of our fields that it can express
 PLAIN = {"norm_embed": (False,), "logit_softcap": (0.0,)}
@@ -137,22 +141,11 @@ def gpt2_tensors(tensors, config):
 def gpt2_fields(config):
     return {
         "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "n_positions": config.block_size,
+        "n_inner": config.mlp_dim,
         "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[config.activation],
         "layer_norm_epsilon": config.norm_eps, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
     }
-
-
-# Our names, within a layer and outside, and the names in the classes with rotary positions
-LAYER_NAMES = {
-    "ln_1.weight": "input_layernorm.weight", "ln_2.weight": "post_attention_layernorm.weight",
-    "attn.c_proj.weight": "self_attn.o_proj.weight", "attn.q_gain": "self_attn.q_norm.weight",
-    "attn.k_gain": "self_attn.k_norm.weight", "mlp.c_gate.weight": "mlp.gate_proj.weight",
-    "mlp.c_fc.weight": "mlp.up_proj.weight", "mlp.c_proj.weight": "mlp.down_proj.weight",
-}
-NANOCHAT_NAMES = {"mlp.c_fc.weight": "mlp.fc1.weight", "mlp.c_proj.weight": "mlp.fc2.weight"}
-OUTER_NAMES = {"transformer.wte.weight": "model.embed_tokens.weight", "transformer.ln_f.weight": "model.norm.weight",
-               "lm_head.weight": "lm_head.weight"}
 
 
 def rotary_tensors(tensors, config, family):
@@ -319,7 +312,7 @@ def main(c):
     if not to_llama_cpp and c.dtype != "float32":
         fail(f"dtype={c.dtype!r} is for a .gguf: here it is float32")
     try:
-        model, tokenizer, state = read_model(c.paths[0], c.ckpt, c.tokenizer)
+        model, tokenizer, state = read_model(c.paths[0], c.ckpt, c.tokenizer, c.template)
         if to_llama_cpp:
             write_gguf(model, tokenizer, target, c.dtype)
             note = f"llama-cli -m {target} runs it" if tokenizer else "without a tokenizer, so it takes only ids"

@@ -52,6 +52,7 @@ class GPTConfig:
     norm_embed: bool = False      # a norm right after the embedding
     qk_norm: str = "none"         # normalise queries and keys per head: none | rms | rms_gain
     activation: str = "gelu_tanh"  # gelu (erf, nanoGPT) | gelu_tanh (GPT-2) | relu2 | swiglu
+    mlp_width: int = 0            # hidden width of the MLP; 0: 4 n_embd, for swiglu two thirds of that
     tie_weights: bool = True      # the head is the embedding table
     logit_softcap: float = 0.0    # logits = cap * tanh(logits / cap); 0: off
     zero_init: bool = False       # residual projections (and an untied head) start at zero
@@ -80,6 +81,8 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
         if self.logit_softcap < 0.0:
             raise ValueError(f"logit_softcap={self.logit_softcap} must not be negative; 0 turns it off")
+        if self.mlp_width < 0:
+            raise ValueError(f"mlp_width={self.mlp_width} must not be negative; 0: 4 n_embd")
         if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.n_kv_head < 0 or self.n_head % self.kv_heads != 0:
@@ -112,7 +115,9 @@ class GPTConfig:
 
     @property
     def mlp_dim(self):
-        """Hidden width: 4 n_embd. SwiGLU has three matrices, so two thirds of that cost the same."""
+        """Hidden width: mlp_width, or 4 n_embd. SwiGLU has three matrices, so two thirds of that cost the same."""
+        if self.mlp_width:
+            return self.mlp_width
         if self.activation == "swiglu":
             return -(-(8 * self.n_embd) // (3 * 16)) * 16
         return 4 * self.n_embd

@@ -77,6 +77,7 @@ norm_eps = 1e-5               # added to the variance in every norm
 norm_embed = False            # a norm right after the embedding
 qk_norm = "none"              # none | rms | rms_gain
 activation = "gelu_tanh"      # gelu | gelu_tanh | relu2 | swiglu
+mlp_width = 0                 # hidden width of the MLP; 0: 4 n_embd, for swiglu two thirds of that
 tie_weights = True            # the head is the embedding table
 logit_softcap = 0.0           # 0: off
 zero_init = False             # residual projections (and an untied head) start at zero

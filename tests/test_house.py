@@ -19,14 +19,14 @@ ROOMS = ("training", "inference", "exporting", "serving", "reporting", "benchmar
 FLOORS = [
     "files keys device cross_entropy",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
-    "dataset conversation",
+    "dataset conversation training.foreign training.byte_level",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples reporting.experiment "
-    "exporting.chat_template",
+    "training.hugging_face training.gguf_files training.templates exporting.chat_template",
     "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer "
-    "inference.long_context reporting.history",
-    "parallel eval exporting.tokenizer_files reporting.tables reporting.charts",
-    "export training.origin training.start training.saver training.measure reporting.alarm reporting.page "
+    "inference.long_context exporting.tokenizer_files reporting.history",
+    "parallel eval export reporting.tables reporting.charts",
+    "training.origin training.start training.saver training.measure reporting.alarm reporting.page "
     "reporting.pictures benchmarks.common",
     "training.warmup",
     "train benchmarks.*",

@@ -40,6 +40,8 @@ TOGGLES = [
     {"activation": "gelu"},
     {"activation": "relu2"},
     {"activation": "swiglu"},
+    {"mlp_width": 40},
+    {"mlp_width": 56, "activation": "swiglu"},
     {"tie_weights": False},
     {"logit_softcap": 3.0},
     {"zero_init": True},
@@ -665,6 +667,7 @@ def test_dropout_is_after_embedding_attention_and_mlp(attn):
     ({"dropout": -0.1}, ["dropout"]),
     ({"dropout": 1.0}, ["dropout"]),
     ({"logit_softcap": -1.0}, ["logit_softcap"]),
+    ({"mlp_width": -1}, ["mlp_width"]),
     *(({name: value}, [f"{name}={value} must be finite"]) for value in (math.nan, math.inf, -math.inf)
       for name in ("rope_theta", "norm_eps", "dropout", "logit_softcap", "rope_factor")),
     ({"n_embd": 30}, ["n_embd=30", "n_head=4"]),
