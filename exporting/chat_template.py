@@ -147,7 +147,7 @@ class Writer:
         return [*lines, f"{{%- set talk.text = {content} -%}}", "{%- set talk.role = message.role -%}"]
 
     def join_parts(self):
-        parts = "message.content is sequence and message.content is not mapping"
+        parts = "message.content is defined and message.content is sequence and message.content is not mapping"
         of_text = "message.content | selectattr(\"type\", \"equalto\", \"text\") | list | length"
         return [
             "{%- if message.content is string -%}",
