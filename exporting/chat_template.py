@@ -21,17 +21,16 @@ import json
 import re
 
 from conversation import ROLES
+from training.foreign import NONCHARACTERS
 
-BORDER = "\ufdd0"
-STAND_INS = [chr(code) for code in range(0xFDD1, 0xFDF0)]
-NONCHARACTERS = {BORDER, *STAND_INS}
+BORDER, *STAND_INS = NONCHARACTERS
 
 
 def stand_ins(names):
     """{first character of special names: the noncharacter that stands for it}. Raises ValueError for names that leave
     too few noncharacters."""
     for name in names:
-        if NONCHARACTERS & set(name):
+        if set(NONCHARACTERS) & set(name):
             raise ValueError(f"the special token {name!r} has a character of U+FDD0 to U+FDEF, which mark the parts of "
                              "a conversation: give it another name")
     firsts = sorted({name[0] for name in names if name})
@@ -44,7 +43,7 @@ def stand_ins(names):
 def literal(text):
     """A text as a string of Jinja, noncharacters visible."""
     quoted = json.dumps(text, ensure_ascii=False)
-    for character in NONCHARACTERS & set(text):
+    for character in set(NONCHARACTERS) & set(text):
         quoted = quoted.replace(character, f"\\u{ord(character):04x}")
     return quoted
 
@@ -148,7 +147,7 @@ class Writer:
         return [*lines, f"{{%- set talk.text = {content} -%}}", "{%- set talk.role = message.role -%}"]
 
     def join_parts(self):
-        parts = "message.content is sequence and message.content is not mapping"
+        parts = "message.content is defined and message.content is sequence and message.content is not mapping"
         of_text = "message.content | selectattr(\"type\", \"equalto\", \"text\") | list | length"
         return [
             "{%- if message.content is string -%}",

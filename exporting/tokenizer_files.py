@@ -5,7 +5,7 @@ A tokenizer of ours for other projects: as the files of transformers, and as the
     add_to_gguf(writer, tokenizer, vocab_size)
 
 Both need the merges of a byte-level BPE, which our file leaves to the order of its tokens. A chat template goes along
-as Jinja (chat_template.py), and as it is, under the names that training/pretrained.py reads first.
+as Jinja (chat_template.py), and as it is, under the names that training/hugging_face.py and gguf_files.py read first.
 """
 
 import json
@@ -13,7 +13,8 @@ import json
 from conversation import Template
 from exporting.chat_template import BORDER, jinja_of, stand_ins
 from tokenizer import GPT2_PATTERN
-from training.byte_level import bytes_to_unicode
+from training.byte_level import PRE, bytes_to_unicode
+from training.foreign import OWN_GGUF_KEY, OWN_KEY
 from training.hugging_face import CHARACTERS
 
 # -----------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def hugging_face_files(tokenizer):
     files = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": options}
     if template:
         options["chat_template"] = jinja_of(template.format, [*tokenizer.special_tokens])
-        options["minichat_template"] = tokenizer.template
+        options[OWN_KEY] = tokenizer.template
         # an answer ends with either of them
         files["generation_config.json"] = {"bos_token_id": tokenizer.bos, "eos_token_id": [*template.stops]}
     return files
@@ -173,12 +174,6 @@ def our_cuts(pattern, text):
 # -----------------------------------------------------------------------------
 # llama.cpp
 
-# Its names for ways to cut a text before anything is merged (llama-vocab.cpp)
-CL100K = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+""" \
-         r"""|\s+(?!\S)|\s+"""
-PRE_TOKENIZERS = {GPT2_PATTERN: "gpt-2", CL100K % "{1,3}": "llama-bpe", CL100K % "": "qwen2"}
-
-
 def add_to_gguf(writer, tokenizer, vocab_size):
     """Add the tokenizer as llama.cpp's byte-level BPE, which can also express one of ASCII characters; and its chat
     template, plain. Raises ValueError."""
@@ -208,18 +203,17 @@ def add_to_gguf(writer, tokenizer, vocab_size):
     if template:
         writer.add_eot_token_id(template.end)
         writer.add_chat_template(jinja_of(template.format, [*tokenizer.special_tokens], exact=False))
-        writer.add_string("minichat.template", json.dumps(tokenizer.template, ensure_ascii=False))
+        writer.add_string(OWN_GGUF_KEY, json.dumps(tokenizer.template, ensure_ascii=False))
 
 
 def gguf_merges(tokenizer):
     """(the name of llama.cpp's pre-tokenizer, merges "A B"). Raises ValueError."""
     if tokenizer.kind == "bpe":
-        if tokenizer.pattern not in PRE_TOKENIZERS:
-            known = ", ".join(PRE_TOKENIZERS.values())
-            raise ValueError(f"llama.cpp does not cut texts by {tokenizer.pattern!r}; the patterns that it has here "
-                             f"are those of {known}")
-        merges = [" ".join(pair) for pair in spelled_merges(tokenizer)]
-        return PRE_TOKENIZERS[tokenizer.pattern], merges
+        names = [name for name, pattern in PRE.items() if pattern == tokenizer.pattern]
+        if not names:
+            raise ValueError(f"the tokenizer cuts texts by {tokenizer.pattern!r}, and llama.cpp only by patterns of "
+                             f"its own: {', '.join(PRE)}")
+        return names[0], [" ".join(pair) for pair in spelled_merges(tokenizer)]
     name = [*tokenizer.special_tokens][-1]
     return "gpt-2", [f"{name} {name}"]  # the list must not be empty, and no text contains this pair
 

@@ -22,7 +22,7 @@ from infer import Engine, load
 from loader import Loader
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
-from training.pretrained import bytes_to_unicode
+from training.byte_level import bytes_to_unicode
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[1]
@@ -503,8 +503,8 @@ def test_mistakes_on_the_way_to_a_gguf_are_one_line(tmp_path, call_script):
     for words, named in (
         (("run", "there.gguf"), "already exists"), (("wide", "m.gguf"), "'é'"),
         (("endless", "m.gguf"), "ends a text"),
-        (("cut", "m.gguf"), "not split texts like GPT-2's"), (("run", "m.gguf", "--dtype=int8"), "q8_0"),
-        (("run", "folder", "--dtype=q8_0"), "for a .gguf"), (("cut", "folder"), "not split texts like GPT-2's"),
+        (("cut", "m.gguf"), "llama.cpp only by patterns of its own"), (("run", "m.gguf", "--dtype=int8"), "q8_0"),
+        (("run", "folder", "--dtype=q8_0"), "for a .gguf"), (("cut", "folder"), "cut texts differently"),
         (("run", "none/m.gguf"), "none"),
     ):
         words = [str(tmp_path / word) if not word.startswith("--") else word for word in words]

@@ -24,9 +24,9 @@ FLOORS = [
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
     "reporting.experiment training.hugging_face training.gguf_files training.templates exporting.chat_template",
     "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer "
-    "inference.long_context inference.chat_tasks inference.letters reporting.history",
-    "parallel eval exporting.tokenizer_files reporting.tables reporting.charts",
-    "export training.origin training.start training.saver training.measure reporting.alarm reporting.page "
+    "inference.long_context inference.chat_tasks inference.letters exporting.tokenizer_files reporting.history",
+    "parallel eval export reporting.tables reporting.charts",
+    "training.origin training.start training.saver training.measure reporting.alarm reporting.page "
     "reporting.pictures benchmarks.common",
     "training.warmup",
     "train benchmarks.*",

@@ -26,6 +26,7 @@ OUTER_NAMES = {"transformer.wte.weight": "model.embed_tokens.weight", "transform
 # A chat template of ours, the fields of conversation.Format, as export.py writes it beside the one in Jinja
 OWN_KEY = "minichat_template"  # in tokenizer_config.json
 OWN_GGUF_KEY = "minichat.template"  # in a .gguf, as JSON
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # its marks in the one in Jinja: no text has them
 
 # What is fixed in each of these classes, as fields of GPTConfig
 ROTARY = {"pos": "rope", "bias": False}

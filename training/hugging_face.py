@@ -12,6 +12,7 @@ from model import GPTConfig
 from tokenizer import BOS, END_OF_TEXT, EOS, GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
 from training.byte_level import DIGITS_PATTERN, KNOWN_PATTERNS, build, check_ids, check_pattern, pieces_of
 from training.foreign import (
+    NONCHARACTERS,
     OWN_KEY,
     Found,
     Made,
@@ -212,7 +213,7 @@ def gpt2_vocabulary(path):
 def hugging_face_tokenizer(path, warn):
     """transformers' tokenizer.json -> (a tokenizer with the same ids, how many bytes it adds at the end): byte-level
     BPE, or characters as export.py writes them. Raises ValueError for any other kind."""
-    fields = read_object(path)
+    fields = without_marks(read_object(path))
     model = fields.get("model") or {}
     splitter = fields.get("pre_tokenizer") or {}
     if model.get("type") not in ("BPE", "WordLevel"):
@@ -228,6 +229,20 @@ def hugging_face_tokenizer(path, warn):
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return tokenizer.changed(**end_names(path, tokenizer)), added
+
+
+def without_marks(fields):
+    """The fields of a tokenizer.json without the steps for the marks of a chat template of export.py's
+    (exporting/chat_template.py): no text has these characters."""
+    fields = dict(fields)
+    steps = (fields.get("normalizer") or {}).get("normalizers") or [{}]
+    if all((step.get("pattern") or {}).get("String") in NONCHARACTERS for step in steps):
+        fields["normalizer"] = None
+    splitter = fields.get("pre_tokenizer") or {}
+    first, *others = splitter.get("pretokenizers") or [{}]
+    if (first.get("pattern") or {}).get("String") in NONCHARACTERS:
+        fields["pre_tokenizer"] = others[0] if len(others) == 1 else {**splitter, "pretokenizers": others}
+    return fields
 
 
 def check_normalizer(path, normalizer, warn):
