@@ -426,6 +426,14 @@ def test_halves_of_characters_and_bytes_that_are_not_utf8_are_mended(prepare, tm
     assert in_order(talks_of(tmp_path / "out")) == in_order(wanted)
 
 
+def test_rows_of_a_table_that_cannot_be_used_are_counted(prepare, tmp_path):
+    prompts = pa.array([b"q", b"\xff", b"p", b"x" * 90_000]).view(pa.string())
+    pq.write_table(pa.table({"prompt": prompts, "completion": ["a", "b", "c", "d"]}), tmp_path / "a.parquet")
+    assert prepare(tmp_path / "a.parquet", max_chars=2000)[0] == 0
+    assert manifest(tmp_path / "out")["documents"]["dropped"] == {"not_utf8": 1, "too_long": 1}
+    assert in_order(talks_of(tmp_path / "out")) == in_order([talk("q", "a"), talk("p", "c")])
+
+
 def test_too_long_is_cut_behind_the_last_answer_that_fits(prepare, tmp_path):
     long = talk("q", "a" * 50, "q", "b" * 50, "q", "c" * 200)
     late = talk("q", " ", "q", "a" * 300)  # what fits of it has only an empty answer
@@ -602,7 +610,7 @@ def child(k, folder):
     sys.argv = ["prepare.py", f"--input={new}", f"--out_dir={folder}", f"--tokenizer={tokenizer}", "--block_size=128"]
     runpy.run_path(os.path.join(root, "data", "chat", "prepare.py"), run_name="__main__")
 
-common.SHARD_TOKENS = 1000
+common.SHARD_TOKENS = 1400
 k, status = 0, 1
 while status != 0:
     folder = os.path.join(base, str(k))
@@ -623,7 +631,7 @@ while status != 0:
 @pytest.mark.parametrize("fresh", [True, False])
 def test_killed_before_each_change_of_the_disk(fresh, prepare, tmp_path, monkeypatch):
     """SIGKILL leaves the earlier dataset, the new one, or INCOMPLETE; the same command then writes the same bytes."""
-    monkeypatch.setattr(common, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(common, "SHARD_TOKENS", 1400)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     wanted = {}
     for name, count in (("old", 50), ("new", 25)):
