@@ -10,7 +10,7 @@ Conversations -> a dataset of rows: read any of the usual forms, encode by a tem
 | `{"instruction": "Add", "input": "1 2", "output": "3"}` | Alpaca's (Taori et al. 2023); input may be missing |
 
 Reading is streamed, and the encoded conversations are held in memory until they are written: 3 bytes a token, and about
-150 a conversation. The rows depend on nothing but the conversations in their order, the tokenizer and the settings.
+300 a conversation. The rows depend on nothing but the conversations in their order, the tokenizer and the settings.
 
 data/chat/prepare.py and data/shakespeare_chat/prepare.py show how a prepare.py uses this.
 """
@@ -224,7 +224,7 @@ def read_conversations(files, conversations):
     """Read all records of `files` (InputFile), and add them to `conversations`.
 
     -> (the manifest's documents, {reason: the first record dropped for it, in words}). What comes after a damaged place
-    in a file is not read, with a warning.
+    in a file is not read.
     """
     read = changed = 0
     dropped = Counter()
@@ -249,7 +249,6 @@ def read_conversations(files, conversations):
                 progress.add((1, len(record) if isinstance(record, bytes) else 0))
         except Damaged as damage:
             damaged[file.name] = str(damage)
-            print(f"\nwarning: {file.name}: {damage}; what comes before is used", file=sys.stderr)
         read += records
     progress.end()
     documents = {
@@ -270,13 +269,14 @@ def check_enough(name, documents, examples):
     if documents["kept"]:
         fail(f"{name} has one conversation that can be used: a dataset needs two, one to learn from and one to hold "
              "out")
+    faults = [f"{file}: {fault}" for file, fault in documents["damaged_files"].items()]
     if not documents["read"]:
-        faults = [f"{file}: {fault}" for file, fault in documents["damaged_files"].items()]
         fail(f"{name} has no conversation: {'; '.join(faults) or 'it is empty'}")
-    reasons = [f"{count:,} {reason}" for reason, count in documents["dropped"].items()]
-    first = next(iter(examples.values()))
-    fail(f"{name} has no conversation that can be used: of {documents['read']:,} records {', '.join(reasons)} "
-         f"({first}); a record is {FORMS}")
+    reasons = []
+    for reason, count in documents["dropped"].items():
+        reasons.append(f"{count:,} {reason} (first {examples[reason]})")
+    fail(f"{name} has no conversation that can be used: of {documents['read']:,} records {', '.join(reasons)}; "
+         f"{''.join(f'{fault}; ' for fault in faults)}a record is {FORMS}")
 
 
 # -----------------------------------------------------------------------------
@@ -370,6 +370,8 @@ def fill_rows(rows, conversations):
 
 def print_documents(documents, examples):
     """Print what was read, and what was dropped and why."""
+    for name, fault in documents["damaged_files"].items():
+        print(f"warning: {name}: {fault}; what comes before is used", file=sys.stderr)
     print(f"{documents['read']:,} conversations read, {documents['kept']:,} kept, of these {documents['cut']:,} cut at "
           f"the end of a turn and {documents['changed']:,} with text that was mended")
     for reason, count in documents["dropped"].items():

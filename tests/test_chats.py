@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reading import packed
 from test_tokenizer import BPE
@@ -311,6 +310,7 @@ def test_padding_is_small_on_lengths_as_they_are():
         assert 1 - lengths.sum() / (count * room) > 0.1
 
 
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.booleans()), min_size=2, max_size=12),
        st.integers(16, 24))
 def test_no_row_without_something_to_learn(shapes, block_size):
@@ -426,6 +426,14 @@ def test_halves_of_characters_and_bytes_that_are_not_utf8_are_mended(prepare, tm
     assert in_order(talks_of(tmp_path / "out")) == in_order(wanted)
 
 
+def test_rows_of_a_table_that_cannot_be_used_are_counted(prepare, tmp_path):
+    prompts = pa.array([b"q", b"\xff", b"p", b"x" * 90_000]).view(pa.string())
+    pq.write_table(pa.table({"prompt": prompts, "completion": ["a", "b", "c", "d"]}), tmp_path / "a.parquet")
+    assert prepare(tmp_path / "a.parquet", max_chars=2000)[0] == 0
+    assert manifest(tmp_path / "out")["documents"]["dropped"] == {"not_utf8": 1, "too_long": 1}
+    assert in_order(talks_of(tmp_path / "out")) == in_order([talk("q", "a"), talk("p", "c")])
+
+
 def test_too_long_is_cut_behind_the_last_answer_that_fits(prepare, tmp_path):
     long = talk("q", "a" * 50, "q", "b" * 50, "q", "c" * 200)
     late = talk("q", " ", "q", "a" * 300)  # what fits of it has only an empty answer
@@ -491,7 +499,7 @@ MISTAKES = {
     "missing": ({"input": "none.jsonl"}, "there is no such file or folder"),
     "another kind": ({"input": "text.txt"}, "ends in one of .jsonl"),
     "a list": ({"input": "list.json"}, "make a .jsonl of it"),
-    "texts": ({"input": "texts.jsonl"}, '2 no_conversation (texts.jsonl, record 1: it has \'text\', so'),
+    "texts": ({"input": "texts.jsonl"}, '2 no_conversation (first texts.jsonl, record 1: it has \'text\', so'),
     "columns": ({"input": "texts.parquet"}, "it has none of the columns messages,"),
     "empty": ({"input": "empty.jsonl"}, "has no conversation: it is empty"),
     "one": ({"input": "one.jsonl"}, "one conversation that can be used: a dataset needs two"),
@@ -532,8 +540,7 @@ def test_a_mistake_gets_one_line_and_nothing_is_written(mistake, prepare, wrong,
     settings, named = MISTAKES[mistake]
     monkeypatch.chdir(wrong)
     code, _, errors = prepare(**settings)
-    lines = [line for line in errors.splitlines() if line and not line.startswith("warning: ")]
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], errors
+    assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and named in errors, errors
     assert not (tmp_path / "out").exists()
 
 
@@ -579,9 +586,11 @@ def test_a_runs_folder_is_named_in_the_next_command(prepare, tmp_path):
 
 KILLER = """
 import os, runpy, shutil, signal, sys
-root, base, old, new, tokenizer = sys.argv[1:]
+root, base, old, new, tokenizer, step = sys.argv[1:]
 sys.path[:0] = [root, os.path.join(root, "data")]
-import chats, common
+import chats, common, tiktoken  # once, before the forks
+from tokenizer import load_tokenizer
+load_tokenizer(tokenizer)
 
 def child(k, folder):
     count = 0
@@ -596,12 +605,12 @@ def child(k, folder):
     os.fsync = lambda handle: None  # a kill loses nothing that the system has
     for name in ("mkdir", "open", "fsync", "replace", "unlink"):
         setattr(os, name, deadly(getattr(os, name)))
-    for kind in (common.DatasetWriter, common.BitFile):
+    for kind in (common.DatasetWriter, common.BitFile) if old == "none" else ():
         kind.write = deadly(kind.write)
     sys.argv = ["prepare.py", f"--input={new}", f"--out_dir={folder}", f"--tokenizer={tokenizer}", "--block_size=128"]
     runpy.run_path(os.path.join(root, "data", "chat", "prepare.py"), run_name="__main__")
 
-common.SHARD_TOKENS = 1000
+common.SHARD_TOKENS = 1400
 k, status = 0, 1
 while status != 0:
     folder = os.path.join(base, str(k))
@@ -613,7 +622,7 @@ while status != 0:
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
     assert status == 0 or os.WIFSIGNALED(status), status
-    k += 1
+    k += int(step)
 """
 
 
@@ -622,7 +631,7 @@ while status != 0:
 @pytest.mark.parametrize("fresh", [True, False])
 def test_killed_before_each_change_of_the_disk(fresh, prepare, tmp_path, monkeypatch):
     """SIGKILL leaves the earlier dataset, the new one, or INCOMPLETE; the same command then writes the same bytes."""
-    monkeypatch.setattr(common, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(common, "SHARD_TOKENS", 1400)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     wanted = {}
     for name, count in (("old", 50), ("new", 25)):
@@ -632,29 +641,32 @@ def test_killed_before_each_change_of_the_disk(fresh, prepare, tmp_path, monkeyp
     assert len(wanted["old"]) > len(wanted["new"]) > len(COMPLETE)
     base = tmp_path / "base"
     base.mkdir()
-    arguments = [ROOT, base, "none" if fresh else tmp_path / "old", source, tmp_path / "bpe.json"]
-    done = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, text=True)
+    step = 2 if fresh else 1
+    arguments = [ROOT, base, "none" if fresh else tmp_path / "old", source, tmp_path / "bpe.json", step]
+    done = subprocess.run([sys.executable, "-c", KILLER, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seen = []
-    for k in range(len(list(base.iterdir())) + fresh):  # the first kill leaves no folder
-        folder = base / str(k)
+    for i in range(len(list(base.iterdir())) + fresh):  # the first kill leaves no folder
+        folder = base / str(i * step)
         left = files(folder) if folder.exists() else {}
         found = {name: raw for name, raw in left.items() if not name.endswith(".writing")}
         seen.append(next((name for name in wanted if found == wanted[name]), "incomplete" if found else "nothing"))
         assert seen[-1] != "incomplete" or "INCOMPLETE" in found
-        if k % 3 == 0 or seen[-1] == "incomplete":
+        if i % 3 == 0 or seen[-1] == "incomplete":
             assert prepare(source, out=folder, block_size=128, val_fraction=0.05)[0] == 0
             assert files(folder) == wanted["new"]
     stages = ["nothing" if fresh else "old", "incomplete", "new"]
-    assert list(dict.fromkeys(seen)) == stages and seen == sorted(seen, key=stages.index) and len(seen) > 30
+    assert list(dict.fromkeys(seen)) == stages and seen == sorted(seen, key=stages.index) and len(seen) > 20
 
 
 # -----------------------------------------------------------------------------
 # The Hub
 
 
+@pytest.mark.slow
 def test_the_hub_is_streamed_and_an_unfinished_run_keeps_its_commit(prepare, tmp_path, monkeypatch):
     """Against the library's own stream of local parquet files, which is the Hub's except for the network."""
+    import datasets
     import huggingface_hub
 
     talks = made_up(40)

@@ -10,7 +10,7 @@ are packed whole into rows of block_size tokens. One that is longer is cut at th
 first answer does not fit. A conversation that cannot be used is dropped, and counted by reason in manifest.json; exact
 duplicates are too. A hash of each conversation decides whether it is held out.
 
-The tokenizer must be that of the model which is to be trained. Memory: 3 bytes a token and about 150 a conversation.
+The tokenizer must be that of the model which is to be trained. Memory: 3 bytes a token and about 300 a conversation.
 """
 
 import contextlib
