@@ -134,11 +134,13 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
 """
 
 
-def download_package(name, version, digest):
-    """The source archive of a Python package, as bytes, through pip, so with its index, proxy and certificates.
+def download_package(name, version, digest, wheel=False):
+    """The source archive of a Python package, or its wheel, as bytes, through pip, so with its index, proxy and
+    certificates.
 
     None of the package's code runs: pip compares `digest` before it opens the archive (--require-hashes), and asks
-    BACKEND for the metadata. Works with pip 19.3 to 26.3. Raises OSError with pip's reason.
+    BACKEND for the metadata of a source archive; a wheel holds its own. Works with pip 19.3 to 26.3. Raises OSError
+    with pip's reason.
     """
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -148,9 +150,10 @@ def download_package(name, version, digest):
         (folder / "setuptools" / "__init__.py").touch()
         (folder / "setuptools" / "build_meta.py").write_text(backend)
         (folder / "requirements.txt").write_text(f"{name}=={version} --hash=sha256:{digest}\n")
+        kind = f"--only-binary={name}" if wheel else f"--no-binary={name}"
         command = [
             sys.executable, "-m", "pip", "download", "--quiet", "--no-input",
-            "--disable-pip-version-check", "--no-deps", f"--no-binary={name}",
+            "--disable-pip-version-check", "--no-deps", kind,
             "--no-build-isolation", "--use-pep517", "--retries=1", "--require-hashes",
             f"--requirement={folder / 'requirements.txt'}", f"--dest={folder / 'got'}",
         ]

@@ -147,6 +147,8 @@ def read_gguf(file):
     if file.values.get(f"{family}.expert_count"):
         raise ValueError(f"{file.path} is a mixture of experts, which model.py does not know")
     config = config_of(file, family)
+    if config.n_layer > len(file.tensors):  # before that many layers are made
+        raise ValueError(f"{file.path} is damaged: it has {config.n_layer} layers and {len(file.tensors)} tensors")
     names = file.gguf.get_tensor_name_map(file.gguf.MODEL_ARCH[family.upper()], config.n_layer).get_name
     known = {names(name, (".weight", ".bias")): name for name in names_in_transformers(family, config)}
     makers = {}
