@@ -29,7 +29,6 @@ ODD = Format({"system": "[S]\n", "user": "User: ", "assistant": "Bot:\n"},
              {"system": "\n", "user": "", "assistant": "\n--[/S]<end of>tail\n"}, begin="Talk\n", join=" & ")
 FOLDED = Format({"user": "§§ ", "assistant": "[S]"}, {"user": "\n", "assistant": "[/S]\n"}, system="Be 1 [S].")
 FORMATS = {**TEMPLATES, "odd": ODD, "folded": FOLDED}
-SLOW_GPT2 = pytest.param("gpt2", marks=[needs_ranks, pytest.mark.slow])  # its 50,000 merges take seconds
 
 
 def chat_tokenizer(kind, name):
@@ -79,26 +78,22 @@ def as_transformers_says(theirs, messages, reply):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kind", ["char", "first"])
 def test_transformers_gives_the_ids_and_the_mask_of_any_conversation(kind, name, tmp_path):
-    compare_conversations(100, kind, name, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("kind", ["char", "first", SLOW_GPT2])
-def test_transformers_gives_the_ids_and_the_mask_of_a_thousand_conversations(kind, name, tmp_path):
-    compare_conversations(1000, kind, name, tmp_path)
+    tokenizer = chat_tokenizer(kind, name)
+    compare_conversations(170, tokenizer, save_files(tokenizer, tmp_path))
 
 
 @needs_ranks
+@pytest.mark.slow
 def test_transformers_gives_the_ids_and_the_mask_with_gpt2s_tokens(tmp_path):
-    compare_conversations(100, "gpt2", "smollm2", tmp_path)
-
-
-def compare_conversations(count, kind, name, tmp_path):
-    """Ids, mask and refusals are Template.encode's."""
-    tokenizer = chat_tokenizer(kind, name)
-    template = Template(tokenizer)
+    tokenizer = chat_tokenizer("gpt2", "smollm2")
     theirs = save_files(tokenizer, tmp_path)
+    compare_conversations(300, tokenizer, theirs)
+    compare_texts(tokenizer, theirs)
+
+
+def compare_conversations(count, tokenizer, theirs):
+    """Random conversations: ids, mask and refusals are those of Template.encode."""
+    template = Template(tokenizer)
     numbers = random.Random(17)
     learned_anything = False
     for _ in range(count):
@@ -131,10 +126,13 @@ def test_without_its_marks_a_template_gives_other_ids(name, tmp_path):
     assert 10 < different < 100
 
 
-@pytest.mark.parametrize("kind", ["char", "first", SLOW_GPT2])
+@pytest.mark.parametrize("kind", ["char", "first"])
 def test_other_texts_have_the_same_ids_with_a_template(kind, tmp_path):
     tokenizer = chat_tokenizer(kind, "chatml")
-    theirs = save_files(tokenizer, tmp_path)
+    compare_texts(tokenizer, save_files(tokenizer, tmp_path))
+
+
+def compare_texts(tokenizer, theirs):
     numbers = random.Random(5)
     for _ in range(200):
         text = random_text(numbers, [*tokenizer.special_tokens])
