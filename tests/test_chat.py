@@ -225,7 +225,8 @@ def test_what_fails_is_one_line_and_the_talk_stays(polite, talk_to, asked, tmp_p
         "/load notes.txt": "notes.txt is not a saved talk", "/load list.json": '"messages"',
         "/load late.json": "'é'", "/load deep.json": "deep.json", "/save notes.txt": "notes.txt",
         "/save folder": "folder", "/save none/talk.json": "none", "/system é": "'é'", "bé": "'é'",
-        "x" * 300: "shorten it", "/load a\0b": "null",
+        "x" * 300: "shorten it", "/save ~no-one/talk.json": "~no-one", "/load ~no-one": "~no-one",
+        f"/save {'x' * 300}": "too long", "/load a\0b": "null",
     }
     for fault, named in faults.items():
         asked.clear()
@@ -465,6 +466,23 @@ def read_until(descriptor, end):
     while end not in raw:
         raw += os.read(descriptor, 1)
     return raw
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_the_terminal_is_as_before_at_the_end(polite, start):
+    """SIGTERM ends a talk that waits for a message, where readline has switched off the terminal's echo."""
+    import termios
+
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    process = start(polite, stdin=slave, stdout=slave)
+    read_until(master, b"> ")
+    assert termios.tcgetattr(slave) != before
+    process.terminate()
+    assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert termios.tcgetattr(slave) == before
+    os.close(master)
+    os.close(slave)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
