@@ -212,6 +212,17 @@ def test_a_talk_is_saved_and_continued(polite, talk_to, asked, tmp_path):
     assert [ids for ids, _ in asked[1:]] == [ids_for("one", "Hi!", "two", system=system) for system in systems]
 
 
+def test_a_stopped_answer_stays_marked(polite, talk_to, tmp_path):
+    """Over loading and saving. The system message may also stand beside the messages alone."""
+    messages = messages_of("one", "Hi")
+    messages[1]["stopped"] = True
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps({"messages": messages, "system": "be kind"}), encoding="utf-8")
+    assert talk_to(polite, lines=f"/load {file}\n/save {file}\n".encode())[0] == 0
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert record["messages"] == [{"role": "system", "content": "be kind"}, *messages]
+
+
 def test_what_fails_is_one_line_and_the_talk_stays(polite, talk_to, asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("mine", encoding="utf-8")
