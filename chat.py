@@ -10,6 +10,7 @@ to the engine (infer.py) with the ids of the whole talk. Answers go to stdout, e
 """
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -220,12 +221,15 @@ def retry(talk):
 
 def save_talk(talk, path):
     """Write the talk as a line of JSON, which data/chat/prepare.py can read as well. Raises ValueError."""
-    path = Path(path).expanduser()
+    path = os.path.expanduser(path)
     messages = with_system(talk.system, talk.turns)
     if not messages:
         raise ValueError("there is nothing to save yet")
-    if path.exists():
-        read_talk(path)  # raises for a file that is something else: it must not be lost
+    try:
+        if os.path.exists(path):
+            read_talk(path)
+    except ValueError as e:
+        raise ValueError(f"{e}; it is not overwritten") from None
     record = {"messages": messages, "system": talk.system}
     try:
         write_whole(path, json.dumps(record, ensure_ascii=False) + "\n")
@@ -243,14 +247,14 @@ def load_talk(talk, path):
 def read_talk(path):
     """A saved talk -> (system message, messages of user and assistant). Raises ValueError."""
     try:
-        record = json.loads(decode_text(Path(path).expanduser().read_bytes(), "it"))
+        record = json.loads(decode_text(Path(os.path.expanduser(path)).read_bytes(), "it"))
         if not isinstance(record, dict):
             raise ValueError('expected an object with "messages"')
         messages = check_messages(record.get("messages"))
     except OSError as e:
         raise ValueError(f"{path} cannot be read: {e.strerror or e}") from None
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not a saved talk: {e}; it stays as it is") from None
+        raise ValueError(f"{path} is not a saved talk: {e}") from None
     for message, original in zip(messages, record["messages"], strict=True):
         if original.get("stopped") is True:
             message["stopped"] = True
@@ -324,8 +328,10 @@ def converse(talk):
                 print(file=sys.stderr)
             return 0
         except KeyboardInterrupt:
+            if not is_terminal(sys.stdin):
+                return 130
             print(file=sys.stderr)
-            if not is_terminal(sys.stdin) or (interrupted and not talk.keyboard.begun):
+            if interrupted and not talk.keyboard.begun:
                 return 130
             interrupted = True
             note("Ctrl-C once more ends the talk")

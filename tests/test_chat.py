@@ -212,6 +212,17 @@ def test_a_talk_is_saved_and_continued(polite, talk_to, asked, tmp_path):
     assert [ids for ids, _ in asked[1:]] == [ids_for("one", "Hi!", "two", system=system) for system in systems]
 
 
+def test_a_stopped_answer_stays_marked(polite, talk_to, tmp_path):
+    """Over loading and saving. The system message may also stand beside the messages alone."""
+    messages = messages_of("one", "Hi")
+    messages[1]["stopped"] = True
+    file = tmp_path / "talk.json"
+    file.write_text(json.dumps({"messages": messages, "system": "be kind"}), encoding="utf-8")
+    assert talk_to(polite, lines=f"/load {file}\n/save {file}\n".encode())[0] == 0
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert record["messages"] == [{"role": "system", "content": "be kind"}, *messages]
+
+
 def test_what_fails_is_one_line_and_the_talk_stays(polite, talk_to, asked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("mine", encoding="utf-8")
@@ -225,7 +236,8 @@ def test_what_fails_is_one_line_and_the_talk_stays(polite, talk_to, asked, tmp_p
         "/load notes.txt": "notes.txt is not a saved talk", "/load list.json": '"messages"',
         "/load late.json": "'é'", "/load deep.json": "deep.json", "/save notes.txt": "notes.txt",
         "/save folder": "folder", "/save none/talk.json": "none", "/system é": "'é'", "bé": "'é'",
-        "x" * 300: "shorten it", "/load a\0b": "null",
+        "x" * 300: "shorten it", "/save ~no-one/talk.json": "~no-one", "/load ~no-one": "~no-one",
+        f"/save {'x' * 300}": "too long", "/load a\0b": "null",
     }
     for fault, named in faults.items():
         asked.clear()
@@ -465,6 +477,23 @@ def read_until(descriptor, end):
     while end not in raw:
         raw += os.read(descriptor, 1)
     return raw
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_the_terminal_is_as_before_at_the_end(polite, start):
+    """SIGTERM ends a talk that waits for a message, where readline has switched off the terminal's echo."""
+    import termios
+
+    master, slave = os.openpty()
+    before = termios.tcgetattr(slave)
+    process = start(polite, stdin=slave, stdout=slave)
+    read_until(master, b"> ")
+    assert termios.tcgetattr(slave) != before
+    process.terminate()
+    assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert termios.tcgetattr(slave) == before
+    os.close(master)
+    os.close(slave)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
