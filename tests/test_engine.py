@@ -323,7 +323,9 @@ def talker():
 def test_the_next_turn_of_a_talk_reads_only_what_is_new(options, talker):
     """800 tokens of prompt and answer, then a message of 20, and one of 30."""
     engine = Engine(talker, **options)
+    others = engine.blocks.allocate(30)  # they leave a gap in front of the talk
     talk = engine.generate(some_prompts((740,))[0], max_new_tokens=60, temperature=0)
+    engine.blocks.release(others)
     assert engine.tokens_read == len(talk.ids) - 1 and talk.cached_tokens == 0, "the last one is drawn, not read"
     for message in some_prompts((20, 30), seed=5):
         prompt = talk.ids + message
