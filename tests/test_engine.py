@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import infer
 from infer import Engine, stream
 from inference import kvcache
 from inference.sampling import Sampling
@@ -91,8 +92,19 @@ def test_what_is_drawn_does_not_depend_on_what_is_beside(model):
     assert [r.tokens for r in Engine(model).generate(prompts, wants)] == alone
     small = Engine(model, chunk=3, max_requests=3)
     assert [r.tokens for r in small.generate(prompts[::-1], wants[::-1])] == alone[::-1]
-    plain = list(stream(model, prompts[1], 10, temperature=0.7, top_k=5, seed=2))
-    assert alone[1] == plain, "the engine and the plain way draw alike"
+
+
+@pytest.mark.parametrize("options", [
+    {"temperature": 0.7, "top_k": 5}, {"temperature": 0, "presence_penalty": 2.0, "frequency_penalty": -0.5},
+    {"presence_penalty": 1.5, "frequency_penalty": 2.0, "repetition_penalty": 1.3, "min_p": 0.05},
+    {"logit_bias": {3: 6.0, 5: -100, 19: 4.5}, "frequency_penalty": 1.0},
+], ids=str)
+def test_the_engine_and_the_plain_way_draw_alike(options, model):
+    prompts = some_prompts()
+    found = Engine(model, chunk=3, block=4).generate(prompts, max_new_tokens=12, seed=2, **options)
+    for prompt, request in zip(prompts, found, strict=True):
+        assert list(stream(model, prompt, 12, seed=2, **options)) == request.tokens
+    assert request.tokens != Engine(model).generate(prompts[-1], max_new_tokens=12, seed=2).tokens
 
 
 def test_a_text_goes_in_and_comes_out(model):
@@ -134,7 +146,88 @@ def test_log_probabilities_are_the_models_own(model):
         with torch.no_grad():
             logits = model(torch.tensor([found.ids[: 3 + i]]), last_only=True)[0][0, -1]
         assert logprob == pytest.approx(float(logits.log_softmax(-1)[found.tokens[i]]), abs=1e-4)
-    assert len(found.logprobs) == 8
+    assert len(found.logprobs) == 8 and not found.top_logprobs and not found.prompt_logprobs
+
+
+def exact_logprobs(model, ids):
+    """log-probabilities (T, vocab_size) of what follows each token of `ids`."""
+    with torch.no_grad():
+        return model(torch.tensor([ids]))[0][0].log_softmax(-1)
+
+
+def assert_top(top, exact):
+    """The most likely tokens in their order, with the log-probabilities of the whole context read at once."""
+    expected = exact.sort(descending=True, stable=True)
+    assert [token for token, _ in top] == expected.indices[: len(top)].tolist()
+    assert [logprob for _, logprob in top] == pytest.approx(expected.values[: len(top)].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_the_most_likely_tokens_are_those_before_any_penalty(count, model):
+    options = {"temperature": 0.5, "presence_penalty": 2, "frequency_penalty": 2, "repetition_penalty": 2.0,
+               "logit_bias": {4: 50}, "min_p": 0.5}
+    found = Engine(model).generate([1, 2, 3], max_new_tokens=8, top_logprobs=count, **options)
+    exact = exact_logprobs(model, found.ids)
+    assert len(found.top_logprobs) == len(found.logprobs) == 8 and set(found.tokens) == {4}
+    for i, (top, logprob) in enumerate(zip(found.top_logprobs, found.logprobs, strict=True)):
+        assert len(top) == count and logprob == pytest.approx(float(exact[2 + i, 4]), abs=1e-4)
+        assert_top(top, exact[2 + i])
+
+
+@pytest.mark.parametrize("options", [{}, {"block": 4, "chunk": 3, "max_requests": 2}, {"batched": True, "chunk": 1, "max_requests": 1}],
+                         ids=["at once", "in chunks", "batched"])
+def test_log_probabilities_of_a_prompt_are_exact_though_parts_of_it_are_known(options, model):
+    prompts = [*some_prompts((12, 1, 9)), some_prompts((12,))[0][:8] + [7, 7]]
+    engine = Engine(model, max_tokens=200, **options)
+    engine.generate(prompts, max_new_tokens=1)  # now the full blocks of all prompts are known
+    wants = [Sampling(max_new_tokens=4, temperature=0, prompt_logprobs=top) for top in (True, 5, 2, 20)]
+    beside = engine.submit(prompts[0], max_new_tokens=6, temperature=0)
+    for request, want in zip(engine.generate(prompts, wants), wants, strict=True):
+        prompt = request.ids[: request.prompt_tokens]
+        exact = exact_logprobs(model, prompt)
+        expected = [float(exact[i, token]) for i, token in enumerate(prompt[1:])]
+        assert request.prompt_logprobs[0] is None and request.cached_tokens == 0
+        assert request.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+        assert request.tokens == greedy(model, prompt, 4)
+        if want.prompt_logprobs is True:
+            assert request.prompt_top_logprobs == []
+            continue
+        assert len(request.prompt_top_logprobs) == len(prompt) and request.prompt_top_logprobs[0] is None
+        for i, top in enumerate(request.prompt_top_logprobs[1:]):
+            assert len(top) == want.prompt_logprobs
+            assert_top(top, exact[i])
+    while not beside.finish:
+        engine.step()
+    assert beside.tokens == greedy(model, prompts[0], 6) and not beside.prompt_logprobs
+    assert beside.cached_tokens == (8 if engine.block == 4 else 0)
+
+
+def test_presence_and_frequency_are_counted_over_the_answer_alone(model):
+    """OpenAI's definition, with the whole context read again for each token."""
+    presence, frequency = 0.8, 0.6
+    ids = [1, 2, 2, 3]
+    for _ in range(16):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0][0, -1]
+        for token in set(ids[4:]):
+            logits[token] -= presence + frequency * ids[4:].count(token)
+        ids = [*ids, int(logits.argmax())]
+    found = Engine(model).generate([1, 2, 2, 3], max_new_tokens=16, temperature=0, presence_penalty=presence,
+                                   frequency_penalty=frequency)
+    assert found.ids == ids and ids[4:] != greedy(model, ids[:4], 16)
+
+
+def test_a_bias_forces_and_forbids_tokens(model):
+    engine = Engine(model)
+    assert engine.generate([1, 2], max_new_tokens=9, logit_bias={7: 100}).tokens == [7] * 9
+    free = engine.generate([1, 2], max_new_tokens=9, temperature=0).tokens
+    without = engine.generate([1, 2], max_new_tokens=9, temperature=0, logit_bias={free[0]: -100}).tokens
+    assert free[0] not in without
+    with pytest.raises(ValueError, match="^logit_bias names token 20, outside the model's vocabulary of 20$"):
+        engine.submit([1, 2], max_new_tokens=1, logit_bias={20: 1})
+    with pytest.raises(ValueError, match="logit_bias names token 99"):
+        next(stream(model, [1, 2], 1, logit_bias={99: 1}))
+    assert not engine.waiting
 
 
 def test_a_repetition_penalty_says_less_of_the_same(model):
@@ -216,17 +309,115 @@ def test_prompts_that_begin_alike_share_their_blocks(model):
     assert engine.blocks.free == len(engine.blocks.users)
 
 
+# -----------------------------------------------------------------------------
+# What finished requests leave
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """A small model with a context of 1,024."""
+    return make(pos="rope", n_kv_head=2, block_size=1024, n_layer=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"slide": True}, {"batched": True}], ids=["plain", "slide", "batched"])
+def test_the_next_turn_of_a_talk_reads_only_what_is_new(options, talker):
+    """800 tokens of prompt and answer, then a message of 20, and one of 30."""
+    engine = Engine(talker, **options)
+    others = engine.blocks.allocate(30)  # they leave a gap in front of the talk
+    talk = engine.generate(some_prompts((740,))[0], max_new_tokens=60, temperature=0)
+    engine.blocks.release(others)
+    assert engine.tokens_read == len(talk.ids) - 1 and talk.cached_tokens == 0, "the last one is drawn, not read"
+    for message in some_prompts((20, 30), seed=5):
+        prompt = talk.ids + message
+        before = engine.tokens_read
+        talk = engine.generate(prompt, max_new_tokens=8, temperature=0)
+        read = engine.tokens_read - before - 7
+        assert read == len(prompt) - talk.cached_tokens <= len(message) + engine.block
+        assert talk.cached_tokens % engine.block == 0 and talk.table.neighbours, "no copy of what is read"
+        assert talk.tokens == greedy(talker, prompt, 8)
+    engine.blocks.forget()  # negative control
+    assert engine.generate(talk.ids, max_new_tokens=1).cached_tokens == 0
+
+
+@pytest.mark.parametrize("end", ["stop", "length", "eos", "cancelled"])
+def test_a_turn_that_ends_in_any_way_is_remembered(end, talker):
+    """Prompt and answer, as far as they were read: after a token that ends the answer all of it, else all but one."""
+    prompt = some_prompts((50,))[0]
+    tokens = Engine(talker).generate(prompt, max_new_tokens=40, seed=3, temperature=2.0).tokens
+    last = next(i for i in range(20, 40) if tokens[i] not in tokens[:i] or tokens[i] == 19)
+    engine = Engine(talker, CharTokenizer(CHARS), block=1)
+    request = engine.submit(prompt, max_new_tokens=last + 1, seed=3, temperature=2.0, ignore_eos=end != "eos",
+                            stop_tokens=(tokens[last],) if end == "stop" else (),
+                            logit_bias={19: 100} if end == "eos" else ())
+    while not request.finish:
+        if end == "cancelled" and len(request.tokens) == 7:
+            engine.cancel(request)
+        else:
+            engine.step()
+    assert request.finish == end
+    whole = end in ("stop", "eos")
+    assert engine.generate([*request.ids, 5], max_new_tokens=1).cached_tokens == len(request.ids) - (not whole)
+    assert engine.blocks.free == len(engine.blocks.users)
+
+
+def test_a_request_that_outgrows_the_context_shares_nothing(model):
+    engine = Engine(model, slide=True, block=4, max_tokens=200)
+    prompt = some_prompts((12,))[0]
+    alone = engine.generate(prompt, max_new_tokens=40, temperature=0)
+    assert not engine.blocks.block_of and not engine.blocks.digest_of
+    assert engine.generate(prompt, max_new_tokens=13, temperature=0).cached_tokens == 0
+    assert len(engine.blocks.block_of) == 6, "this one fits, and all its 24 tokens were read"
+    again = engine.generate(prompt, max_new_tokens=40, temperature=0)
+    assert again.tokens == alone.tokens and again.cached_tokens == 0
+    assert engine.generate(prompt, max_new_tokens=13, temperature=0).cached_tokens == 8
+
+
+def test_each_block_is_hashed_once(monkeypatch, talker):
+    """No prefix is hashed again: the work of a step does not grow with the text."""
+    hashed = []
+    digest = kvcache.block_digest
+
+    def counted(parent, tokens):
+        hashed.append(tuple(tokens))
+        return digest(parent, tokens)
+
+    monkeypatch.setattr(kvcache, "block_digest", counted)
+    monkeypatch.setattr(infer, "block_digest", counted)
+    request = Engine(talker, block=8).generate(some_prompts((100,))[0], max_new_tokens=61)
+    assert hashed == [tuple(request.ids[i : i + 8]) for i in range(0, 160, 8)]
+
+
+def test_weights_that_change_are_followed_after_forget():
+    model = make(pos="rope")
+    engine = Engine(model, block=4)
+    prompt = some_prompts((12,))[0]
+    engine.generate(prompt, max_new_tokens=4)
+    running = engine.submit(prompt, max_new_tokens=8)
+    engine.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    engine.blocks.forget()
+    assert engine.generate(prompt, max_new_tokens=4, temperature=0).tokens == greedy(model, prompt, 4)
+    while not running.finish:
+        engine.step()
+    assert engine.generate([*running.ids[:16], 1], max_new_tokens=1).cached_tokens < 16, "read with the old weights"
+    assert engine.generate(prompt, max_new_tokens=4, temperature=0).tokens == greedy(model, prompt, 4)
+
+
 @given(st.lists(st.tuples(st.integers(1, 10), st.integers(1, 10), st.integers(0, 12), st.booleans()), max_size=9),
-       st.integers(3, 6), st.integers(1, 3), st.integers(1, 4), st.integers(0, 99))
+       st.integers(3, 6), st.integers(1, 3), st.integers(1, 4), st.integers(0, 99), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_requests_come_and_go_and_no_block_is_lost_or_shared_wrongly(plans, count, block, most, seed):
+def test_requests_come_and_go_and_no_block_is_lost_or_shared_wrongly(plans, count, block, most, seed, slide):
     """Random arrivals, cancellations and memory for hardly one: all finish, with what they would have drawn alone."""
     model, rng = SCHEDULED, random.Random(seed)
-    engine = Engine(model, max_tokens=count * 8, block=block, max_requests=most, chunk=5)
+    engine = Engine(model, max_tokens=count * 8, block=block, max_requests=most, chunk=5, slide=slide)
     requests, pending, step = [], sorted(plans, key=lambda plan: plan[2]), 0
     while pending or not all(request.finish for request in requests):
         while pending and pending[0][2] <= step:
             n, new, _, cancelled = pending.pop(0)
+            if slide and n % 3 == 0:
+                new += 20  # beyond the context of 24
             prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10][: n // 2] + [rng.randrange(20) for _ in range(n - n // 2)]
             request = engine.submit(prompt, max_new_tokens=new, temperature=0)
             request.to_cancel = cancelled
@@ -241,12 +432,19 @@ def test_requests_come_and_go_and_no_block_is_lost_or_shared_wrongly(plans, coun
             for i in request.blocks:
                 users[i] += 1
         assert users == engine.blocks.users and engine.blocks.free == users.count(0)
+        assert set(engine.blocks.idle) == {i for i in engine.blocks.digest_of if not users[i]}
         assert len(engine.running) <= most and step < 2000
-    assert engine.blocks.free == len(engine.blocks.users) 
+    assert engine.blocks.free == len(engine.blocks.users)
+    assert set(engine.blocks.idle) == set(engine.blocks.digest_of) == set(engine.blocks.block_of.values())
     for request in requests:
         if request.finish != "cancelled":
             prompt = request.ids[: request.prompt_tokens]
-            assert request.tokens == greedy(model, prompt, request.sampling.max_new_tokens)
+            new = request.sampling.max_new_tokens
+            if len(prompt) + new - 1 <= 24:
+                assert request.tokens == greedy(model, prompt, new)
+            else:
+                alone = Engine(model, block=block, slide=True).generate(prompt, max_new_tokens=new, temperature=0)
+                assert request.tokens == alone.tokens
 
 
 SCHEDULED = make(pos="rope", n_kv_head=2)

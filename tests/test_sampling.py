@@ -1,13 +1,23 @@
 """What is drawn, and where a text ends. The distribution itself is held to brute force in test_infer.py."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.sampling import Sampling, StopText, most_likely, penalise, probabilities
+from inference.sampling import (
+    Chooser,
+    Sampling,
+    StopText,
+    most_likely,
+    penalise,
+    penalise_answer,
+    probabilities,
+    top_tokens,
+)
 
 
 def kept(probs):
@@ -46,7 +56,10 @@ def test_draws_follow_the_distribution():
     [{"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"min_p": -0.1}, {"min_p": 1.1}, {"repetition_penalty": 0},
      {"repetition_penalty": math.inf}, {"temperature": -1}, {"top_k": 2.5}, {"top_p": 0},
      {"temperature": math.nan}, {"top_p": math.nan}, {"min_p": math.nan}, {"repetition_penalty": math.nan},
-     {"temperature": math.inf}, {"seed": 2**64}, {"seed": math.nan}],
+     {"temperature": math.inf}, {"seed": 2**64}, {"seed": math.nan}, {"presence_penalty": 2.1},
+     {"presence_penalty": math.nan}, {"frequency_penalty": -2.1}, {"top_logprobs": 21}, {"top_logprobs": -1},
+     {"top_logprobs": 1.0}, {"top_logprobs": True}, {"prompt_logprobs": 21}, {"prompt_logprobs": -1},
+     {"prompt_logprobs": 2.0}],
 )
 def test_parameters_without_a_meaning_are_named(wrong):
     (name, value), = wrong.items()
@@ -55,6 +68,54 @@ def test_parameters_without_a_meaning_are_named(wrong):
     for stop in ("text", ("",), (1,)):
         with pytest.raises(ValueError, match="^stop="):
             Sampling(stop=stop)
+
+
+@pytest.mark.parametrize("bias, message", [
+    ({1: 101}, "101 for token 1 must be a number in"), ({1: -100.5}, "-100.5 for token 1"), ({1: math.nan}, "nan for"),
+    ({1: "2"}, "'2' for token 1"), ({"1": 2}, "'1' is no token id"), ({1.5: 2}, "1.5 is no token id"),
+    ({True: 2}, "True is no token id"), (5, "=5 must be a dict"), ("ab", "='ab' must be a dict"),
+])
+def test_a_bias_without_a_meaning_is_named(bias, message):
+    with pytest.raises(ValueError, match=f"^logit_bias(: )?{message}") as caught:
+        Sampling(logit_bias=bias)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bias_is_frozen_like_the_rest():
+    bias = {3: 1, 5: -100}
+    sampling = Sampling(logit_bias=bias)
+    bias[7] = 2
+    assert sampling.logit_bias == ((3, 1.0), (5, -100.0)) and hash(sampling)
+    assert replace(sampling, seed=1).logit_bias == sampling.logit_bias
+    assert Sampling(logit_bias={}).logit_bias == Sampling().logit_bias == ()
+
+
+def test_penalties_of_the_answer_are_openais():
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, as its documentation writes them."""
+    logits, counts = torch.tensor([1.0, -2.0, 3.0, -math.inf]), torch.tensor([0.0, 1, 3, 2])
+    before = logits.clone()
+    assert penalise_answer(logits, counts, 0.5, 0.25).tolist() == [1.0, -2.75, 1.75, -math.inf]
+    assert penalise_answer(logits, counts, -0.5, 0).tolist() == [1.0, -1.5, 3.5, -math.inf]
+    assert torch.equal(logits, before) and torch.equal(penalise_answer(logits, counts, 0, 0), logits)
+
+
+def test_penalties_add_up_and_biases_come_on_top():
+    """By hand: repetition over all tokens, then presence and frequency of the answer, then the bias."""
+    choose = Chooser(Sampling(temperature=0, repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=0.5,
+                              logit_bias={3: 1.25}), 4)
+    logits = torch.tensor([4.0, 3.0, 1.0, 0.0])
+    assert choose(logits, [0]) == 1  # 2, 3, 1, 1.25
+    assert choose(logits, [0, 1]) == 0  # 2, 0, 1, 1.25
+    assert choose(logits, [0, 1, 0]) == 3  # 0.5, 0, 1, 1.25
+    assert choose(logits, [0, 1, 0, 3]) == 2  # 0.5, 0, 1, -0.25
+    assert logits.tolist() == [4, 3, 1, 0]
+
+
+def test_the_most_likely_tokens_are_ranked_and_the_lowest_id_wins_a_tie():
+    logprobs = torch.tensor([-3.0, -1.0, -3.0, -0.5, -1.0, -math.inf])
+    ranked = [(3, -0.5), (1, -1.0), (4, -1.0), (0, -3.0), (2, -3.0), (5, -math.inf)]
+    for count in (1, 2, 4, 6, 20):
+        assert top_tokens(logprobs, count) == ranked[:count]
 
 
 @given(st.lists(st.text("ab\n", max_size=3)), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
