@@ -20,7 +20,6 @@ import sources
 from configurator import Settings, configure
 from conversation import TEMPLATES, Template
 from infer import load
-from model import GPT, GPTConfig
 from tokenizer import GPT2_PATTERN
 from training import byte_level, templates
 from training.gguf_files import GGUF, gguf_tokenizer
@@ -481,13 +480,18 @@ def test_the_ends_of_a_text_are_those_of_the_folder(options, ids, ends, tmp_path
 
 
 def test_a_vocabulary_above_16_bits_is_read(tmp_path):
-    """Its ids are uint32: Qwen has 151,669 tokens."""
-    theirs = trained(None)
-    theirs.add_special_tokens([f"<{i}>" for i in range(70_000)])
-    folder_of(theirs, tmp_path, eos_token="<69999>")
+    """Its ids are uint32. Here every pair of bytes is a token."""
+    letters = [*byte_level.bytes_to_unicode().values()]
+    pairs = [(a, b) for a in letters for b in letters]
+    words = letters + [a + b for a, b in pairs]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, pairs))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.add_special_tokens(["<|end|>"])
+    folder_of(theirs, tmp_path, eos_token="<|end|>")
     ours, tokenizer, _ = read_model(tmp_path)
-    assert tokenizer.vocab_size == ours.config.vocab_size == 70_600 and tokenizer.eos == 70_599
-    assert tokenizer.encode_array("model").dtype == np.uint32
+    assert tokenizer.vocab_size == ours.config.vocab_size == 65_793 and tokenizer.eos == 65_792
+    ids = tokenizer.encode_array("model zzz \xff")
+    assert ids.dtype == np.uint32 and ids.tolist() == theirs.encode("model zzz \xff").ids
 
 
 def vocabulary(theirs, **values):
@@ -697,8 +701,9 @@ def test_without_the_wheel_it_says_what_was_tried(fetch, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_smollm2_has_the_logits_of_transformers(tmp_path):
-    """transformers reads the same GGUF by code of its own. Its ids of a talk are ours, and a sure question is
-    answered."""
+    """transformers reads the same GGUF by code of its own, into its own class."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     spec = importlib.util.spec_from_file_location("fetch_smollm2", ROOT / "data" / "smollm2" / "fetch.py")
     fetch = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fetch)
@@ -714,14 +719,15 @@ def test_smollm2_has_the_logits_of_transformers(tmp_path):
     assert ours.num_params() == 134_527_104 and tokenizer.vocab_size == 49_173
     template = Template(tokenizer)
     ids, _ = template.encode([{"role": "user", "content": "What is the capital of France? 12  + 30"}], reply=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    assert type(theirs).__name__ == "LlamaForCausalLM"
+    theirs = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=theirs)["tensors"]
+    assert len(tensors) == 272
+    left_out = theirs.load_state_dict(tensors, strict=False)
+    assert left_out.missing_keys in ([], ["lm_head.weight"]) and not left_out.unexpected_keys
+    theirs.tie_weights()
     found, expected = logits(ours.eval(), ids), logits(theirs.eval(), ids)
     assert (found[:, :49_152] - expected).abs().max() < 1e-3
-    assert found[:, 49_152:].softmax(-1).max() < 1e-4
-    words = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    talk = [{"role": "user", "content": "What is the capital of France? 12  + 30"}]
-    assert list(words.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]) == ids
+    shares = found.softmax(-1)[:, 49_152:].sum(-1)  # of the 21 bytes, which it has not learned
+    assert -torch.log1p(-shares).mean() < 1e-3  # so little do they change the loss of other tokens
     assert tokenizer.decode([int(found[-1].argmax())]) == "The"
-    file = GGUF(path)
-    assert gguf_tokenizer(file)[1] == 21 and isinstance(ours, GPT) and isinstance(ours.config, GPTConfig)
+    assert gguf_tokenizer(GGUF(path))[1] == 21
