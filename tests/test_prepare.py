@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -586,6 +587,27 @@ def test_package_is_downloaded_without_running_it(tmp_path, monkeypatch):
     assert not mark.exists()
     with pytest.raises(OSError, match="pip: "):
         ORIGINAL.download_package("minichat-none", "1.0", digest)
+
+
+@needs_pip
+def test_a_wheel_is_downloaded_by_its_digest(tmp_path, monkeypatch):
+    """pip, offline. Without `wheel` it looks for a source archive, and there is none."""
+    path = tmp_path / "minichat_wheel-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("minichat_wheel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: minichat-wheel\n"
+                       "Version: 1.0\n")
+        wheel.writestr("minichat_wheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
+                       "Tag: py3-none-any\n")
+        wheel.writestr("minichat_wheel-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert ORIGINAL.download_package("minichat-wheel", "1.0", digest, wheel=True) == path.read_bytes()
+    with pytest.raises(OSError, match="pip: .*(?i:hash)"):
+        ORIGINAL.download_package("minichat-wheel", "1.0", DIGEST, wheel=True)
+    with pytest.raises(OSError, match="pip: "):
+        ORIGINAL.download_package("minichat-wheel", "1.0", digest)
 
 
 @needs_pip

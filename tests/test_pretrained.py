@@ -20,7 +20,6 @@ import sources
 from configurator import Settings, configure
 from conversation import TEMPLATES, Template
 from infer import load
-from model import GPT, GPTConfig
 from tokenizer import GPT2_PATTERN
 from training import byte_level, templates
 from training.gguf_files import GGUF, gguf_tokenizer
@@ -29,14 +28,15 @@ from training.pretrained import new_rows, read_model
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
+transformers.utils.logging.disable_progress_bar()  # on stderr, among the lines that are counted
 ROOT = Path(__file__).resolve().parents[1]
 MIRROR = os.environ.get("MINICHAT_MIRROR", "")
 QWEN3 = {**LLAMA, "qk_norm": "rms_gain"}
 CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
           "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-SMOLLM2 = CHATML.replace("{{'<|im", "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
-                         "are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
-                         "{{'<|im", 1)
+SMOLLM2 = CHATML.replace(
+    "{{'<|im", "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI "
+    "assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im", 1)
 
 
 def same_weights(ours, theirs):
@@ -101,7 +101,8 @@ def test_bfloat16_weights_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("family, fields, named", [
-    ("llama", {"head_dim": 16}, "head_dim=16"), ("qwen3", {"head_dim": None}, None), ("llama", {"head_dim": None}, None),
+    ("llama", {"head_dim": 16}, "head_dim=16"), ("llama", {"head_dim": None}, None),
+    ("qwen3", {"head_dim": None}, "head_dim=128"),
     ("llama", {"attention_bias": True}, "attention_bias=True"), ("llama", {"mlp_bias": True}, "mlp_bias=True"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu"), ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
     ("llama", {"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
@@ -111,7 +112,7 @@ def test_bfloat16_weights_are_read(tmp_path):
     ("mistral", {}, "'mistral'"), ("llama", {"num_attention_heads": 3}, "n_head=3"),
     ("llama", {"intermediate_size": 88}, "mlp.c_fc.weight is (80, 32) in the file and (88, 32)"),
     ("llama", {"num_key_value_heads": 4}, "k_proj.weight is (16, 32) in the file, not (32, 32)"),
-    ("llama", {"num_hidden_layers": 1}, "model.layers.1."), ("qwen3", {}, "q_gain is not in the file"),
+    ("llama", {"num_hidden_layers": 1}, "model.layers.1."), ("qwen3", {}, "k_gain is not in the file"),
 ], ids=str)
 def test_what_the_model_cannot_express_is_named(family, fields, named, tmp_path, call_script):
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(tmp_path / "hf")
@@ -124,8 +125,6 @@ def test_what_the_model_cannot_express_is_named(family, fields, named, tmp_path,
     saved["model_type"] = family
     path.write_text(json.dumps(saved))
     code, _, err = call_script("export.py", tmp_path / "hf", tmp_path / "run")
-    if named is None:  # Llama's class has the size that follows from the others, Qwen3's has 128
-        named = "head_dim=128" if family == "qwen3" else None
     assert code == (2 if named else 0) and err.count("\n") == bool(named) and (named or "") in err, err
     assert (tmp_path / "run").exists() == (named is None)
 
@@ -268,8 +267,9 @@ def test_a_gguf_that_ends_anywhere_is_one_line(llama_gguf, tmp_path, call_script
     assert code == 2 and err.count("\n") == 1 and "download it again" in err and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("at, raw", [(4, b"\1"), (4, b"\0\0\0\3"), (8, b"\xff" * 8), (16, b"\xff" * 8), (24, b"\xff" * 8),
-                                     (32, b"\xff\xfe")], ids=str)
+@pytest.mark.parametrize("at, raw", [
+    (4, b"\1"), (4, b"\0\0\0\3"), (8, b"\xff" * 8), (16, b"\xff" * 8), (24, b"\xff" * 8), (32, b"\xff\xfe"),
+], ids=str)
 def test_a_damaged_header_is_one_line(at, raw, llama_gguf, tmp_path):
     whole = bytearray(llama_gguf[0].read_bytes())
     whole[at : at + len(raw)] = raw
@@ -301,7 +301,8 @@ def trained(pattern, size=600, alphabet=True, specials=("<|im_start|>", "<|im_en
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size, special_tokens=[*specials], show_progress=False,
         initial_alphabet=pre.ByteLevel.alphabet() if alphabet else list("aeiouĠĊ"))
-    theirs.train_from_iterator([(ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "README.md")], trainer)
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "README.md")]
+    theirs.train_from_iterator(texts, trainer)
     return theirs
 
 
@@ -348,7 +349,7 @@ def test_awkward_texts_and_real_ones_have_the_ids_of_the_package(name):
     documents = Path(MIRROR) / "documents.jsonl.gz"
     if MIRROR and documents.is_file():
         with gzip.open(documents, "rt", encoding="utf-8") as file:
-            texts += [json.loads(next(file))["text"] for _ in range(40)]
+            texts += [json.loads(next(file))["text"] for _ in range(6)]
     for text in texts:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
     assert ours.special_tokens == {"<|im_start|>": 0, "<|im_end|>": 1}
@@ -373,15 +374,17 @@ def test_bytes_without_a_token_get_one_and_a_row(tmp_path):
     text = "naïve 日本 \x00"
     assert tokenizer.decode(tokenizer.encode(text)) == text and max(tokenizer.encode(text)) >= size
     assert tokenizer.encode("the model") == theirs.encode("the model").ids
-    table = ours.transformer.wte.weight[:size]
+    rows = ours.transformer.wte.weight.detach()
+    table = rows[:size]
     assert torch.equal(table, model.model.embed_tokens.weight)
-    new = ours.transformer.wte.weight[size : size + missing]
-    assert (new - table.mean(0)).std() == pytest.approx(0.02 * table.std().item(), rel=0.1)
+    new = rows[size : size + missing]
+    assert (new - table.mean(0)).std().item() == pytest.approx(0.02 * table.std().item(), rel=0.1)
     assert len(new.unique(dim=0)) == missing  # no two alike
-    head = ours.lm_head.weight[size : size + missing]
-    assert (head - ours.lm_head.weight[:size].mean(0)).std() < 0.05 * head.std()
+    head = ours.lm_head.weight.detach()  # untied: its rows are the mean of its own
+    spread = (head[size : size + missing] - head[:size].mean(0)).std()
+    assert spread.item() == pytest.approx(0.02 * head[:size].std().item(), rel=0.1)
     again, _, _ = read_model(tmp_path)
-    assert torch.equal(again.transformer.wte.weight, ours.transformer.wte.weight)
+    assert torch.equal(again.transformer.wte.weight, rows)
 
 
 def test_a_new_token_is_as_probable_as_an_average_one():
@@ -477,13 +480,18 @@ def test_the_ends_of_a_text_are_those_of_the_folder(options, ids, ends, tmp_path
 
 
 def test_a_vocabulary_above_16_bits_is_read(tmp_path):
-    """Its ids are uint32: Qwen has 151,669 tokens."""
-    theirs = trained(None)
-    theirs.add_special_tokens([f"<{i}>" for i in range(70_000)])
-    folder_of(theirs, tmp_path, eos_token="<69999>")
+    """Its ids are uint32. Here every pair of bytes is a token."""
+    letters = [*byte_level.bytes_to_unicode().values()]
+    pairs = [(a, b) for a in letters for b in letters]
+    words = letters + [a + b for a, b in pairs]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, pairs))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.add_special_tokens(["<|end|>"])
+    folder_of(theirs, tmp_path, eos_token="<|end|>")
     ours, tokenizer, _ = read_model(tmp_path)
-    assert tokenizer.vocab_size == ours.config.vocab_size == 70_600 and tokenizer.eos == 70_599
-    assert tokenizer.encode_array("model").dtype == np.uint32
+    assert tokenizer.vocab_size == ours.config.vocab_size == 65_793 and tokenizer.eos == 65_792
+    ids = tokenizer.encode_array("model zzz \xff")
+    assert ids.dtype == np.uint32 and ids.tolist() == theirs.encode("model zzz \xff").ids
 
 
 def vocabulary(theirs, **values):
@@ -518,7 +526,8 @@ def test_the_tokenizer_of_a_gguf(llama_gguf, small_bpe, tmp_path):
 
 
 @pytest.mark.parametrize("values, named", [
-    ({"tokenizer.ggml.pre": "viking"}, "tokenizer.ggml.pre is 'viking'"), ({"tokenizer.ggml.model": "llama"}, "'llama'"),
+    ({"tokenizer.ggml.pre": "viking"}, "tokenizer.ggml.pre is 'viking'"),
+    ({"tokenizer.ggml.model": "llama"}, "'llama'"),
     ({"tokenizer.ggml.token_type": [1]}, "1 types"), ({"tokenizer.ggml.merges": ["a b"]}, "no token"),
 ], ids=str)
 def test_a_tokenizer_of_a_gguf_that_is_not_known_is_named(values, named, llama_gguf, small_bpe, tmp_path, capsys):
@@ -569,8 +578,8 @@ def test_a_template_that_is_not_known_is_named_and_asked_for(tmp_path, call_scri
     assert not (tmp_path / "executed").exists()
     code, out, err = call_script("export.py", tmp_path / "hf", tmp_path / "said", "--template=chatml")
     assert (code, err) == (0, "") and Template(load(tmp_path / "said")[1]).end == 1
-    for words, named in ((("hf", "new", "--template=chatm"), "is not one of"), (("said", "new", "--template=chatml"), "run")):
-        code, _, err = call_script("export.py", *(word if "--" in word else tmp_path / word for word in words))
+    for source, name, named in (("hf", "chatm", "is not one of"), ("said", "chatml", "is a run")):
+        code, _, err = call_script("export.py", tmp_path / source, tmp_path / "new", f"--template={name}")
         assert code == 2 and named in err and err.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
@@ -692,8 +701,9 @@ def test_without_the_wheel_it_says_what_was_tried(fetch, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_smollm2_has_the_logits_of_transformers(tmp_path):
-    """transformers reads the same GGUF by code of its own. Its ids of a talk are ours, and a sure question is
-    answered."""
+    """transformers reads the same GGUF by code of its own, into its own class."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     spec = importlib.util.spec_from_file_location("fetch_smollm2", ROOT / "data" / "smollm2" / "fetch.py")
     fetch = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fetch)
@@ -709,14 +719,15 @@ def test_smollm2_has_the_logits_of_transformers(tmp_path):
     assert ours.num_params() == 134_527_104 and tokenizer.vocab_size == 49_173
     template = Template(tokenizer)
     ids, _ = template.encode([{"role": "user", "content": "What is the capital of France? 12  + 30"}], reply=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    assert type(theirs).__name__ == "LlamaForCausalLM"
+    theirs = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=theirs)["tensors"]
+    assert len(tensors) == 272
+    left_out = theirs.load_state_dict(tensors, strict=False)
+    assert left_out.missing_keys in ([], ["lm_head.weight"]) and not left_out.unexpected_keys
+    theirs.tie_weights()
     found, expected = logits(ours.eval(), ids), logits(theirs.eval(), ids)
     assert (found[:, :49_152] - expected).abs().max() < 1e-3
-    assert found[:, 49_152:].softmax(-1).max() < 1e-4
-    words = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    talk = [{"role": "user", "content": "What is the capital of France? 12  + 30"}]
-    assert list(words.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]) == ids
+    shares = found.softmax(-1)[:, 49_152:].sum(-1)  # of the 21 bytes, which it has not learned
+    assert -torch.log1p(-shares).mean() < 1e-3  # so little do they change the loss of other tokens
     assert tokenizer.decode([int(found[-1].argmax())]) == "The"
-    file = GGUF(path)
-    assert gguf_tokenizer(file)[1] == 21 and isinstance(ours, GPT) and isinstance(ours.config, GPTConfig)
+    assert gguf_tokenizer(GGUF(path))[1] == 21

@@ -104,10 +104,9 @@ def build(config, tensors, rows_needed=None):
             raise ValueError(f"{name} is {where}: it holds another model")
         p = params[name]
         tensor = tensors[name]
-        rows = len(p)  # to copy
-        rows_least = len(tensor)
+        rows = min(len(p), len(tensor))  # to copy
+        rows_least = max(len(p), len(tensor))
         if name in TABLES:
-            rows = min(len(p), len(tensor))
             rows_least = rows_needed or config.vocab_size
         if p.shape[1:] != tensor.shape[1:] or rows < rows_least:
             raise ValueError(f"{name} is {tuple(tensor.shape)} in the file and {tuple(p.shape)} in the model")
