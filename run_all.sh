@@ -6,9 +6,10 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'END'
-usage: ./run_all.sh [setup | demo | perf | test [PYTEST ARGUMENTS]]
+usage: ./run_all.sh [setup | demo | chat | perf | test [PYTEST ARGUMENTS]]
   setup   create .venv with the pinned packages for training, sampling and the tests
   demo    train on Tiny Shakespeare and print a sample; the same command resumes a demo that was stopped
+  chat    demo's model, fine-tuned on Shakespeare's speeches as talks, and its first answer; resumes like demo
   perf    run the notebooks, which measure this machine, and save them in out/notebooks
   test    setup, then all tests, one process per core; for example: ./run_all.sh test -m "not slow"
 Without an argument: setup, test, demo and perf, one after another.
@@ -128,6 +129,18 @@ demo() {
     .venv/bin/python sample.py --out_dir=out/shakespeare_char_demo --num_samples=1 --max_new_tokens=500
 }
 
+chat() {
+    install base
+    .venv/bin/python data/shakespeare_char/prepare.py
+    .venv/bin/python train.py config/shakespeare_char_demo.py --init_from=auto
+    .venv/bin/python data/shakespeare_chat/prepare.py
+    .venv/bin/python train.py config/chat_shakespeare.py
+    local question="What say you of love?"
+    echo "you     $question"
+    .venv/bin/python chat.py --out_dir=out/chat_shakespeare --system=ROMEO --prompt="$question"
+    echo "Talk on with: .venv/bin/python chat.py --out_dir=out/chat_shakespeare --system=ROMEO"
+}
+
 perf() {
     install dev
     .venv/bin/python -m ipykernel install --sys-prefix --name=minichat --display-name=minichat >/dev/null
@@ -147,9 +160,10 @@ if [ $# -gt 0 ]; then shift; fi
 case $verb in
     setup) no_arguments "$@"; install dev ;;
     demo) no_arguments "$@"; demo ;;
+    chat) no_arguments "$@"; chat ;;
     perf) no_arguments "$@"; perf ;;
     test) run_tests "$@" ;;
     all) run_tests; demo; perf ;;  # the tests begin with setup
     -h | --help) usage ;;
-    *) stop "unknown verb '$verb': it is one of setup, demo, perf, test; --help explains them" ;;
+    *) stop "unknown verb '$verb': it is one of setup, demo, chat, perf, test; --help explains them" ;;
 esac

@@ -1,5 +1,5 @@
-# Talk with Shakespeare's people: the model of ./run_all.sh demo, fine-tuned on the speeches of Tiny Shakespeare as talks.
-# What ./run_all.sh chat trains.
+# Talk with Shakespeare's people: the model of ./run_all.sh demo, fine-tuned on the speeches of Tiny Shakespeare as
+# talks. ./run_all.sh chat does all of this.
 #     python train.py config/shakespeare_char_demo.py
 #     python data/shakespeare_chat/prepare.py
 #     python train.py config/chat_shakespeare.py
