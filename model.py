@@ -389,7 +389,10 @@ def attend_varlen(q, k, v, apart, dropout):
 
 def attend_flex(q, k, v, mask):
     """attend with FlexAttention (Dong et al. 2024, arXiv:2412.05496), which compiles to one kernel that skips blocks
-    that `mask`, a BlockMask, hides. q (B, n_q, T, D) -> (B, n_q, T, D)"""
+    that `mask`, a BlockMask, hides. q (B, n_q, T, D) -> (B, n_q, T, D)
+
+    pick_attention takes it on CUDA only. Compiled on a CPU, torch 2.13 reads keys and values wrongly that are views of
+    a larger tensor, as these are."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))

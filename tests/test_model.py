@@ -623,6 +623,22 @@ def test_documents_with_parts_compiled_alone(kind, force):
         assert (grad - expected[name]).norm() <= 1e-5 * max(expected[name].norm(), 1e-3), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("n_kv_head", [0, 2], ids=["mha", "gqa"])
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+def test_documents_on_a_gpu_compute_what_they_compute_on_a_cpu(compiling, n_kv_head):
+    """Compiled this is FlexAttention, on keys and values that are views; otherwise flash-attn, or SDPA with a mask."""
+    model = build(block_size=300, n_embd=64, pos="rope", n_kv_head=n_kv_head)
+    idx, docs = tokens(model), documents_of([[70, 130, 100], [300]])
+    with torch.no_grad():
+        expected, mixed = model(idx, docs=docs)[0], model(idx)[0]
+        model = model.cuda()
+        run = torch.compile(model, dynamic=False) if compiling else model
+        with torch.autocast("cuda", torch.bfloat16):
+            found = run(idx.cuda(), docs=docs.cuda())[0].cpu()
+    assert distance(found, expected) < 0.05 < distance(mixed, expected)
+
+
 def test_documents_do_not_lengthen_the_context():
     model = build()
     with pytest.raises(ValueError, match="block_size"):
