@@ -10,19 +10,22 @@ Benchmarks: what a user would run, timed. Each prints a table and, as its last l
     python bench.py loader --config=config/shakespeare_char_cpu.py
     python bench.py infer --forms=float32,int8 --batches=1,16
     python bench.py infer --models=out/a,out/b          # checkpoints instead of GPT-2's size
+    python bench.py turns --models=out/smollm2 --prompts=200,800 --forms=float32,bfloat16
+    python bench.py sft --models=out/smollm2 --dataset=chatterbot --tokens=2048 --forms=float32,bfloat16
     python bench.py activations
     python bench.py zero --worlds=1,2 --shape=12,12,768 --tokens=256
     python bench.py gpu
 
 This file holds the settings and the verbs. What a benchmark measures, and how, stands at the top of its file:
-benchmarks/training.py (train, scaling, monitor), data.py (data, loader), inference.py (infer), memory.py (activations,
-zero) and gpu.py (gpu).
+benchmarks/training.py (train, scaling, monitor), data.py (data, loader), inference.py (infer), chat.py (turns, sft),
+memory.py (activations, zero) and gpu.py (gpu).
 """
 
 import json
 import sys
 from pathlib import Path
 
+from benchmarks.chat import bench_sft, bench_turns
 from benchmarks.data import bench_data, bench_loader
 from benchmarks.gpu import bench_gpu
 from benchmarks.inference import bench_infer
@@ -33,7 +36,7 @@ from device import DTYPES, pick_device
 from model import GPTConfig
 
 # -----------------------------------------------------------------------------
-what = "train"              # train | scaling | data | loader | infer | activations | zero | monitor | gpu
+what = "train"              # train | scaling | data | loader | infer | turns | sft | activations | zero | monitor | gpu
 out_dir = "out/bench"       # where the run folders go; remove those of an earlier benchmark first
 
 # train, scaling, loader and monitor
@@ -46,30 +49,32 @@ reads = 2000                # loader: batches read in each round
 # scaling, which also reads batches (below) as sizes of a micro-batch
 lengths = (64, 256)         # tokens of context
 worlds = (1, 2)             # scaling, zero: numbers of processes
-warm_up = 3                 # scaling, gpu: untimed updates at the start of each run
-updates = 10                # scaling, gpu: timed updates after them
+warm_up = 3                 # scaling, sft, gpu: untimed updates at the start of each run
+updates = 10                # scaling, sft, gpu: timed updates after them
 
 # data
 input = ""                  # a file of documents; the corpora are made of its lines
 english = True              # use only documents that are at least 99 % ASCII, as OpenWebText's are
 sizes = (50, 150, 500)      # megabytes of text in each corpus; speed is measured on the second
 workers = (1, 2)            # numbers of processes
-rounds = 3                  # scaling, data, loader, infer, monitor: times each thing is measured, in turns
+rounds = 3                  # scaling, data, loader, infer, turns, sft, monitor: times each is measured, in turns
 
-# infer
+# infer; turns and sft, which also read forms and models
 forms = ("float32", "bfloat16", "int8")  # forms of the weights
 kv_heads = (12,)            # key and value heads of 12; 1 is multi-query attention
 models: tuple[str, ...] = ()  # measure only these run folders instead of GPT-2's size
 batches = (1, 4, 8, 16)     # requests at once; scaling: sequences in a micro-batch
-prompts = (16, 512)         # tokens of each prompt
+prompts = (16, 512)         # tokens of each prompt; turns: of the talk before the second message
 new_tokens = 24             # tokens drawn after the first
 peers = True                # also the plain way without a cache; transformers and llama.cpp where installed
 crowd = 32                  # requests of mixed lengths, all at once and one after another; 0: none
 device = "auto"             # infer, activations, zero, gpu: auto | cpu | cuda | cuda:N | mps
 
+dataset = "chatterbot"      # sft: the conversations
+
 # activations, zero: fp32 steps on one sequence
 shape = (24, 16, 1024)      # layers, heads and width; these are GPT-2's 355M
-tokens = 1024               # tokens of the sequence; gpu: of each sequence
+tokens = 1024               # tokens of the sequence; gpu: of each sequence; sft: of an update
 
 # gpu: bfloat16 steps
 gpu_models = ("124m", "355m")  # 124m | 355m | 774m | tiny; every variation is of the first
@@ -83,6 +88,8 @@ VERBS = {
     "data": bench_data,
     "loader": bench_loader,
     "infer": bench_infer,
+    "turns": bench_turns,
+    "sft": bench_sft,
     "activations": bench_activations,
     "zero": bench_zero,
     "monitor": bench_monitor,

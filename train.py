@@ -40,9 +40,9 @@ from training.saver import Saver
 # -----------------------------------------------------------------------------
 # the run
 out_dir = "out"               # where config, metrics and checkpoints go
-init_from = "scratch"         # scratch | resume | auto (resume a run if there is one) | a model to start from, or
-                              # auto:MODEL (resume a run if there is one, else start from that model): a
-                              # run's folder, nanoGPT's ckpt.pt, a Hugging Face folder, a name on the Hub (gpt2)
+init_from = "scratch"         # scratch | resume | auto (resume a run if there is one) | a model to start from: a run's
+                              # folder, ckpt.pt of nanoGPT, FILE.gguf, a Hugging Face folder, a name on the Hub (gpt2);
+                              # auto:MODEL resumes a run if there is one, and else starts from the model
 seed = 1337                   # of initialisation, data order and dropout
 max_iters = 600000            # updates in total
 eval_only = False             # evaluate once and stop

@@ -1,5 +1,5 @@
-# From a base model of GPT-2's class to one that chats: SmolTalk (Allal et al. 2025, arXiv:2502.02737) from the Hub, once
-# through some 400 million tokens. For GPUs; its time and loss have not been measured.
+# From a base model of GPT-2's class to one that chats, on SmolTalk (Allal et al. 2025, arXiv:2502.02737) from the Hub:
+# some 400 million tokens, once. For GPUs; its time and loss have not been measured.
 #     python data/chat/prepare.py --hub=HuggingFaceTB/smol-smoltalk --tokenizer=out/owt_124m --out_dir=data/smoltalk
 #     torchrun --standalone --nproc_per_node=8 train.py config/chat.py
 #     python chat.py --out_dir=out/chat

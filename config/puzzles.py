@@ -1,5 +1,6 @@
-# Puzzles with checkable answers (sums, spelling, counting letters, reversing, copying), from scratch, in characters: does
-# the whole way from conversations to answers teach? Held-out puzzles are others by construction (inference/puzzles.py).
+# Puzzles with checkable answers (sums, spelling, counting letters, reversing, copying), from scratch, in characters:
+# does the whole way from conversations to answers teach? Held-out puzzles are others by construction
+# (inference/puzzles.py).
 #     python data/puzzles/prepare.py
 #     python train.py config/puzzles.py
 #     python eval.py chat --out_dir=out/puzzles --task=puzzles

@@ -50,6 +50,7 @@ LONGER = {  # file: why it is one file all the same
     "checkpoint.py": "how a checkpoint is written, verified, found, read and removed: each relies on the others",
     "device.py": "what a machine offers a run: device, precision, kernels, a compiler, its speed, its memory",
     "doctor.py": "one machine, and the ranks on many: one report",
+    "dataset.py": "how a dataset is found, its files checked, its tokens and bits read: each relies on the others",
     "tokenizer.py": "text to ids and back, and every file that a tokenizer is read from",
     "plan.py": "memory, time and the layouts there are, each formula beside its source",
 }
