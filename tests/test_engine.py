@@ -174,8 +174,9 @@ def test_the_most_likely_tokens_are_those_before_any_penalty(count, model):
         assert_top(top, exact[2 + i])
 
 
-@pytest.mark.parametrize("options", [{}, {"block": 4, "chunk": 3, "max_requests": 2}, {"batched": True, "chunk": 1, "max_requests": 1}],
-                         ids=["at once", "in chunks", "batched"])
+@pytest.mark.parametrize("options", [
+    {}, {"block": 4, "chunk": 3, "max_requests": 2}, {"batched": True, "chunk": 1, "max_requests": 1},
+], ids=["at once", "in chunks", "batched"])
 def test_log_probabilities_of_a_prompt_are_exact_though_parts_of_it_are_known(options, model):
     prompts = [*some_prompts((12, 1, 9)), some_prompts((12,))[0][:8] + [7, 7]]
     engine = Engine(model, max_tokens=200, **options)
