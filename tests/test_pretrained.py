@@ -720,7 +720,7 @@ def test_smollm2_has_the_logits_of_transformers(tmp_path):
     ours, tokenizer, _ = read_model(path)
     assert ours.num_params() == 134_527_104 and tokenizer.vocab_size == 49_173
     template = Template(tokenizer)
-    ids, _ = template.encode([{"role": "user", "content": "What is the capital of France? 12  + 30"}], reply=True)
+    ids, _ = template.encode([{"role": "user", "content": "What is the capital of France?"}], reply=True)
     theirs = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=theirs)["tensors"]
     assert len(tensors) == 272
