@@ -109,6 +109,7 @@ def test_bfloat16_weights_are_read(tmp_path):
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
     ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.5}}, "attention_factor=1.5"),
     ("qwen3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    ("llama", {"rope_parameters": [1]}, "'list'"), ("llama", {"hidden_size": "32"}, "hf: "),
     ("mistral", {}, "'mistral'"), ("llama", {"num_attention_heads": 3}, "n_head=3"),
     ("llama", {"intermediate_size": 88}, "mlp.c_fc.weight is (80, 32) in the file and (88, 32)"),
     ("llama", {"num_key_value_heads": 4}, "k_proj.weight is (16, 32) in the file, not (32, 32)"),
@@ -232,6 +233,7 @@ def test_k_quants_are_read(kind, tmp_path, call_script):
     ({"llama.block_count": None}, {}, "lacks llama.block_count"), ({"llama.block_count": 10**9}, {}, "10000000 layers"),
     ({"llama.attention.head_count_kv": [1, 2]}, {}, "layers that differ"), ({"llama.expert_count": 8}, {}, "experts"),
     ({"llama.attention.key_length": 8}, {}, "only a part of each head"),
+    ({"llama.attention.head_count": 0}, {}, "n_head=0"), ({"llama.block_count": "2"}, {}, "block_count is '2'"),
     ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope'"),
     ({"llama.rope.dimension_count": 8}, {}, "head_dim=8"),
     ({}, {"rope_freqs.weight": (np.ones(8, np.float32), None)}, "'llama3'"),
@@ -718,7 +720,7 @@ def test_smollm2_has_the_logits_of_transformers(tmp_path):
     ours, tokenizer, _ = read_model(path)
     assert ours.num_params() == 134_527_104 and tokenizer.vocab_size == 49_173
     template = Template(tokenizer)
-    ids, _ = template.encode([{"role": "user", "content": "What is the capital of France? 12  + 30"}], reply=True)
+    ids, _ = template.encode([{"role": "user", "content": "What is the capital of France?"}], reply=True)
     theirs = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=theirs)["tensors"]
     assert len(tensors) == 272

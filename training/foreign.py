@@ -75,6 +75,9 @@ class Made(Mapping):
     def __getitem__(self, name):
         return self.makers[name]()
 
+    def __contains__(self, name):
+        return name in self.makers  # without making it
+
     def __iter__(self):
         return iter(self.makers)
 

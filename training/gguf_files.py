@@ -180,7 +180,7 @@ def config_of(file, family):
     if family == "gpt2":
         width = 0 if width == 4 * sizes["n_embd"] else width
         return GPTConfig(**sizes, mlp_width=width, norm_eps=single(value("attention.layer_norm_epsilon")))
-    rotated = value("rope.dimension_count", sizes["n_embd"] // sizes["n_head"])
+    rotated = value("rope.dimension_count", sizes["n_embd"] // max(1, sizes["n_head"]))
     sizes |= {
         "n_kv_head": value("attention.head_count_kv", sizes["n_head"]), "mlp_dim": width, "head_dim": rotated,
         "norm_eps": single(value("attention.layer_norm_rms_epsilon")), "rope_theta": value("rope.freq_base", 10_000.0),

@@ -84,8 +84,10 @@ def from_gpt2_names(tensors, tied):
         ours = name
         if not name.startswith(("transformer.", "lm_head.")):  # a file of the model without its head
             ours = f"transformer.{name}"
-        read = turned if name.endswith(TRANSPOSED) else type(tensors).__getitem__
-        makers[ours] = partial(read, tensors, name)
+        if name.endswith(TRANSPOSED):
+            makers[ours] = partial(turned, tensors, name)
+        else:
+            makers[ours] = partial(tensors.__getitem__, name)
     if tied and "transformer.wte.weight" not in makers and "lm_head.weight" in makers:  # one of the two is enough
         makers["transformer.wte.weight"] = makers.pop("lm_head.weight")
     return Made(makers)

@@ -45,7 +45,7 @@ def read_model(name, which="latest", tokenizer_path="", template=""):
         return read_foreign(source, tokenizer_path, template)
     except KeyError as error:
         raise ValueError(f"{source}: lacks {error}") from None
-    except (TypeError, SafetensorError) as error:
+    except (TypeError, AttributeError, SafetensorError) as error:  # a field of another type than it should be
         raise ValueError(f"{source}: {error}") from None
 
 
