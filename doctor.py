@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from attention import flash_attn_func, pick_attention
 from configurator import Settings, configure, fail
 from device import (
     can_compile,
@@ -38,7 +39,6 @@ from device import (
     pick_dtype,
     sdpa_kernel_of,
 )
-from model import flash_attn_func, pick_attention
 from training.monitor import environment
 from training.ranks import from_environment, leave
 

@@ -110,7 +110,7 @@ def block_activations(c, T, small, cuda):
     # copies of q and k besides those in qkv
     qk_copies = (c.qk_norm != "none" or c.pos == "rope") + (c.qk_norm == "rms_gain")
     attention = (width + 2 * kv + qk_copies * (width + kv) + width) * small  # and the output
-    half_on_cpu = c.attn == "auto" and small == 2 and not cuda  # model.attend picks plain matrix products
+    half_on_cpu = c.attn == "auto" and small == 2 and not cuda  # attention.attend picks plain matrix products
     if c.attn == "math" or half_on_cpu or (c.dropout and not cuda):
         after_dropout = mask + small if c.dropout else 0  # the mask and the surviving weights
         attention += c.n_head * T * ((4 if cuda else small) + after_dropout)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import takes_flash
+from attention import takes_flash
 
 try:  # optional kernels: pip install flash-attn (CUDA only)
     from flash_attn import flash_attn_with_kvcache

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from runs import differences, outcome
 
 import plan
+from attention import attend
 from benchmarks.common import forget_peak, only_sdpa
 from cross_entropy import linear_cross_entropy
 from device import autocast, memory_gb
 from infer import Engine
 from inference.quantize import Int8Linear
-from model import GPT, GPTConfig, attend
+from model import GPT, GPTConfig
 from optim import Optimizers
 from training.monitor import StepTimer
 

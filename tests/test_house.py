@@ -17,7 +17,7 @@ from configurator import read_file, read_keys  # noqa: E402
 
 ROOMS = ("training", "inference", "exporting", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
-    "files keys device cross_entropy inference.puzzles",
+    "files keys device attention cross_entropy inference.puzzles",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
     "dataset conversation training.foreign training.byte_level inference.prompts",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
@@ -36,7 +36,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 
 # what the ground floor and model.py may import besides the standard library; see test_setup.py for the other files
 BARE = {"configurator": {"files", "keys"}, "keys": set(), "cross_entropy": {"torch"},
-        "model": {"torch", "flash_attn", "cross_entropy"},
+        "attention": {"torch", "flash_attn"}, "model": {"torch", "attention", "cross_entropy"},
         "device": {"torch"}, "files": set(), "reporting/isoflop": {"numpy"}}
 
 # floors of data/; every prepare.py may import all of these

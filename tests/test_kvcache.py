@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import greedy, make, some_prompts
 
+import attention as attention_file
 import infer
-import model as model_file
 from infer import Engine, stream
 from inference import kvcache
 from inference.kvcache import (
@@ -387,11 +387,11 @@ def test_no_kernel_on_a_cpu():
 def test_the_paged_kernel_runs_where_the_training_kernel_does(monkeypatch, capability, dtype, head_dim, there):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(kvcache, "flash_attn_with_kvcache", len)
-    monkeypatch.setattr(model_file, "flash_attn_func", len)
+    monkeypatch.setattr(attention_file, "flash_attn_func", len)
     monkeypatch.setattr(torch, "__version__", "2.10.0")
     cuda = torch.device("cuda")
     assert (paged_kernel(cuda, dtype, head_dim) is len) == there
-    assert (model_file.pick_attention("auto", cuda, dtype, 64, head_dim)[0] == "flash") == there
+    assert (attention_file.pick_attention("auto", cuda, dtype, 64, head_dim)[0] == "flash") == there
 
 
 class FakeGraphs:

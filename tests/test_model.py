@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import attention as attention_file  # noqa: E402
 import cross_entropy  # noqa: E402
 import model as model_file  # noqa: E402
 from configurator import read_keys  # noqa: E402
@@ -281,7 +282,7 @@ def test_attention_backends_agree(n_kv_head):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.skipif(model_file.flash_attn_func is None, reason="needs flash-attn")
+@pytest.mark.skipif(attention_file.flash_attn_func is None, reason="needs flash-attn")
 @pytest.mark.parametrize("n_kv_head", [0, 2, 1], ids=["mha", "gqa", "mqa"])
 def test_flash_attention_agrees(n_kv_head):
     logits = []
@@ -462,12 +463,12 @@ def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, drop
 @pytest.fixture
 def force(monkeypatch):
     """force(kind): documents are kept apart by this kernel, also where pick_attention would not take it."""
-    pick = model_file.pick_attention
+    pick = attention_file.pick_attention
 
     def force(kind):
-        monkeypatch.setattr(model_file, "pick_attention", lambda *args, docs=False, **options:
+        monkeypatch.setattr(attention_file, "pick_attention", lambda *args, docs=False, **options:
                             (kind, "forced") if docs else pick(*args, **options))
-        monkeypatch.setattr(model_file, "flash_attn_varlen_func", varlen)
+        monkeypatch.setattr(attention_file, "flash_attn_varlen_func", varlen)
         # PyTorch refuses FlexAttention's backward pass on a CPU, where it is not compiled but computes the same
         monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
 
@@ -516,11 +517,11 @@ def test_packed_documents_compute_what_each_computes_alone(toggle, kind, force):
 def test_learned_positions_restart_in_each_document(monkeypatch):
     docs = documents_of(DOCUMENTS)
     positions = torch.cat([torch.arange(n) for row in DOCUMENTS for n in row]).view(docs.shape)
-    assert torch.equal(model_file.positions_within(docs), positions)
+    assert torch.equal(attention_file.positions_within(docs), positions)
     model = build()
     idx = tokens(model, B=3)
     expected = model(idx, docs=docs)[0]
-    monkeypatch.setattr(model_file, "positions_within", lambda docs: torch.arange(24).expand(docs.shape))
+    monkeypatch.setattr(attention_file, "positions_within", lambda docs: torch.arange(24).expand(docs.shape))
     moved = (model(idx, docs=docs)[0] - expected).abs().amax(-1) > 1e-3  # negative control: it matters that they do
     assert torch.equal(moved, docs != docs[:, :1])
 
@@ -532,7 +533,7 @@ def test_the_blocks_of_a_mask_are_pytorchs(T):
     docs = (torch.rand(3, T, generator=torch.Generator().manual_seed(0)) < 0.01).long().cumsum(1)
     docs[1] = 0  # one document: below the diagonal, blocks are whole
     same = docs[:, :, None] == docs[:, None, :]
-    ours = model_file.to_block_mask(same.tril()[:, None], docs)
+    ours = attention_file.to_block_mask(same.tril()[:, None], docs)
     theirs = create_block_mask(ours.mask_mod, 3, None, T, T, device="cpu")
     assert ours.shape == theirs.shape and torch.equal(ours.to_dense(), theirs.to_dense())
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices",
@@ -924,7 +925,7 @@ def test_a_combination_without_meaning_is_named(wrong, named):
     assert all(word in str(e.value) for word in named), e.value
 
 
-@pytest.mark.skipif(model_file.flash_attn_func is not None, reason="flash-attn is here")
+@pytest.mark.skipif(attention_file.flash_attn_func is not None, reason="flash-attn is here")
 def test_flash_without_its_package_is_named():
     with pytest.raises(ValueError, match="attn='flash'.*flash-attn"):
         GPTConfig(attn="flash")
@@ -1071,9 +1072,9 @@ if __name__ == "__main__":
 def test_where_flash_attn_is_installed_it_is_taken_if_it_is_the_quicker_one(monkeypatch, version, capability, kind):
     monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(model_file, "flash_attn_func", len)
-    assert model_file.pick_attention("auto", torch.device("cuda"), torch.bfloat16, 1024, 64)[0] == kind
-    assert model_file.pick_attention("flash", torch.device("cuda"), torch.bfloat16, 1024, 64)[0] == "flash"
+    monkeypatch.setattr(attention_file, "flash_attn_func", len)
+    assert attention_file.pick_attention("auto", torch.device("cuda"), torch.bfloat16, 1024, 64)[0] == kind
+    assert attention_file.pick_attention("flash", torch.device("cuda"), torch.bfloat16, 1024, 64)[0] == "flash"
 
 
 @pytest.mark.parametrize("attn, device, dtype, head_dim, options, kind", [
@@ -1099,10 +1100,10 @@ def test_how_documents_are_kept_apart(monkeypatch, attn, device, dtype, head_dim
     """By a kernel that skips other documents where there is one. None that mixes them is taken, and why is said."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for name in ("flash_attn_func", "flash_attn_varlen_func"):
-        monkeypatch.setattr(model_file, name, len)
-    pick = model_file.pick_attention
+        monkeypatch.setattr(attention_file, name, len)
+    pick = attention_file.pick_attention
     assert pick(attn, torch.device(device), dtype, 512, head_dim, docs=True, **options)[0] == kind
-    monkeypatch.setattr(model_file, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(attention_file, "flash_attn_varlen_func", None)
     if attn == "auto":
         without, why = pick(attn, torch.device(device), dtype, 512, head_dim, docs=True, **options)
         assert without == kind.replace("varlen", "sdpa") and why
@@ -1113,7 +1114,7 @@ def test_how_documents_are_kept_apart(monkeypatch, attn, device, dtype, head_dim
     ("cuda", torch.float16, (7, 5), False)])
 def test_which_kernels_take_fewer_key_heads(monkeypatch, device, dtype, capability, shares):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert model_file.shares_heads(torch.device(device), dtype, 64) == shares
+    assert attention_file.shares_heads(torch.device(device), dtype, 64) == shares
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
@@ -1126,7 +1127,7 @@ def test_repeated_heads_are_shared_heads(monkeypatch, n_kv_head):
     sdpa = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention",
                         lambda q, k, v, **options: groups.append((q.size(1), k.size(1))) or sdpa(q, k, v, **options))
-    monkeypatch.setattr(model_file, "shares_heads", lambda device, dtype, head_dim: False)
+    monkeypatch.setattr(attention_file, "shares_heads", lambda device, dtype, head_dim: False)
     torch.testing.assert_close(model(idx)[0], expected)
     assert set(groups) == {(4, 4)}
 

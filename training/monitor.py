@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
+from attention import pick_attention
 from device import memory_gb, rss_gb, sdpa_kernel_of
 from files import clock_face, finite, sha256, write_whole
-from model import pick_attention
 
 # -----------------------------------------------------------------------------
 # The environment: everything besides the config that a result depends on

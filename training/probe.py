@@ -31,7 +31,7 @@ class Attend:
         self.largest = []  # by layer
 
     def attend(self, layer, q, k, v, chunk=2**24):
-        """model.attend in fp32. It holds at most `chunk` attention weights at once, or those of one query."""
+        """attention.attend in fp32. It holds at most `chunk` attention weights at once, or those of one query."""
         B, T, heads, D = q.shape
         with torch.autocast(q.device.type, enabled=False):
             groups = heads // k.size(2)  # query heads that share a key head
