@@ -9,9 +9,9 @@ Convert a run of ours for transformers or llama.cpp, and a model from elsewhere 
 
 A run becomes a model of the class of transformers that can express it: GPT-2's, Llama's, Qwen3's or NanoChat's (RMSNorm
 without gain, a norm after the embedding, RoPE, QK-norm, ReLU squared). llama.cpp has the first three. Its tokenizer
-and its chat template go along (exporting/).
+and its chat template go along (foreign/).
 
-training/pretrained.py reads models from elsewhere, and executes no pickle. The result is a run like any other:
+foreign/pretrained.py reads models from elsewhere, and executes no pickle. The result is a run like any other:
 sample.py and eval.py read it, and train.py starts from it with --init_from=. (train.py also starts from the original.)
 """
 
@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 
 import checkpoint
 from configurator import Settings, configure, fail
-from exporting.tokenizer_files import add_to_gguf, hugging_face_files
+from foreign.hugging_face import TRANSPOSED
+from foreign.names import LAYER_NAMES, NANOCHAT_NAMES, OUTER_NAMES
+from foreign.pretrained import TABLES, read_model
+from foreign.tokenizer_files import add_to_gguf, hugging_face_files
 from model import rope_base
-from training.foreign import LAYER_NAMES, NANOCHAT_NAMES, OUTER_NAMES
-from training.hugging_face import TRANSPOSED
-from training.pretrained import TABLES, read_model
 
 # -----------------------------------------------------------------------------
 paths: tuple[str, ...] = ()  # source and target, as bare words; a target NAME.gguf is for llama.cpp

@@ -60,8 +60,7 @@ context_start = 0             # context at first; it doubles up to block_size wh
                               # 0: block_size throughout
 context_iters = 0             # updates until the context is block_size; 0: half of max_iters
 
-# the model: GPTConfig's fields, described in model.py; a field you leave out comes from the checkpoint that is resumed
-# or started from
+# the model: GPTConfig's fields (model.py); one you leave out comes from the checkpoint that is resumed or started from
 block_size = 1024             # tokens of context
 vocab_size = 0                # token ids; 0: the dataset's
 n_layer = 12                  # transformer blocks
@@ -112,8 +111,7 @@ sample_tokens = 0             # tokens of a sample shown at each evaluation; 0: 
 sample_start = "\n"           # what the sample starts from
 probe_interval = 100          # updates between probes, each with a copy of the weights for one step; 0: none
 peak_flops = 0.0              # FLOP/s of a device, the base of MFU; 0: from its data sheet, or measured on a CPU
-measure_comm = False          # many processes: measure exposed communication at each evaluation, by six more passes
-                              # through the model
+measure_comm = False          # many processes: measure exposed communication at evaluations, by six more passes
 profile = ""                  # steps to trace with torch.profiler, such as 10:13
 tracker = ""                  # wandb | trackio | tensorboard, besides metrics.jsonl
 wandb_log = False             # nanoGPT's key: tracker=wandb

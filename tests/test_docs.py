@@ -16,8 +16,8 @@ from test_house import FLOOR, ROOMS, ROOT, SCRIPTS, imports, present, read
 
 from ablate import read_experiment
 from configurator import read_file, read_keys
+from foreign import pretrained
 from model import GPT, GPTConfig
-from training import pretrained
 
 README = ROOT / "README.md"
 MEASURED = ROOT / "docs" / "measured.md"

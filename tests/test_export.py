@@ -17,12 +17,12 @@ import export
 from data.common import write_dataset
 from dataset import Tokens
 from export import NoOptimizer
-from exporting.tokenizer_files import merges_of
+from foreign.byte_level import bytes_to_unicode
+from foreign.tokenizer_files import merges_of
 from infer import Engine, load
 from loader import Loader
 from model import GPT, GPTConfig
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
-from training.byte_level import bytes_to_unicode
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,11 +8,11 @@ from test_export import LLAMA, make_run, read_gguf
 from test_tokenizer import RANKS, needs_ranks
 
 from conversation import TEMPLATES, Format, Refused, Template, add_template
-from exporting.chat_template import BORDER, STAND_INS, jinja_of, stand_ins
-from exporting.tokenizer_files import check_cuts, hugging_face_files, merges_of, our_cuts
+from foreign.byte_level import DIGITS_PATTERN, KNOWN_PATTERNS, PRE
+from foreign.chat_template import BORDER, STAND_INS, jinja_of, stand_ins
+from foreign.tokenizer_files import check_cuts, hugging_face_files, merges_of, our_cuts
 from infer import load
 from tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
-from training.byte_level import DIGITS_PATTERN, KNOWN_PATTERNS, PRE
 
 transformers = pytest.importorskip("transformers")
 

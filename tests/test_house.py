@@ -15,16 +15,16 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import read_file, read_keys  # noqa: E402
 
-ROOMS = ("training", "inference", "exporting", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
+ROOMS = ("training", "inference", "foreign", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
     "files keys device attention cross_entropy inference.puzzles",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
-    "dataset conversation training.foreign training.byte_level inference.prompts",
+    "dataset conversation foreign.names foreign.byte_level inference.prompts",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
-    "reporting.experiment training.hugging_face training.gguf_files training.templates exporting.chat_template",
-    "training.guard training.tensor_parallel training.pipeline_parallel training.pretrained infer "
-    "inference.long_context inference.chat_tasks inference.letters exporting.tokenizer_files reporting.history",
+    "reporting.experiment foreign.hugging_face foreign.gguf_files foreign.templates foreign.chat_template",
+    "training.guard training.tensor_parallel training.pipeline_parallel foreign.pretrained infer "
+    "inference.long_context inference.chat_tasks inference.letters foreign.tokenizer_files reporting.history",
     "parallel eval export reporting.tables reporting.charts",
     "training.origin training.start training.saver training.measure reporting.alarm reporting.page "
     "reporting.pictures benchmarks.common",

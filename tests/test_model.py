@@ -521,7 +521,7 @@ def test_learned_positions_restart_in_each_document(monkeypatch):
     model = build()
     idx = tokens(model, B=3)
     expected = model(idx, docs=docs)[0]
-    monkeypatch.setattr(attention_file, "positions_within", lambda docs: torch.arange(24).expand(docs.shape))
+    monkeypatch.setattr(model_file, "positions_within", lambda docs: torch.arange(24).expand(docs.shape))
     moved = (model(idx, docs=docs)[0] - expected).abs().amax(-1) > 1e-3  # negative control: it matters that they do
     assert torch.equal(moved, docs != docs[:, :1])
 
@@ -931,11 +931,14 @@ def test_flash_without_its_package_is_named():
         GPTConfig(attn="flash")
 
 
-def test_the_model_imports_torch_and_its_loss_alone():
-    tree = ast.parse((ROOT / "model.py").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("file", "others"), [
+    ("model.py", {"attention", "cross_entropy"}), ("attention.py", {"flash_attn"}),
+])
+def test_the_model_imports_torch_its_attention_and_its_loss_alone(file, others):
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
     names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"torch", "flash_attn", "cross_entropy"}
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"torch", *others}
     needed = [a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names]
     assert "torch" in needed and "flash_attn" not in needed  # flash-attn stands in a try
 

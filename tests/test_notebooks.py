@@ -130,7 +130,7 @@ def house(tmp_path_factory):
     shutil.copytree(ROOT / "docs" / "results", top / "docs" / "results")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, top)
-    for room in ("training", "inference", "exporting", "serving", "reporting", "benchmarks"):
+    for room in ("training", "inference", "foreign", "serving", "reporting", "benchmarks"):
         if (ROOT / room).is_dir():
             shutil.copytree(ROOT / room, top / room, ignore=shutil.ignore_patterns("__pycache__"))
     register = [sys.executable, "-m", "ipykernel", "install", f"--prefix={top}", "--name=minichat"]

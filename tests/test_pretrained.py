@@ -19,11 +19,11 @@ from test_export import BPE, LLAMA, NANOCHAT, TEXT, logits, make_run, opinionate
 import sources
 from configurator import Settings, configure
 from conversation import TEMPLATES, Template
+from foreign import byte_level, templates
+from foreign.gguf_files import GGUF, gguf_tokenizer
+from foreign.pretrained import new_rows, read_model
 from infer import load
 from tokenizer import GPT2_PATTERN
-from training import byte_level, templates
-from training.gguf_files import GGUF, gguf_tokenizer
-from training.pretrained import new_rows, read_model
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

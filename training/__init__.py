@@ -3,12 +3,6 @@ The parts of a run around train.py's loop, in the order of their use:
 
     start              the machine, the data, settings that follow from others, what the run leaves behind
     origin             where the run begins: from scratch, at its checkpoint, or at another model
-    pretrained         the model to start from: of a run, nanoGPT, a Hugging Face folder, a .gguf, the Hub
-    hugging_face       a folder's weights, tokenizer and chat template
-    gguf_files         the same of a .gguf
-    byte_level         byte-level BPE from elsewhere, held against ours
-    templates          chat templates from elsewhere, recognised and never executed
-    foreign            what these readers share
     warmup             passes before the first step: compile, and let DDP settle its buckets
     measure            validation, samples, probes, communication, the record of a step
     guard              judge steps, rewind, skip batches, warn of trouble ahead

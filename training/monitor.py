@@ -380,7 +380,7 @@ def announce(c, run, budget, measure, model_config):
     `budget` (start.Budget) has the memory of a step, `measure` (measure.Measure) the costs of the model and the peak.
     """
     layout, machine, data, costs = measure.layout, measure.machine, measure.data, measure.costs
-    attention, attention_why = describe_attention(c, machine, model_config)
+    attention, attention_why = describe_attention(c, machine, model_config, data.train.doc_mask)
     run.say(f"device      {machine.device} ({machine.device_why}), {machine.dtype_name} ({machine.dtype_why}), "
             f"{attention} attention ({attention_why}), {torch.get_num_threads()} CPU threads")
     if layout.world > 1:
@@ -410,10 +410,13 @@ def announce(c, run, budget, measure, model_config):
     return attention
 
 
-def describe_attention(c, machine, model_config):
-    """-> (the kind of attention, why it was chosen, and on CUDA which kernel runs it)"""
+def describe_attention(c, machine, model_config, docs):
+    """-> (the kind of attention, why it was chosen, and on CUDA which kernel runs it). `docs`: whether the documents in
+    a row are kept apart."""
     device, dtype, head_dim = machine.device, machine.dtype, model_config.head_dim
-    kind, why = pick_attention(c.attn, device, dtype, c.block_size, head_dim)
+    asked_to_compile = device.type == "cuda" if c.compile is None else c.compile
+    kind, why = pick_attention(c.attn, device, dtype, c.block_size, head_dim, docs=docs, dropout=c.dropout,
+                               compiling=asked_to_compile)
     if kind == "sdpa" and device.type == "cuda":
         kernel = sdpa_kernel_of(
             device, dtype, batch=c.batch_size, queries=c.block_size, keys=c.block_size,

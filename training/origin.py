@@ -15,10 +15,10 @@ import torch
 
 import checkpoint
 from configurator import fail, nearest
+from foreign.pretrained import TABLES, add_rows, read_model
 from loader import data_step
 from model import GPTConfig
 from training.guard import parse_steps, read_skipped
-from training.pretrained import TABLES, add_rows, read_model
 
 # these must be the same on resume, and so must the model's shape: otherwise it would be another run
 MUST_MATCH = ("seed", "dataset_sha256", "train_tokens", "optimizer")

@@ -5,17 +5,17 @@ A tokenizer of ours for other projects: as the files of transformers, and as the
     add_to_gguf(writer, tokenizer, vocab_size)
 
 Both need the merges of a byte-level BPE, which our file leaves to the order of its tokens. A chat template goes along
-as Jinja (chat_template.py), and as it is, under the names that training/hugging_face.py and gguf_files.py read first.
+as Jinja (chat_template.py), and as it is, under the names that foreign/hugging_face.py and gguf_files.py read first.
 """
 
 import json
 
 from conversation import Template
-from exporting.chat_template import BORDER, jinja_of, stand_ins
+from foreign.byte_level import PRE, bytes_to_unicode
+from foreign.chat_template import BORDER, jinja_of, stand_ins
+from foreign.hugging_face import CHARACTERS
+from foreign.names import OWN_GGUF_KEY, OWN_KEY
 from tokenizer import GPT2_PATTERN
-from training.byte_level import PRE, bytes_to_unicode
-from training.foreign import OWN_GGUF_KEY, OWN_KEY
-from training.hugging_face import CHARACTERS
 
 # -----------------------------------------------------------------------------
 # Tokens and merges

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 
 import checkpoint
 from configurator import fail
+from foreign.gguf_files import GGUF, gguf_template, gguf_tokenizer, read_gguf
+from foreign.hugging_face import MASKS, find_template, read_folder, read_tokenizer
+from foreign.names import refuse_lfs_pointer
+from foreign.templates import with_template
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
-from training.foreign import refuse_lfs_pointer
-from training.gguf_files import GGUF, gguf_template, gguf_tokenizer, read_gguf
-from training.hugging_face import MASKS, find_template, read_folder, read_tokenizer
-from training.templates import with_template
 
 GPT2_VOCAB = 50257
 NANOGPT_VOCAB = 50304  # GPT-2's, padded

@@ -21,7 +21,7 @@ import json
 import re
 
 from conversation import ROLES
-from training.foreign import NONCHARACTERS
+from foreign.names import NONCHARACTERS
 
 BORDER, *STAND_INS = NONCHARACTERS
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from configurator import fail
+from foreign.byte_level import PRE, build
+from foreign.names import OWN_GGUF_KEY, Found, Made, from_rotary_names, refuse_lfs_pointer, rotary_config
 from model import GPTConfig
-from training.byte_level import PRE, build
-from training.foreign import OWN_GGUF_KEY, Found, Made, from_rotary_names, refuse_lfs_pointer, rotary_config
 
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 TEXT, ARRAY = 8, 9  # the other types of values

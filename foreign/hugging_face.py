@@ -8,10 +8,8 @@ from functools import partial
 from safetensors import SafetensorError, safe_open
 
 from files import read_lines
-from model import GPTConfig
-from tokenizer import BOS, END_OF_TEXT, EOS, GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
-from training.byte_level import DIGITS_PATTERN, KNOWN_PATTERNS, build, check_ids, check_pattern, pieces_of
-from training.foreign import (
+from foreign.byte_level import DIGITS_PATTERN, KNOWN_PATTERNS, build, check_ids, check_pattern, pieces_of
+from foreign.names import (
     NONCHARACTERS,
     OWN_KEY,
     Found,
@@ -21,6 +19,8 @@ from training.foreign import (
     refuse_lfs_pointer,
     rotary_config,
 )
+from model import GPTConfig
+from tokenizer import BOS, END_OF_TEXT, EOS, GPT2_PATTERN, BPETokenizer, CharTokenizer, load_tokenizer
 
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers with the causal mask, from before flash attention
 # Matrices that GPT-2's class holds transposed (Conv1D)
@@ -235,7 +235,7 @@ def hugging_face_tokenizer(path, warn):
 
 def without_marks(fields):
     """The fields of a tokenizer.json without the steps for the marks of a chat template of export.py's
-    (exporting/chat_template.py): no text has these characters."""
+    (foreign/chat_template.py): no text has these characters."""
     fields = dict(fields)
     steps = (fields.get("normalizer") or {}).get("normalizers") or [{}]
     if all((step.get("pattern") or {}).get("String") in NONCHARACTERS for step in steps):
