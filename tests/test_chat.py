@@ -339,8 +339,8 @@ def test_whatever_the_model_says_is_whole_text_without_special_tokens(byte_engin
     coming = iter([*said, template.end])
 
     def forward(parts):
-        logits = torch.zeros(1, WITH_BYTES.vocab_size)
-        logits[0, next(coming)] = 1
+        logits = torch.zeros(1, 1, WITH_BYTES.vocab_size)
+        logits[0, 0, next(coming)] = 1
         return logits
 
     screen = Screen() if on_a_terminal else io.StringIO()

@@ -263,11 +263,6 @@ def check_sequences(c, saved, state):
 def check_other_model(c, origin, model_config, tokenizer):
     """Ends the run if another model's weights, even of the same shape, would mean something else in this one."""
     theirs = origin.model.config
-    if tokenizer and not origin.tokenizer:
-        warn(f"{c.init_from} does not say which tokenizer it has; it should be that of {c.dataset}")
-    elif tokenizer and not origin.old_tokens and not same_ids(tokenizer, origin.tokenizer):
-        fail(f"init_from={c.init_from}: its tokenizer is not that of {c.dataset}, "
-             "so the same ids are other text")
     for key, value in asdict(model_config).items():
         their_value = getattr(theirs, key)
         if their_value == value or key in (*FREE_FIELDS, "rope_scaling", "rope_factor"):
@@ -283,3 +278,8 @@ def check_other_model(c, origin, model_config, tokenizer):
     if c.rope_scaling == "yarn" and first != stretched:
         fail(f"rope_scaling='yarn': block_size={c.block_size} must be rope_factor={c.rope_factor} "
              f"times {first}, which {c.init_from} was first trained at")
+    if tokenizer and not origin.tokenizer:
+        warn(f"{c.init_from} does not say which tokenizer it has; it should be that of {c.dataset}")
+    elif tokenizer and not origin.old_tokens and not same_ids(tokenizer, origin.tokenizer):
+        fail(f"init_from={c.init_from}: its tokenizer is not that of {c.dataset}, "
+             "so the same ids are other text")
