@@ -30,7 +30,7 @@ INTERVALS = {
         gradient_accumulation_steps held_out kv_heads lengths log_interval max_iters max_new_tokens max_rewinds
         n_embd n_head n_layer new_tokens num_samples pp_size prefetch processes prompts reads rounds
         sample.rope_factor shape sizes tokens tp_size train.block_size train.rope_factor trials updates worlds
-        keep_checkpoints""",
+        keep_checkpoints longest""",
     "[2, inf)": "eval.lengths spike_window",
     "[2, 9]": "digits",
     "[3, 32]": "letters",

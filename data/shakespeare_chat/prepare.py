@@ -8,8 +8,8 @@ Tiny Shakespeare's speeches as talks, in characters: for a small model that has 
     assistant  The exchange of thy love's    the answer
 
 Where two speakers alternate, a talk has as many of their exchanges as fit into a row. Every speech that follows another
-speaker's is an answer once. A speech that does not fit is cut at the end of a line: of an answer the beginning stays,
-and of a speech that is answered the end.
+speaker's is an answer once. A long speech is cut at the end of a line: of an answer the beginning stays, and of a
+speech that is answered the end. So an answer leaves room in the context, and the model learns to come to an end.
 
 The tokens are those of data/shakespeare_char, so a model trained there knows them, and the template "minichat" adds its
 own. As there, the last tenth of the text is held out: no talk crosses that border. The text is looked for as there, and
@@ -39,6 +39,7 @@ from tokenizer import CharTokenizer  # noqa: E402
 # -----------------------------------------------------------------------------
 input = ""        # a text of your own, each speech below a NAME: and above an empty line; empty: Tiny Shakespeare
 out_dir = ""      # where the dataset goes; empty: the folder of this script
+longest = 100     # characters of a speech at most
 block_size = 256  # tokens of a row, which here are characters: the context that the model is trained with
 val_fraction = 0.1  # the share at the end of the text that is held out, as in data/shakespeare_char
 # -----------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def main(c):
     counts = []  # conversations of each split
     for part in ([s for s in speeches if s.end <= border], [s for s in speeches if s.start >= border]):
         before = len(conversations)
-        for messages, is_cut in find_talks(part, conversations.template, c.block_size):
+        for messages, is_cut in find_talks(part, conversations.template, c.block_size, c.longest):
             documents["read"] += 1
             try:
                 conversations.add(messages)
@@ -80,7 +81,7 @@ def main(c):
              f'{counts[1]:,} to hold out: a speech stands below a line "NAME:" and above an empty line')
     documents["kept"] = len(conversations)
     held_out = np.repeat([False, True], counts)
-    preprocessing = {"version": 1, "tokens": "conversations", "block_size": c.block_size,
+    preprocessing = {"version": 1, "tokens": "conversations", "block_size": c.block_size, "longest": c.longest,
                      "val_fraction": c.val_fraction}
     changed, rows = chats.write_rows(folder, conversations, held_out, source, preprocessing, documents)
 
@@ -108,7 +109,7 @@ def find_speeches(text):
         start += len(block) + len("\n\n")
 
 
-def find_talks(speeches, template, block_size):
+def find_talks(speeches, template, block_size, longest):
     """Yields (messages, whether a speech had to be cut), so that each speech that answers another speaker's is an
     answer in one talk. A talk has as many exchanges of the same two speakers as fit into block_size."""
 
@@ -119,6 +120,14 @@ def find_talks(speeches, template, block_size):
         question, answer = speeches[i - 1 : i + 1]
         return bool(question.text and answer.text) and question.name != answer.name
 
+    def shortened(i, room):
+        """Speech i and the one that it answers, each of at most `room` characters; one of them is empty if no line of
+        it fits."""
+        return ending(speeches[i - 1].text, room), beginning(speeches[i].text, room)
+
+    def is_cut(i, pair):
+        return pair != (speeches[i - 1].text, speeches[i].text)
+
     done = set()  # numbers of the speeches that have been an answer
     for i in range(1, len(speeches)):
         if i in done or not answers(i):
@@ -126,20 +135,22 @@ def find_talks(speeches, template, block_size):
         names = speeches[i - 1].name, speeches[i].name
         messages = [{"role": "system", "content": names[1]}]
         room = block_size - size(messages + exchange("", ""), template)
-        pair = speeches[i - 1].text, speeches[i].text
-        texts = shorten(*pair, room)
-        if texts is None:
+        pair = shortened(i, min(longest, room // 2))
+        if not all(pair):
             continue
-        messages += exchange(*texts)
+        messages += exchange(*pair)
+        cut = is_cut(i, pair)
         k = i + 2
         while answers(k) and names == (speeches[k - 1].name, speeches[k].name):
-            longer = messages + exchange(speeches[k - 1].text, speeches[k].text)
-            if size(longer, template) > block_size:
+            pair = shortened(k, longest)
+            longer = messages + exchange(*pair)
+            if not all(pair) or size(longer, template) > block_size:
                 break
             messages = longer
+            cut = cut or is_cut(k, pair)
             done.add(k)
             k += 2
-        yield messages, texts != pair
+        yield messages, cut
 
 
 def exchange(question, answer):
@@ -151,21 +162,22 @@ def size(messages, template):
     return len(template.encode(messages)[0])
 
 
-def shorten(question, answer, room):
-    """Cut two speeches at the ends of lines, so that both together have at most `room` characters: of the answer the
-    beginning stays, if possible up to the end of a sentence, of the question the end. -> the two, or None if no line of
-    one of them fits.
-    """
-    allowed = max(room // 2, room - len(question))
-    if len(answer) > allowed:
-        ends = [match.start() for match in re.finditer("\n", answer) if match.start() <= allowed]
-        sentences = [end for end in ends if answer[end - 1] in ".!?"]
-        answer = answer[: (sentences or ends or [0])[-1]]
-    allowed = room - len(answer)
-    if len(question) > allowed:
-        starts = [match.end() for match in re.finditer("\n", question) if len(question) - match.end() <= allowed]
-        question = question[starts[0] :] if starts else ""
-    return (question, answer) if question and answer else None
+def beginning(text, most):
+    """The first lines of a text, at most `most` characters, if possible up to the end of a sentence; "" if its first
+    line is longer."""
+    if len(text) <= most:
+        return text
+    ends = [match.start() for match in re.finditer("\n", text) if match.start() <= most]
+    sentences = [end for end in ends if text[end - 1] in ".!?"]
+    return text[: (sentences or ends or [0])[-1]]
+
+
+def ending(text, most):
+    """The last lines of a text, at most `most` characters; "" if its last line is longer."""
+    if len(text) <= most:
+        return text
+    starts = [match.end() for match in re.finditer("\n", text) if len(text) - match.end() <= most]
+    return text[starts[0] :] if starts else ""
 
 
 def next_command(folder):
