@@ -19,7 +19,7 @@ from pathlib import Path
 from configurator import Settings, configure, fail
 from conversation import TEMPLATES, Template, add_template, check_messages
 from device import memory_is_full, pick_device, pick_dtype
-from files import close_stdout, decode_text, write_whole
+from files import close_stdout, decode_text, sha256, write_whole
 from infer import Engine
 from infer import load as load_run
 from inference.quantize import convert
@@ -40,7 +40,7 @@ top_k = 200                 # draw among the k most likely tokens; 0: among all
 top_p = 1.0                 # draw among the smallest set of tokens whose probability reaches top_p; 1: among all
 min_p = 0.0                 # draw among tokens with at least this share of the largest probability; 0: among all
 repetition_penalty = 1.0    # above 1: tokens that were there before become less likely
-seed = 1337                 # of each answer; /retry takes the next one
+seed = 1337                 # of the answers, together with what was said; /retry takes the next one
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
 quantize = ""               # int8: weights as 8-bit integers; empty: as dtype says
@@ -108,7 +108,8 @@ def answer(talk, turns, retries=0):
     messages = with_system(talk.system, turns[talk.dropped :])
     ids, kept = talk.template.fit(messages, talk.context - spare)
     room = min(most, talk.context - len(ids))
-    sampling = replace(talk.sampling, max_new_tokens=room, seed=talk.sampling.seed + retries)
+    seed = answer_seed(talk.sampling.seed + retries, ids)
+    sampling = replace(talk.sampling, max_new_tokens=room, seed=seed)
     request = talk.engine.submit(ids, sampling)
     said, times = draw(talk, request)
 
@@ -120,6 +121,12 @@ def answer(talk, turns, retries=0):
     talk.retries = retries
     note(", ".join(figures(talk, request, times) + remarks(talk, request, said)))
     return request
+
+
+def answer_seed(seed, ids):
+    """The seed of the answer to `ids`: the same talk gets the same answer, and another one other random numbers. With
+    the same ones, a small model would begin most answers alike."""
+    return int(sha256(f"{seed}/{ids}")[:15], 16)
 
 
 def draw(talk, request):

@@ -5,8 +5,8 @@ How fast a chat model answers and is fine-tuned: bench.py's `turns` and `sft`.
 keys and values of the first turn (warm), or has forgotten them (cold).
 
 `sft`: updates of full fine-tuning on the same model and conversations, by train.py and, where it is installed, by TRL's
-SFTTrainer, which pads each conversation of a batch to the longest. Tokens of conversations a second, padding not
-counted. TRL can pack too; without flash-attn its packed conversations see each other, and it warns.
+SFTTrainer, which pads each conversation of a batch to the longest, or packs them into one long row with a mask. Tokens
+of conversations a second, padding not counted.
 
 All measurements take turns for several rounds, and a figure is the median of its rounds.
 """

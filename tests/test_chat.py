@@ -186,7 +186,8 @@ def test_retry_draws_with_the_next_seed(tmp_path, talk_to, asked):
     code, out, err = talk_to(run, "--seed=5", lines=b"/retry\none\n/retry\n/retry\ntwo\n/retry\n")
     answers = out.splitlines()
     assert code == 0 and len(answers) == 5 and len(set(answers)) > 1
-    assert [sampling.seed for _, sampling in asked] == [5, 6, 7, 5, 6]
+    seeds = [chat.answer_seed(seed, ids) for seed, (ids, _) in zip([5, 6, 7, 5, 6], asked, strict=True)]
+    assert [sampling.seed for _, sampling in asked] == seeds and len(set(seeds)) == 5
     texts = [("one",)] * 3 + [("one", answers[2], "two")] * 2
     assert [ids for ids, _ in asked] == [ids_for(*parts) for parts in texts]
     assert err.splitlines()[0] == "error: there is no message to answer again"
