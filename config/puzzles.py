@@ -10,7 +10,7 @@ out_dir = "out/puzzles"
 dataset = "puzzles"
 
 batch_size = 32
-max_iters = 2000
+max_iters = 2400
 
 n_layer = 4
 n_head = 4
@@ -23,10 +23,9 @@ min_lr = 0.0
 weight_decay = 0.0
 grad_clip = 0.0
 warmup_iters = 20
-lr_schedule = "wsd"
-wsd_decay_frac = 0.5
+lr_schedule = "linear"
 
-eval_interval = 500
+eval_interval = 600
 eval_iters = 0          # the whole validation split
 log_interval = 20
 device = "cpu"

@@ -125,8 +125,6 @@ def check_options(split, kinds, digits, letters):
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"kinds={','.join(kinds)}: each is one of {', '.join(KINDS)}")
-    if len(set(kinds)) < len(kinds):
-        raise ValueError(f"kinds={','.join(kinds)} names a kind twice")
     if digits < FEWEST_DIGITS:
         raise ValueError(f"digits={digits} must be at least {FEWEST_DIGITS}: there are too few sums to hold some out")
     if letters < SHORTEST:
@@ -134,8 +132,9 @@ def check_options(split, kinds, digits, letters):
 
 
 def puzzles(count, split, seed=0, kinds=tuple(KINDS), digits=2, letters=6, distinct=False):
-    """Yield `count` puzzles of a split, the kinds in turn. `distinct`: no two ask the same. Raises ValueError for an
-    option that has no meaning, or if there are too few different questions."""
+    """Yield `count` puzzles of a split, the kinds in turn; a kind that is named several times comes as often.
+    `distinct`: no two ask the same. Raises ValueError for an option that has no meaning, or if there are too few
+    different questions."""
     check_options(split, kinds, digits, letters)
     indices = {kind: itertools.count() for kind in kinds}
     seen = set()

@@ -32,7 +32,7 @@ from tokenizer import CharTokenizer  # noqa: E402
 # -----------------------------------------------------------------------------
 count = 100_000     # puzzles to train on; the same question in the same words is taken once
 held_out = 2_000    # puzzles for validation, which ask nothing that is trained on
-kinds = ("sum", "spell", "count", "reverse", "copy")  # of puzzles, in turn
+kinds = ("sum", "spell", "count", "reverse", "count", "copy", "count")  # in turn; counting is the hardest to learn
 digits = 2          # most digits of a number in a sum
 letters = 6         # most letters of a word
 block_size = 128    # tokens of a row: the context that the model is trained with
