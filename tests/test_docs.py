@@ -396,7 +396,7 @@ def test_the_figures_are_those_of_the_results():
         assert sum(made(words, result) for words in block) == 1, f"{path.name}: its command does not stand above it"
         holds = {"train": holds_train, "data": holds_data, "loader": holds_loader, "infer": holds_infer,
                  "activations": holds_activations, "layouts": holds_layouts, "scaling": holds_scaling,
-                 "zero": holds_zero, "monitor": holds_monitor}
+                 "zero": holds_zero, "monitor": holds_monitor, "turns": holds_turns, "sft": holds_sft}
         holds[result["benchmark"]](rows, result)
         runs = result.get("runs") or [result["machine"]]
         assert not any(run["dirty"] for run in runs) and len({run["commit"] for run in runs}) == 1
@@ -518,6 +518,35 @@ def holds_monitor(rows, result):
     without, configured = (row["median_ms"] for row in result["rows"])
     assert f"| {without:.1f} ms | {configured:.1f} ms | {result['share']:.2%} |" in rows[0]
     assert result["share"] < 0.02
+
+
+def holds_turns(rows, result):
+    """With 800 tokens of history the first token comes in at most a third of the time."""
+    for row in result["rows"]:
+        figures = (f"| {row['form']} | {row['history']} | {row['cold_ms']:.0f} ms | {row['warm_ms']:.0f} ms | "
+                   f"{row['warm_share']:.2f} |")
+        assert any(line.startswith(figures) for line in rows), figures
+        assert row["history"] < 800 or row["warm_share"] < 1 / 3
+
+
+def holds_sft(rows, result):
+    for row in result["rows"]:
+        figures = f"| {row['trainer']}, {row['form']} | {row['tok_per_s']:.0f} |"
+        assert any(line.startswith(figures) for line in rows), figures
+
+
+def test_figures_of_a_log_stand_in_it():
+    """A log begins with its command, which stands above its rows; their figures are lines of it."""
+    logs = sorted((ROOT / "docs" / "results").glob("chat_*.log"))
+    assert logs
+    for path in logs:
+        text = read(path)
+        command = text.splitlines()[0].removeprefix("$ ")
+        rows, block = above(read(MEASURED), path.name)
+        assert shlex.split(command) in block, command
+        for row in rows:
+            figures = re.findall(r"\d+\.\d+|\b\d+ of \d+", row.split("[output]")[0])
+            assert figures and not [figure for figure in figures if figure not in text], row
 
 
 def test_a_wrong_figure_is_seen():

@@ -68,7 +68,10 @@ def main(c):
     changed, counts = chats.write_rows(folder, conversations, held_out, source, preprocessing, documents)
     print(f"{c.count + c.held_out:,} puzzles, {len(conversations):,} of them different")
     chats.print_rows(folder, conversations, counts, changed)
-    print(f"next: {shlex.join(['python', 'train.py', common.dataset_key(folder), f'--block_size={c.block_size}'])}")
+    words = ["python", "train.py", "config/puzzles.py"]
+    if folder.resolve() != HERE:  # the config file names the folder of this script
+        words.append(common.dataset_key(folder))
+    print(f"next: {shlex.join(words)}")
 
 
 def ascii_characters():

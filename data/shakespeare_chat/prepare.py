@@ -181,15 +181,11 @@ def ending(text, most):
 
 
 def next_command(folder):
-    """What to type next, in the current folder."""
-    here = Path.cwd()
-    words = ["python"]
-    for file in (ROOT / "train.py", ROOT / "config" / "chat_shakespeare.py"):
-        words.append(str(file.relative_to(here) if file.is_relative_to(here) else file))
+    """What to type next."""
+    words = ["python", "train.py", "config/chat_shakespeare.py"]
     if folder.resolve() != HERE:  # the config file names the folder of this script
         words.append(common.dataset_key(folder))
-    command = shlex.join([*words, "--init_from=RUN"])
-    return f"{command} (RUN: the folder of a model trained on data/shakespeare_char)"
+    return f"{shlex.join(words)} (it starts from out/shakespeare_char_demo; --init_from=RUN names another model)"
 
 
 if __name__ == "__main__":
