@@ -96,7 +96,8 @@ def read_talks(wheel, language):
             known = ", ".join(sorted({name.parent.name for name in names}))
             fail(f"language={language} is not one of {known}")
         for name in chosen:
-            fields = yaml.safe_load(archive.read(name.as_posix()))
+            # BaseLoader runs no code and leaves every text a text: otherwise "Yes" would become True
+            fields = yaml.load(archive.read(name.as_posix()), Loader=yaml.BaseLoader)
             for lines in fields.get("conversations", []):
                 talks.append(messages_of(lines))
     return talks
@@ -107,7 +108,7 @@ def messages_of(lines):
     messages = []
     for i, line in enumerate(lines):
         role = "assistant" if i % 2 else "user"
-        messages.append({"role": role, "content": str(line)})  # YAML reads some answers as numbers
+        messages.append({"role": role, "content": line})
     return messages
 
 
