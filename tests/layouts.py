@@ -24,7 +24,7 @@ from benchmarks.common import machine  # noqa: E402
 from benchmarks.memory import held_bytes  # noqa: E402
 from dataset import Tokens  # noqa: E402
 from eval import evaluate  # noqa: E402
-from loader import Loader, to_batch  # noqa: E402
+from loader import Loader, read_batch  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optim import Optimizers, local, map_state  # noqa: E402
 from parallel import Layout  # noqa: E402
@@ -110,19 +110,19 @@ class Talks(Loader):
         return [batch._replace(y=learned(*batch[:2]), docs=documents(batch.x), divisor=self.divisor(step))
                 for batch, (step, _) in batches]
 
-    def divisor(self, step):
+    def find_divisor(self, step):
         """Targets of an update, divided by its micro-batches."""
         micro_batches = self.accumulation * self.world
         rows = micro_batches * self.batch_size
         starts = self.starts(np.arange(step * rows, (step + 1) * rows))
-        x, y = to_batch(self.tokens.read(starts, self.block_size + 1))
-        return (learned(x, y) != -1).sum().float() / micro_batches
+        batch = read_batch(self.tokens, starts, self.block_size)
+        return (learned(batch.x, batch.y) != -1).sum().float() / micro_batches
 
 
 class MeanOfMeans(Talks):
     """The mistake: each micro-batch divides by the number of its own targets."""
 
-    def divisor(self, step):
+    def find_divisor(self, step):
         return None
 
 

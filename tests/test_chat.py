@@ -28,7 +28,7 @@ from tokenizer import BPETokenizer, CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CHARS = "\n\t \x1b\x07\x9b!\"',./?<|>[" + "".join(map(chr, range(97, 123))) + "0123456789HI\\"
-PATIENCE = 60  # seconds for something to appear; only a failing test waits so long
+PATIENCE = 300  # seconds for something to appear; only a failing test waits so long
 WITH_CHARS = add_template(CharTokenizer(CHARS), "minichat")
 WITH_BYTES = add_template(BPETokenizer([bytes([i]) for i in range(256)]), "minichat")
 

@@ -18,7 +18,7 @@ from infer import Engine
 from inference import chat_tasks, letters
 from inference.chat_tasks import draw_answers, figures, held_out, make_prompts, puzzle_questions, read_questions, table
 from inference.letters import by_letter, open_letters
-from inference.puzzles import puzzles
+from inference.puzzles import KINDS, puzzles
 from inference.sampling import Sampling
 from inference.tasks import log_likelihoods
 from model import GPT, GPTConfig
@@ -183,7 +183,7 @@ def test_a_line_that_is_no_conversation_is_named(line, named, tmp_path):
 def puzzle_rows(tmp_path, call_script):
     folder = tmp_path / "puzzles"
     code, _, err = call_script("data/puzzles/prepare.py", "--count=40", "--held_out=30", "--block_size=48",
-                               f"--out_dir={folder}")
+                               f"--kinds={','.join(KINDS)}", f"--out_dir={folder}")
     assert code == 0, err
     return folder
 

@@ -792,9 +792,8 @@ def play(call_script, tmp_path):
     (tmp_path / "play.txt").write_text(text)
 
     def play(**settings):
-        words = [f"--{key}={value}" for key, value in {"input": tmp_path / "play.txt", "out_dir": tmp_path / "out",
-                                                       **settings}.items()]
-        return call_script("data/shakespeare_chat/prepare.py", *words)
+        keys = {"input": tmp_path / "play.txt", "out_dir": tmp_path / "out", "longest": 100, **settings}
+        return call_script("data/shakespeare_chat/prepare.py", *(f"--{key}={value}" for key, value in keys.items()))
 
     return play
 
@@ -812,7 +811,7 @@ def test_speeches_become_talks(play, tmp_path):
     assert ("ANNA", "Nobody said a word before.") not in answers and ("BEN", "But you did.") in answers
     assert all(content in text for t in talks for content in (message["content"] for message in t))
     first = next(answer for name, answer in answers if name == "First Citizen")
-    assert first.startswith("This is line 0") and first.endswith(".") and len(first) > 80
+    assert first.startswith("This is line 0") and first.endswith(".") and len(first) > 60
     question = next(t[1]["content"] for t in talks if t[2]["content"] == "A short one.")
     assert question.endswith("This is line 11 of a long speech.") and question.startswith("This is line")
     assert manifest(tmp_path / "out")["documents"]["cut"] == 2
@@ -848,7 +847,9 @@ def test_tiny_shakespeare(call_script, tmp_path):
     base = CharTokenizer.from_text(text)
     assert made.chars == base.chars and list(made.special_tokens)[:2] == list(base.special_tokens)
     documents = manifest(tmp_path / "out")["documents"]
-    assert documents["speeches"] == 7222 and documents["kept"] == 6386
+    assert documents["speeches"] == 7222 and documents["kept"] == 5725
     assert not list(verify.dataset_faults(tmp_path / "out"))
     ids, learned, _ = read_rows(tmp_path / "out", "val")
-    assert ids.shape == (571, 256) and 0.35 < learned.mean() < 0.45
+    assert ids.shape == (479, 256) and 0.35 < learned.mean() < 0.45
+    for talk in talks_of(tmp_path / "out"):
+        assert all(len(message["content"]) <= 100 for message in talk)

@@ -393,6 +393,6 @@ def test_another_base_model_is_refused(tune, words, train, tmp_path):
     (tmp_path / "text.txt").write_text("some other letters, and more of them. " * 200)
     command = ["data/shakespeare_char/prepare.py", f"--input={tmp_path / 'text.txt'}", f"--out_dir={other}"]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
-    assert train(dataset=other, out_dir=tmp_path / "base").code == 0
+    assert train(dataset=other, out_dir=tmp_path / "base", block_size=T_CHAT).code == 0
     error = one_error(tune(tmp_path / "run", init_from=tmp_path / "base"), tmp_path / "run")
     assert "vocab_size" in error or "its tokenizer is not that of" in error
