@@ -323,17 +323,16 @@ class Tokens:
     Reads the files that find_shards finds: shards with llm.c's header, and nanoGPT's SPLIT.bin with a header or
     without. Sizes are checked on opening; raises DataError naming the shard. `row_size` is the tokens of a row of
     conversations, 0 for a plain stream. `doc_mask`: whether the documents in a row are told apart (`begins`), in a
-    plain stream by the id `bos`, which begins each.
+    plain stream by the id `bos`, which begins each; None: conversations are.
     """
 
     row_size = 0
     doc_mask = False
 
-    def __init__(self, folder, split, vocab_size=65536, doc_mask=False, bos=None):
+    def __init__(self, folder, split, vocab_size=65536, doc_mask=None, bos=None):
         self.folder = Path(folder)
         self.split = split
         self.vocab_size = vocab_size
-        self.doc_mask = doc_mask
         self.bos = bos
         self.owner = next(OWNERS)
         weakref.finalize(self, OPEN.close, self.owner)
@@ -349,6 +348,7 @@ class Tokens:
         check_manifest(self.folder, split, dict(zip(names, counts, strict=True)))
         self.starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # first token of each shard
         self.row_size = row_size_of(self.folder)
+        self.doc_mask = bool(self.row_size) if doc_mask is None else doc_mask
         if self.row_size:
             self.check_rows(counts)
 
@@ -508,7 +508,8 @@ def row_size_of(folder):
     return size
 
 
-def open_tokens(folders, split, vocab_size, doc_mask=False, bos=None):
-    """A split of the datasets [(folder, weight), ...] that open_datasets gives. -> Tokens, or a Mix"""
+def open_tokens(folders, split, vocab_size, doc_mask=None, bos=None):
+    """A split of the datasets [(folder, weight), ...] that open_datasets gives. -> Tokens, or a Mix. `doc_mask` and
+    `bos` are those of Tokens."""
     parts = [(Tokens(folder, split, vocab_size, doc_mask, bos), weight) for folder, weight in folders]
     return parts[0][0] if len(parts) == 1 else Mix(parts)

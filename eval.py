@@ -27,7 +27,7 @@ import torch
 from checkpoint import run_of
 from configurator import Settings, configure, fail
 from conversation import Template
-from dataset import open_datasets, open_tokens, row_size_of
+from dataset import open_datasets, open_tokens
 from device import autocast, inference_kernels, memory_is_full, pick_device, pick_dtype
 from files import finite, sha256, write_whole
 from infer import Engine, load, stretch
@@ -178,8 +178,6 @@ def open_split(c, model, tokenizer, state, folder):
     """-> (tokens of the split, sha256 that names the dataset). Raises ValueError for tokens of another model."""
     datasets, manifest, dataset_sha256 = open_datasets(c.dataset or state["config"]["dataset"])
     doc_mask = state["config"].get("doc_mask")  # as the run was trained
-    if doc_mask is None:
-        doc_mask = bool(row_size_of(datasets[0][0]))
     bos = tokenizer.bos if tokenizer else None
     tokens = open_tokens(datasets, c.split, model.config.vocab_size, doc_mask, bos)
     if tokenizer and manifest.get("tokenizer", {}).get("sha256", tokenizer.sha256) != tokenizer.sha256:

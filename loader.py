@@ -195,9 +195,9 @@ def read_batch(tokens, starts, block_size):
         y = np.full_like(rows, -1)
         y[:, :-1] = np.where(learned[:, 1:], rows[:, 1:], -1)  # a row's last token predicts nothing
     else:
-        windows = tokens.read(starts, block_size + 1).astype(np.int64)
-        rows = windows[:, :-1].copy()
-        y = windows[:, 1:].copy()
+        windows = tokens.read(starts, block_size + 1)
+        rows = windows[:, :-1].astype(np.int64)
+        y = windows[:, 1:].astype(np.int64)
     docs = tokens.begins(starts, rows)
     if docs is not None:
         docs = torch.from_numpy(np.cumsum(docs, axis=1))

@@ -324,6 +324,17 @@ def test_an_update_is_one_mean_over_its_learned_tokens(settings, tune, tmp_path)
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_run_continues_on_another_number_of_ranks(tune, tmp_path):
+    settings = dict(batch_size=2, gradient_accumulation_steps=2, lr_decay_iters=12)
+    assert tune(tmp_path / "whole", **settings).code == 0
+    assert tune(tmp_path / "moved", max_iters=8, **settings).code == 0
+    done = tune(tmp_path / "moved", ranks=2, init_from="resume", **settings)
+    assert done.code == 0, done.err
+    for ours, theirs in zip(records(tmp_path / "moved"), records(tmp_path / "whole"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("fault", [
     "dataset.Tokens.read_bits = lambda self, name, starts, length: real(self, name, starts, length) | "
     "(name == 'learned')",  # the mask is dropped

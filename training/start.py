@@ -212,12 +212,11 @@ def open_splits(c, data, vocab_size, layout):
     if c.verify_data:
         for folder, _ in data.folders:
             verify_shards(folder)
-    doc_mask = bool(data.row_size) if c.doc_mask is None else c.doc_mask
     bos = tokenizer.bos if tokenizer else None
-    if doc_mask and not data.row_size and bos is None:
+    if c.doc_mask and not data.row_size and bos is None:
         fail(f"doc_mask: {data.source} has no token that begins a document, so its documents cannot be told apart")
-    data.train = open_tokens(data.folders, "train", vocab_size, doc_mask, bos)
-    data.val = open_tokens(data.folders, "val", vocab_size, doc_mask, bos)
+    data.train = open_tokens(data.folders, "train", vocab_size, c.doc_mask, bos)
+    data.val = open_tokens(data.folders, "val", vocab_size, c.doc_mask, bos)
     if len(data.val) < 2:
         fail(f"{data.source}: {len(data.val)} validation tokens are too few: at least 2")
     layout.on_rank0(lambda: check_validation(c, data.val))
