@@ -13,6 +13,7 @@ All measurements take turns for several rounds, and a figure is the median of it
 
 import contextlib
 import importlib.util
+import os
 import shutil
 import statistics
 import sys
@@ -165,6 +166,8 @@ def packed(c, folder, out_dir, talks, form):
 def trl_speed(folder, out_dir, talks, form, tokens, updates, warm_up, row_size):
     """Tokens a second of TRL's SFTTrainer on the same model, in a process of its own. row_size: of packed rows; 0: each
     conversation is padded to the longest of its batch."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)  # of in_processes: with them the trainer would wrap the model for many processes
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer

@@ -548,7 +548,7 @@ def test_figures_of_a_log_stand_in_it():
         rows, block = above(read(MEASURED), path.name)
         assert shlex.split(command) in block, command
         for row in rows:
-            figures = re.findall(r"\d+\.\d+|\b\d+ of \d+", row.split("[output]")[0])
+            figures = re.findall(r"\d+\.\d+|\b\d+ of (?:these )?\d+", row.split("[output]")[0])
             assert figures and not [figure for figure in figures if figure not in text], row
 
 
