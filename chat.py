@@ -18,13 +18,13 @@ from pathlib import Path
 
 from configurator import Settings, configure, fail
 from conversation import TEMPLATES, Template, add_template, check_messages
-from device import memory_is_full, pick_device, pick_dtype
-from files import close_stdout, decode_text, sha256, write_whole
+from device import pick_device, pick_dtype
+from files import decode_text, sha256, write_whole
 from infer import Engine
 from infer import load as load_run
 from inference.quantize import convert
 from inference.sampling import Sampling, sampling_from
-from inference.terminal import Keyboard, complain, is_terminal, note, show
+from inference.terminal import Keyboard, complain, ends_in_one_line, is_terminal, note, show
 from keys import nearest
 
 # -----------------------------------------------------------------------------
@@ -390,16 +390,5 @@ def main(c, given):
 if __name__ == "__main__":
     given = set()
     c = Settings(configure(globals(), product=True, given=given))
-    try:
+    with ends_in_one_line("the answer", "--quantize=int8 takes less"):
         sys.exit(main(c, given))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # | head
-        close_stdout()
-    except OSError as e:  # a full disk under it
-        close_stdout()
-        fail(f"the answer cannot be written: {e.strerror or e}")
-    except (MemoryError, RuntimeError) as e:
-        if full := memory_is_full(e):
-            fail(f"{full}: --quantize=int8 takes less")
-        raise

@@ -13,7 +13,7 @@ content of a message is encoded apart, as plain text: a user who types the name 
 and never the token. No template is code, so none is executed.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 ROLES = ("system", "user", "assistant")
 
@@ -169,8 +169,8 @@ class Template:
         """Messages -> (ids, learned): a list of token ids, and for each whether it is a word of the assistant's, or the
         token that ends an answer.
 
-        With `reply` the ids end where the assistant goes on to answer: after the beginning of an answer, or after the
-        text of an answer that is the last message. Raises Refused, and ValueError for text without ids.
+        With `reply` the ids end where the assistant continues: after the beginning of an answer or, if the last message
+        is the assistant's, after its text. Raises Refused, and ValueError for text without ids.
         """
         messages = self.normalise(messages)
         ids = list(self.begin)
@@ -253,7 +253,9 @@ def read_format(fields):
         raise ValueError('the chat template\'s "begin" and "system" must be texts')
     if not isinstance(format.join, (str, type(None))):
         raise ValueError('the chat template\'s "join" must be a text or null')
-    return format
+    before = {role: format.before[role] for role in ROLES if role in format.before}
+    after = {role: format.after[role] for role in ROLES if role in format.after}
+    return replace(format, before=before, after=after)  # in one order, whatever the order in the file
 
 
 def add_template(tokenizer, template):

@@ -111,27 +111,13 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
     digests = []
     sizes = np.zeros(2, np.int64)  # characters and bytes
     rates = np.zeros(2)  # bits per character and per byte
-    full_shape = None  # of the first batch; at the end of the tokens batches are smaller
     for part, weight in tokens.parts:
-        sums = []  # this rank's summed losses, one a batch
-        count = windows = 0
         batches = fixed_batches(part, block_size, batch_size, eval_iters)
-        while group := list(itertools.islice(batches, ranks)):
-            batch = group[min(rank, len(group) - 1)]  # every rank runs: a sharded model's forward pass needs all
-            n = int((batch.y != -1).sum())
-            full_shape = full_shape or group[0].x.shape
-            forward = model if compiled is None or batch.x.shape != full_shape else compiled
-            batch = batch.to(device)
-            with context():
-                _, mean = forward(batch.x, batch.y, docs=batch.docs, loss_only=True)
-            # a sum over tokens: a mean of means would weight the tokens of the last batch more
-            sums.append(mean.item() * n if rank < len(group) else 0.0)
-            count += sum(int((batch.y != -1).sum()) for batch in group)
-            windows += sum(len(batch.x) for batch in group)
+        sums, count, windows = batch_sums(model, batches, device, context, rank, ranks, compiled)
         total = 0.0
-        for batch_sums in zip(*collect(sums), strict=True):  # of all ranks
-            for batch_sum in batch_sums:
-                total += batch_sum
+        for group_sums in zip(*collect(sums), strict=True):  # of all ranks
+            for group_sum in group_sums:
+                total += group_sum
         loss += float(weight) * total / count
         tokens_read += count
         # the windows follow one another from the first token on
@@ -153,6 +139,27 @@ def evaluate(model, tokens, block_size, batch_size, eval_iters=0, context=contex
         result |= {"bits_per_character": float(rates[0]), "bits_per_byte": float(rates[1]),
                    "characters": int(sizes[0]), "bytes": int(sizes[1])}
     return result
+
+
+def batch_sums(model, batches, device, context, rank, ranks, compiled):
+    """This rank's batches, in turn with the other ranks. -> (their summed losses, one a batch; targets and windows of
+    all ranks)"""
+    sums = []
+    count = windows = 0
+    full_shape = None  # of the first batch; at the end of the tokens batches are smaller
+    while group := list(itertools.islice(batches, ranks)):
+        batch = group[min(rank, len(group) - 1)]  # every rank runs: a sharded model's forward pass needs all
+        n = int((batch.y != -1).sum())
+        full_shape = full_shape or group[0].x.shape
+        forward = model if compiled is None or batch.x.shape != full_shape else compiled
+        batch = batch.to(device)
+        with context():
+            _, mean = forward(batch.x, batch.y, docs=batch.docs, loss_only=True)
+        # a sum over tokens: a mean of means would weight the tokens of the last batch more
+        sums.append(mean.item() * n if rank < len(group) else 0.0)
+        count += sum(int((batch.y != -1).sum()) for batch in group)
+        windows += sum(len(batch.x) for batch in group)
+    return sums, count, windows
 
 
 def text_size(tokenizer, tokens, first, end, piece=1 << 20):

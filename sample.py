@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 from configurator import Settings, configure, fail
-from device import can_compile, memory_is_full, pick_device, pick_dtype, what_failed
-from files import close_stdout, decode_text, read_lines
+from device import can_compile, pick_device, pick_dtype, what_failed
+from files import decode_text, read_lines
 from infer import Engine, check_prompt, encode_prompt, load, stream
 from inference.quantize import convert
 from inference.sampling import StopText, sampling_from
+from inference.terminal import ends_in_one_line
 from tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -222,16 +223,5 @@ def compile_trouble(engine, prompt):
 if __name__ == "__main__":
     given = set()
     c = Settings(configure(globals(), product=True, given=given))
-    try:
+    with ends_in_one_line("the samples", "fewer --num_samples, or --quantize=int8, take less"):
         main(c, given)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # | head
-        close_stdout()
-    except OSError as e:  # a full disk under it
-        close_stdout()
-        fail(f"the samples cannot be written: {e.strerror or e}")
-    except (MemoryError, RuntimeError) as e:
-        if full := memory_is_full(e):
-            fail(f"{full}: fewer --num_samples, or --quantize=int8, take less")
-        raise

@@ -139,7 +139,7 @@ def read_talks(dataset, folder):
 
 
 def ours(c, folder, out_dir, talks, form):
-    """Tokens a second of train.py. Rows are full but for a few percent, which do not count."""
+    """Tokens a second of train.py. The padding of the rows, a few percent, does not count."""
     path = find_dataset(c.dataset)
     split = Tokens(path, "train")
     rows = max(1, c.tokens // split.row_size)

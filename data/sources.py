@@ -171,6 +171,20 @@ def download_package(name, version, digest, wheel=False):
         return archives[0].read_bytes()
 
 
+def fetch_wheel(package, version, name, digest):
+    """The wheel `name` of a Python package, from the mirror, the cache or the package index. -> (its bytes, where they
+    were found, in words). Ends the script if no place has it."""
+
+    def download():
+        return download_package(package, version, digest, wheel=True)
+
+    try:
+        return find_source(name, digest, download, "the package index that pip is set up with")
+    except SourceError as error:
+        print(f"{name} cannot be found here:", *error.tried, sep="\n  ")
+        fail(f"no {name}: set MINICHAT_MIRROR to a folder or URL that has it")
+
+
 # -----------------------------------------------------------------------------
 # GPT-2's tokenizer
 

@@ -248,7 +248,7 @@ def without_marks(fields):
 
 
 def check_normalizer(path, normalizer, warn):
-    """Raises ValueError if a text is changed before it is cut; NFC, Qwen's, changes hardly any text, and is told."""
+    """Raises ValueError if a text is changed before it is cut. NFC, Qwen's, changes hardly any text: a warning."""
     kind = (normalizer or {}).get("type")
     if kind == "NFC":
         warn(f"{path}: it composes accents first (NFC), which is not done here: write them composed, as most texts do")

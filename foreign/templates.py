@@ -5,6 +5,8 @@ Other projects keep a template as code in Jinja. A text that is known here has a
 export.py wrote carries the template as data as well (foreign.OWN_KEY), and that comes first.
 """
 
+from dataclasses import asdict
+
 from conversation import TEMPLATES, Template, add_template, read_format, special_names
 from files import sha256
 
@@ -41,7 +43,7 @@ def name_of(jinja):
 def with_template(tokenizer, found, name, warn):
     """`tokenizer` with the chat template called `name`, or else with the one that was `found` (Found or None).
 
-    A template that is not known, or has special tokens that the tokenizer lacks, is left out with a warning: the model
+    A template that is not known, or has special tokens that the tokenizer lacks, is skipped with a warning: the model
     is good without it. `warn` takes the message. Raises ValueError for a name that is not known.
     """
     if name:
@@ -50,13 +52,12 @@ def with_template(tokenizer, found, name, warn):
         return tokenizer
     try:
         if found.fields is not None:
-            read_format(found.fields)
-            changed = tokenizer.changed(template=found.fields)
+            changed = tokenizer.changed(template=asdict(read_format(found.fields)))
             Template(changed)
             return changed
         known = name_of(found.jinja)
         if known is None:
-            raise ValueError("is not one of those that are known here")
+            raise ValueError("is none that is known here")
         changed = add_template(tokenizer, known)
         if changed.vocab_size != tokenizer.vocab_size:
             lacks = [token for token in special_names(changed.template) if token not in tokenizer.special_tokens]

@@ -7,7 +7,7 @@ Under infer.py, sample.py, chat.py and eval.py:
     quantize      weights as inference reads them: packed for the CPU, half precision, int8
     tasks         multiple choice and last words, by log-likelihood
     samples       samples of a bank of prompts, as Markdown
-    terminal      what chat.py reads from a keyboard or a pipe, and what it prints
+    terminal      what chat.py reads and prints; how scripts end whose output is their product
     long_context  loss by position, a key hidden in a long text
     chat_tasks    answers of a chat model: do they end by themselves, are they right
     letters       multiple choice of chat models, by letter

