@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversation import TEMPLATES, Format, Refused, Template, add_template, check_messages, read_format
+from foreign.names import Found
+from foreign.templates import with_template
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 
 BYTES = BPETokenizer([bytes([i]) for i in range(256)] + [b"us", b"user", b"\n\n", b"<|"])
@@ -264,6 +266,14 @@ def test_a_damaged_tokenizer_json(tmp_path, change, message):
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
+
+
+def test_a_template_that_another_program_wrote_in_another_order_is_the_same_tokenizer():
+    """transformers sorts the fields of a file that it saves again."""
+    fields = json.loads(json.dumps(asdict(TEMPLATES["chatml"]), sort_keys=True))
+    assert list(fields["before"]) != list(TEMPLATES["chatml"].before)
+    again = with_template(add_template(BYTES, "chatml"), Found("a file", fields=fields), "", pytest.fail)
+    assert again.to_json() == add_template(BYTES, "chatml").to_json()
 
 
 def test_the_templates_are_what_read_format_accepts():

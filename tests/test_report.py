@@ -351,6 +351,12 @@ def test_excursions():
     assert alarm.excursions([False, True, True, False, True]) == [(1, 2), (4, 4)]
 
 
+def test_a_run_that_may_resume_compares_with_one_that_starts_from_the_same_model():
+    keys = {name: key.default for name, key in read_keys(ROOT / "train.py").items()}
+    one, two, other = ({**keys, "init_from": start} for start in ("out/base", "auto:out/base", "auto"))
+    assert alarm.effective(one, {}) == alarm.effective(two, {}) != alarm.effective(other, {})
+
+
 def test_every_key_of_train_is_decided():
     """A new key either changes what is learned (alarm.MATTERS, or a field of the model), so that runs that differ in it
     do not compare, or it does not (FREE above)."""

@@ -246,7 +246,7 @@ def tuned(tune, tmp_path_factory):
 
 
 def test_a_run_on_conversations_learns_them_and_keeps_the_context_of_its_model(tune, base, chat, tmp_path):
-    done = tune(tmp_path, max_iters=80, eval_interval=40, eval_iters=0)
+    done = tune(tmp_path, max_iters=80, eval_interval=40, eval_iters=0, attn="sdpa")
     assert done.code == 0, done.err
     state = checkpoint.find(tmp_path)[1]
     assert state["model"]["block_size"] == 64 and state["config"]["block_size"] == T_CHAT
@@ -255,6 +255,7 @@ def test_a_run_on_conversations_learns_them_and_keeps_the_context_of_its_model(t
     assert tokenizer.vocab_size == load_tokenizer(base).vocab_size + 4
     first, last = (r["val_loss"] for r in records(tmp_path) if "val_loss" in r)
     assert last < first
+    assert "sdpa attention (with a mask that hides other documents)" in done.out
     assert "whose conversations do not see each other" in done.out and "bits/learned token" in done.out
     assert f"next: python chat.py --out_dir={tmp_path}" in done.out
     told = subprocess.run([sys.executable, "eval.py", f"--out_dir={tmp_path}", "--device=cpu"], cwd=ROOT,
