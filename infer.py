@@ -223,9 +223,16 @@ class Engine:
     # A request: submit, admit, step, finish
 
     def submit(self, prompt, sampling=None, **changes):
-        """Queue a prompt: a string, or a list, array or tensor of ids. -> Request
+        """Queue a prompt. Arguments, result and errors are those of `prepare`."""
+        request = self.prepare(prompt, sampling, **changes)
+        self.waiting.append(request)
+        return request
 
-        `changes` are fields of Sampling that differ from `sampling`. Raises ValueError for a request that never fits.
+    def prepare(self, prompt, sampling=None, **changes):
+        """A Request that is not queued yet, of a prompt: a string, or a list, array or tensor of ids.
+
+        It changes nothing in the engine, so any thread may call it while another one steps. `changes` are fields of
+        Sampling that differ from `sampling`. Raises ValueError for a request that never fits.
         """
         sampling = replace(sampling or Sampling(), **changes)
         if isinstance(prompt, str) and self.tokenizer is None:
@@ -246,7 +253,6 @@ class Engine:
         request = Request(ids, len(ids), sampling, blocks_needed, choose, decode, StopText(sampling.stop))
         if total <= window:
             request.digests = block_digests(ids, self.block)
-        self.waiting.append(request)
         return request
 
     def admit(self):
