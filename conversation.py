@@ -171,13 +171,12 @@ class Template:
             messages[0]["content"] = system["content"] + gap + messages[0]["content"]
         if self.format.join is None:
             return messages
-        joined = []
+        groups = []  # (role, contents) of neighbours
         for message in messages:
-            if joined and joined[-1]["role"] == message["role"]:
-                joined[-1]["content"] += self.format.join + message["content"]
-            else:
-                joined.append(message)
-        return joined
+            if not groups or groups[-1][0] != message["role"]:
+                groups.append((message["role"], []))
+            groups[-1][1].append(message["content"])
+        return [{"role": role, "content": self.format.join.join(contents)} for role, contents in groups]
 
     def encode(self, messages, reply=False):
         """Messages -> (ids, learned): a list of token ids, and for each whether it is a word of the assistant's, or the
@@ -269,9 +268,10 @@ class Template:
         return fitting, system + talk[starts[high] :]
 
     def least_tokens(self, message):
-        """A number of tokens that a message takes at least, known without encoding it."""
-        apart = 0 if self.format.join is not None else 1  # what comes before a message is never empty
-        return apart + -(-len(message["content"].encode("utf-8", "replace")) // self.longest_piece)
+        """A number of tokens that a message takes at least, alone or as part of a joined one, without encoding it."""
+        # what comes before a message is never empty
+        apart = 1 if self.format.join is None and message["role"] in self.before else 0
+        return apart + len(message["content"].encode("utf-8", "replace")) // self.longest_piece
 
 
 def read_format(fields):

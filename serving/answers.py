@@ -251,8 +251,8 @@ class CompletionAnswer(Answer):
         """The chunk of what is new of a request between two Progress, or None if there is nothing to show."""
         text = "" if self.only_echo else request.text[seen.text : now.text]
         start, end = (0, 0) if self.only_echo else (seen.tokens, now.tokens)
-        has_begun = seen.tokens or seen.finish
-        begins = not has_begun and (now.tokens or now.finish)
+        # the prompt has been read as soon as there is a token, or one that ended the request
+        begins = not (seen.tokens or seen.finish) and (now.tokens or now.finish not in ("", "cancelled"))
         with_prompt = bool(begins and self.echo and self.top is not None)
         if with_prompt:
             text = self.prompt_text(index) + text

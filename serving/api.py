@@ -83,7 +83,7 @@ def include_usage(body):
     """Whether a stream ends with its usage."""
     options = {} if body.stream_options is None else body.stream_options
     wanted = options.get("include_usage") if isinstance(options, dict) else ""
-    if wanted not in (None, True, False):
+    if not isinstance(wanted, bool | None):
         raise APIError("stream_options must be an object with include_usage true or false", param="stream_options")
     return bool(body.stream and wanted)
 
@@ -93,7 +93,7 @@ def count_choices(served, body, prompts):
     n = body.n or 1
     if n * prompts > served.most_choices:
         raise APIError(f"n times the number of prompts is {n * prompts}: at most {served.most_choices} answers can be "
-                       "asked for at once", param="n")
+                       "asked for at once", param="n" if n > 1 else "prompt")
     return n
 
 
@@ -156,10 +156,13 @@ def seeds(body, n):
 
 def too_long(served, tokens, new, field, param, at_least=False):
     """The error for a prompt of so many tokens, with `new` to come, which do not fit the context."""
-    more = f" and {field} asks for {new} more" if new else ""
     count = f"at least {tokens}" if at_least else f"{tokens}"
-    return APIError(f"This model's maximum context length is {served.context} tokens, but the prompt has {count} "
-                    f"tokens{more}: shorten one of them", code="context_length_exceeded", param=param)
+    message = f"This model's maximum context length is {served.context} tokens, but the prompt has {count} tokens"
+    if new:
+        message += f" and {field} asks for {new} more: shorten one of them"
+    else:
+        message += ": shorten it"
+    return APIError(message, code="context_length_exceeded", param=param)
 
 
 def new_tokens(served, tokens, asked, field, default, param):
