@@ -18,6 +18,7 @@ from inference.sampling import MOST_TOP
 
 MOST_STOPS = 16  # strings; OpenAI has 4
 MOST = 2**31 - 1  # of any whole number in a body
+LONGEST_NAME = 64  # characters of a field's name that is repeated to the client
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -210,8 +211,9 @@ def wrong_field(body_type, name):
 
 def refuse_odd_values(body):
     """Raise APIError naming the field that has NaN, an infinite number, or half a character of UTF-16 (a lone
-    surrogate), which no text may hold. Such a value in the depth belongs to the field that the body has."""
+    surrogate), which no text may hold."""
     for name, item in body.items():
+        param = name if is_text(name) and len(name) <= LONGEST_NAME else None
         stack = [name, item]
         while stack:
             value = stack.pop()
@@ -221,10 +223,8 @@ def refuse_odd_values(body):
             elif isinstance(value, list):
                 stack += value
             elif isinstance(value, str) and not is_text(value):
-                param = name if is_text(name) else None
-                raise APIError(f"{param or 'a name'} has half a character (a lone surrogate)", param=param)
+                raise APIError(f"{param or 'a field'} has half a character (a lone surrogate)", param=param)
             elif isinstance(value, float) and not math.isfinite(value):
-                param = name if is_text(name) else None
                 raise APIError(f"{param or 'a field'} has a number that is not finite", param=param)
 
 
