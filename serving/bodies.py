@@ -64,6 +64,7 @@ def anything(description, **schema):
 
 TEXT = Annotated[str | None, Field(description="a string")]
 FLAG = Annotated[bool | None, Field(description="true or false")]
+REFUSED_FIELD = anything("absent or empty: it asks for what no model here can do")
 IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 TEXTS = {"type": "array", "items": {"type": "string"}}
 STOP = {"anyOf": [{"type": "null"}, {"type": "string"}, {**TEXTS, "maxItems": MOST_STOPS}]}
@@ -114,7 +115,7 @@ class CompletionBody(SamplingBody):
     logprobs: whole_number(0, MOST_TOP, f"a whole number from 0 to {MOST_TOP}") = None
     echo: FLAG = None
     best_of: whole_number(1, 128, "a whole number from 1 to 128") = None
-    suffix: anything("absent", type="null") = None
+    suffix: REFUSED_FIELD = None
 
 
 class ChatBody(SamplingBody):
@@ -123,15 +124,15 @@ class ChatBody(SamplingBody):
     messages: anything("a list of messages with role and content", type="array", items=MESSAGE, minItems=1)
     logprobs: FLAG = None
     top_logprobs: whole_number(0, MOST_TOP, f"a whole number from 0 to {MOST_TOP}") = None
-    tools: anything("absent") = None
-    tool_choice: anything("absent") = None
-    functions: anything("absent") = None
-    function_call: anything("absent") = None
-    modalities: anything("absent") = None
-    audio: anything("absent") = None
-    prediction: anything("absent") = None
-    web_search_options: anything("absent") = None
-    response_format: anything("absent") = None
+    tools: REFUSED_FIELD = None
+    tool_choice: REFUSED_FIELD = None
+    functions: REFUSED_FIELD = None
+    function_call: REFUSED_FIELD = None
+    modalities: REFUSED_FIELD = None
+    audio: REFUSED_FIELD = None
+    prediction: REFUSED_FIELD = None
+    web_search_options: REFUSED_FIELD = None
+    response_format: REFUSED_FIELD = None
 
 
 class TokenizeBody(Body):
