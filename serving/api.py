@@ -49,7 +49,6 @@ REFUSED = {"tools": [], "tool_choice": ["none"], "functions": [], "function_call
            "audio": [], "prediction": [], "web_search_options": [], "response_format": [{"type": "text"}]}
 
 
-
 @dataclass
 class Served:
     """What is served."""
@@ -367,7 +366,7 @@ def model(served, name):
     """GET /v1/models/NAME. Raises APIError for a model that is not there."""
     check_model(served, name)
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "minichat",
-            "max_model_len": served.context}
+            "context_length": served.context, "chat": served.template is not None}
 
 
 def tokenizer_info(served):
@@ -393,7 +392,7 @@ def tokenize(served, body):
         ids = [served.tokenizer.special_tokens[body.prompt]]
     else:
         ids = text_ids(served, body.prompt, "prompt")
-    return {"count": len(ids), "max_model_len": served.context, "tokens": ids}
+    return {"count": len(ids), "context_length": served.context, "tokens": ids}
 
 
 def detokenize(served, body):
