@@ -7,6 +7,7 @@ Under serve.py:
     worker     the engine in a thread of its own, with a bounded queue
     guards     what every request passes first: hosts, origins, the API key, the size of a body
     metrics    what is counted, for Prometheus
+    documents  openapi.json, and what a browser may do with the page
     app        the routes
     server     the process: its socket, signals and end
     chat.html  the page

@@ -10,21 +10,18 @@ job, and for the client to leave, which cancels the job. Nothing of a conversati
 """
 
 import asyncio
-import base64
-import hashlib
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from serving import api
 from serving.api import DONE, APIError, event
+from serving.documents import openapi, page_headers, takes
 from serving.guards import GONE, TooLarge, error_headers, guarded
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.worker import Full, Progress, Unavailable, Worker
@@ -39,7 +36,6 @@ ENDINGS = {
     "shutdown": ("the server is shutting down", 503, {}),
     "engine": ("the engine failed, and the server ends", 500, {}),
 }
-ERRORS = (400, 401, 403, 404, 405, 413, 429, 500, 503)
 
 
 class LoadRefused(Exception):
@@ -385,70 +381,3 @@ def add_error_handlers(app):
     @app.exception_handler(TooLarge)
     async def too_large(request, error):
         return None  # guards.Body answers
-
-
-# -----------------------------------------------------------------------------
-# openapi.json and the page
-
-
-def takes(schema):
-    """The body of a route in openapi.json."""
-    reference = {"$ref": f"#/components/schemas/{schema}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
-
-
-def openapi(app):
-    """The dict of /openapi.json."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version="1", routes=app.routes)
-        text = {"type": ["string", "null"]}
-        fields = {"message": {"type": "string"}, "type": {"type": "string"}, "param": text, "code": text}
-        error = {"type": "object", "required": list(fields), "properties": fields}
-        schemas = {"Error": {"type": "object", "required": ["error"], "properties": {"error": error}}}
-        schema.setdefault("components", {})["schemas"] = schemas | api.openapi_schemas()
-        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-        for operations in schema["paths"].values():
-            for operation in operations.values():
-                answers = operation["responses"]
-                answers.pop("422", None)  # FastAPI's form of an error
-                for status in ERRORS:
-                    answers[str(status)] = {"description": "an error", "content": content}
-        answers = schema["paths"]["/metrics"]["get"]["responses"]
-        answers["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
-        for path in ("/v1/completions", "/v1/chat/completions"):
-            answers = schema["paths"][path]["post"]["responses"]
-            answers["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-        app.openapi_schema = schema
-    return app.openapi_schema
-
-
-def page_headers(page):
-    """The headers of the page (bytes). Its Content-Security-Policy allows the scripts and styles that are written in
-    it, by their hashes, and requests to this server: nothing that a model writes can run or load anything."""
-    policy = {
-        "default-src": "'none'",
-        "script-src": inline_hashes(page, b"script"),
-        "style-src": inline_hashes(page, b"style"),
-        "connect-src": "'self'",
-        "img-src": "data:",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-        "frame-ancestors": "'none'",
-    }
-    return {
-        "content-type": "text/html; charset=utf-8",
-        "content-security-policy": "; ".join(f"{name} {sources}" for name, sources in policy.items()),
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cache-control": "no-cache",
-    }
-
-
-def inline_hashes(page, tag):
-    """The sources of a Content-Security-Policy for the blocks <tag>...</tag> of a page."""
-    hashes = []
-    for block in re.findall(rb"<%b(?:\s[^>]*)?>(.*?)</%b>" % (tag, tag), page, re.DOTALL):
-        block = block.replace(b"\r\n", b"\n")  # as a browser reads it
-        digest = base64.b64encode(hashlib.sha256(block).digest()).decode()
-        hashes.append(f"'sha256-{digest}'")
-    return " ".join(hashes) or "'none'"

@@ -99,15 +99,13 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets=None):
         """Close the sockets, let the worker drain, and end. A client that does not read its answer, or never ends its
         question, is not waited for."""
-        if self.worker.state == "loading":  # the load cannot be stopped, and nobody waits for its end
-            self.force_exit = True
-        elif self.worker.state == "ready":
+        if self.worker.state == "ready":
             self.worker.drain(self.service.c.drain)
         loop = asyncio.get_running_loop()
         stragglers = loop.call_later(self.service.c.drain + PATIENCE, self.drop_connections)
         await super().shutdown(sockets)
         stragglers.cancel()
-        if self.worker.state != "loading":
+        if self.worker.state != "loading":  # a load cannot be stopped, and nobody waits for its end
             await self.worker.ended()
 
     def drop_connections(self):

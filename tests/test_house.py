@@ -28,7 +28,7 @@ FLOORS = [
     "parallel eval export reporting.tables reporting.charts serving.worker serving.bodies serving.answers",
     "training.origin training.start training.saver training.measure reporting.alarm reporting.page "
     "reporting.pictures benchmarks.common serving.api",
-    "training.warmup serving.guards serving.metrics",
+    "training.warmup serving.guards serving.metrics serving.documents",
     "train benchmarks.* serving.app",
     "serving.server",
     "sample chat serve bench ablate report doctor",
