@@ -525,8 +525,8 @@ def test_markdown_becomes_what_it_means(visit, stub):
     assert text.locator("hr").count() == 1 and text.locator("pre").inner_text().strip() == "open fence <b>"
 
 
-@pytest.mark.parametrize("unit", ["*a ", "`", "[", "> ", "- ", "  - x\n", "**_", "![](", "| a ", "\\", "`a``b", "#", "1. ",
-                                  "https://a"])
+@pytest.mark.parametrize("unit", ["*a ", "`", "[", "> ", "- ", "  - x\n", "**_", "![](", "| a ", "\\", "`a``b", "#",
+                                  "1. ", "https://a"])
 def test_markdown_takes_time_that_grows_with_the_text_alone(visit, stub, unit):
     """Ten times the text takes at most forty times as long, for texts that some renderers take quadratic time for."""
     page = visit()
@@ -553,7 +553,8 @@ def test_markdown_takes_time_that_grows_with_the_text_alone(visit, stub, unit):
 def test_axe_finds_no_barrier(visit, stub, scheme, width):
     playwright_axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     stub.replies = [said(MARKDOWN), (500, "the engine failed", {})]
-    page = visit(color_scheme=scheme, viewport={"width": width, "height": 780}, reduced_motion="reduce", bypass_csp=True)
+    page = visit(color_scheme=scheme, viewport={"width": width, "height": 780}, reduced_motion="reduce",
+                 bypass_csp=True)  # axe is a script of its own
     axe = playwright_axe.Axe()
 
     def barriers():
