@@ -14,7 +14,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-QUESTIONS = ("Name three planets, each with one short fact, as a list.", "Write a Python function that adds two numbers.")
+QUESTIONS = ("What are the three states of matter?", "Write a Python function that adds two numbers.")
 OTHERS = ("A poem about rain", "How do magnets work?", "Plan a weekend in Lisbon")  # titles in the list
 VIEWS = {  # name: (colours, width, height)
     "serve_light": ("light", 1200, 800),

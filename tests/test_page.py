@@ -1,7 +1,7 @@
 """The server's page in a browser: what people see and do, and what a model must not be able to do to them.
 
-The page is served by a stub that sends what each test wants, byte by byte where it matters, with the headers of the real
-server. Needs playwright and a Chromium; skipped where there is none.
+The page is served by a stub that sends what each test wants, byte by byte where it matters, with the headers of the
+real server. Needs playwright and a Chromium; skipped where there is none.
 """
 
 import json
