@@ -14,6 +14,7 @@ and never the token. No template is code, so none is executed.
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 
 ROLES = ("system", "user", "assistant")
 
@@ -24,6 +25,18 @@ class Refused(ValueError):
     def __init__(self, reason, message):
         super().__init__(message)
         self.reason = reason
+
+
+class TooLong(ValueError):
+    """A talk whose last turn takes more tokens than there is room for: `tokens` of them or, if that is clear without
+    encoding it, `at_least` so many."""
+
+    def __init__(self, tokens, room, at_least=False):
+        number = f"at least {tokens:,}" if at_least else f"{tokens:,}"
+        super().__init__(f"the last message takes {number} tokens, and the context has room for {max(0, room):,}: "
+                         "shorten it")
+        self.tokens = tokens
+        self.at_least = at_least
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,7 @@ class Template:
         self.after = {role: self.special_ids(text) for role, text in self.format.after.items()}
         self.begin = self.special_ids(self.format.begin)
         self.special = set(tokenizer.special_tokens.values())
+        self.longest_piece = max(map(len, tokenizer.pieces), default=1)  # bytes
         self.end_places = {role: self.end_place(ids) for role, ids in self.after.items()}
         if self.end_places["assistant"] is None:
             raise ValueError(f"the chat template has no end: after an answer comes {self.format.after['assistant']!r}, "
@@ -157,13 +171,12 @@ class Template:
             messages[0]["content"] = system["content"] + gap + messages[0]["content"]
         if self.format.join is None:
             return messages
-        joined = []
+        groups = []  # (role, contents) of neighbours
         for message in messages:
-            if joined and joined[-1]["role"] == message["role"]:
-                joined[-1]["content"] += self.format.join + message["content"]
-            else:
-                joined.append(message)
-        return joined
+            if not groups or groups[-1][0] != message["role"]:
+                groups.append((message["role"], []))
+            groups[-1][1].append(message["content"])
+        return [{"role": role, "content": self.format.join.join(contents)} for role, contents in groups]
 
     def encode(self, messages, reply=False):
         """Messages -> (ids, learned): a list of token ids, and for each whether it is a word of the assistant's, or the
@@ -219,18 +232,46 @@ class Template:
         """The messages of a talk, so few of them that their ids with the beginning of an answer fit into `room` tokens:
         the oldest turns are dropped whole, a user's message with its answers, and the system message stays.
 
-        -> (ids, messages that stay). Raises ValueError if the last turn does not fit.
+        -> (ids, messages that stay). Raises TooLong if the last turn does not fit, and what `encode` raises for the
+        messages that it looks at. It bisects over the turns: a talk of thousands is encoded a dozen times.
         """
         messages = check_messages(messages)
+        self.normalise(messages)  # raises for a talk that is no conversation of this template, dropped or not
         system = messages[:1] if messages[0]["role"] == "system" else []
         talk = messages[len(system) :]
         turns = [i for i, m in enumerate(talk) if m["role"] == "user" and (not i or talk[i - 1]["role"] != "user")]
-        for start in dict.fromkeys((0, *turns)):
-            ids, _ = self.encode(system + talk[start:], reply=True)
-            if len(ids) <= room:
-                return ids, system + talk[start:]
-        raise ValueError(f"the last message takes {len(ids):,} tokens, and the context has room for {max(0, room):,}: "
-                         "shorten it")
+        starts = list(dict.fromkeys((0, *turns)))  # the talk may begin at these messages
+
+        # turns that are too long for certain need not be encoded
+        least = [self.least_tokens(message) for message in talk]
+        sums = list(accumulate(reversed(least), initial=0))[::-1]  # of all messages from a place on
+        base = sum(map(self.least_tokens, system))
+        low = next((i for i, start in enumerate(starts) if base + sums[start] <= room), None)
+        if low is None:
+            raise TooLong(base + sums[starts[-1]], room, at_least=True)
+
+        ids, _ = self.encode(system + talk[starts[low] :], reply=True)
+        if len(ids) <= room:
+            return ids, system + talk[starts[low] :]
+        # `low` is too long; find the first that fits: `high` does, or nothing is known to
+        high = len(starts)
+        fitting = None
+        while high - low > 1:
+            middle = (low + high) // 2
+            shorter, _ = self.encode(system + talk[starts[middle] :], reply=True)
+            if len(shorter) <= room:
+                high, fitting = middle, shorter
+            else:
+                low, ids = middle, shorter
+        if fitting is None:
+            raise TooLong(len(ids), room)
+        return fitting, system + talk[starts[high] :]
+
+    def least_tokens(self, message):
+        """A number of tokens that a message takes at least, alone or as part of a joined one, without encoding it."""
+        # what comes before a message is never empty
+        apart = 1 if self.format.join is None and message["role"] in self.before else 0
+        return apart + len(message["content"].encode("utf-8", "replace")) // self.longest_piece
 
 
 def read_format(fields):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversation import TEMPLATES, Format, Refused, Template, add_template, check_messages, read_format
+from conversation import TEMPLATES, Format, Refused, Template, TooLong, add_template, check_messages, read_format
 from foreign.names import Found
 from foreign.templates import with_template
 from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
@@ -155,6 +155,69 @@ def test_the_oldest_turns_are_dropped_whole():
     assert sizes == {2, 5, 8}
     with pytest.raises(ValueError, match="the last message takes 14 tokens.*room for 13"):
         template.fit(talk, 13)
+
+
+def plain_fit(template, messages, room):
+    """What Template.fit does, turn after turn. -> its result, or None if the last turn does not fit"""
+    head = messages[:1] if messages[0]["role"] == "system" else []
+    talk = messages[len(head) :]
+    turns = [i for i, m in enumerate(talk) if m["role"] == "user" and (not i or talk[i - 1]["role"] != "user")]
+    for start in dict.fromkeys((0, *turns)):
+        ids, _ = template.encode(head + talk[start:], reply=True)
+        if len(ids) <= room:
+            return ids, head + talk[start:]
+    return None
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("format", [*TEMPLATES, ODD], ids=[*TEMPLATES, "odd"])
+@settings(max_examples=40, deadline=None)
+@given(talk=st.lists(st.tuples(st.sampled_from(["user", "assistant"]), texts), max_size=12), first=st.booleans(),
+       room=st.integers(-1, 120))
+def test_bisection_finds_what_dropping_turn_after_turn_finds(kind, format, talk, first, room):
+    tokenizer = TOKENIZERS[kind]
+    if format == ODD and kind == "specials first":
+        tokenizer = BYTES
+    template = Template(add_template(tokenizer, format))
+    messages = messages_of([("user", "first"), *talk], first)
+    fitting = plain_fit(template, messages, room)
+    if fitting:
+        assert template.fit(messages, room) == fitting
+    else:
+        with pytest.raises(TooLong) as refused:
+            template.fit(messages, room)
+        assert refused.value.tokens > room
+
+
+@pytest.mark.parametrize("name", ["minichat", "nanochat"])
+def test_a_talk_of_thousands_of_turns_is_encoded_a_dozen_times(name, monkeypatch):
+    """Hostile clients send such talks: the work must not grow with the square of the turns."""
+    template = Template(add_template(BYTES, name))
+    talk = [user("hi"), answer("yes")] * 5_000
+    encoded = []
+    encode = Template.encode
+
+    def counted(self, messages, reply=False):
+        encoded.append(len(messages))
+        return encode(self, messages, reply)
+
+    monkeypatch.setattr(Template, "encode", counted)
+    ids, stay = template.fit(talk, 30_000)
+    assert len(ids) <= 30_000 and stay == talk[-len(stay) :] and stay[0]["role"] == "user"
+    assert len(encode(template, talk[-len(stay) - 2 :], reply=True)[0]) > 30_000
+    assert len(encoded) <= 15
+
+    encoded.clear()
+    whole, stay = template.fit(talk, 1_000_000)
+    assert stay == talk and encoded == [10_000]
+
+    encoded.clear()
+    with pytest.raises(TooLong, match="at least"):  # clear without encoding it
+        template.fit(talk + [user("x" * 100_000)], 100)
+    assert not encoded
+    with pytest.raises(TooLong, match="takes [0-9,]+ tokens"):
+        template.fit(talk, 4)
+    assert len(encoded) <= 15
 
 
 # -----------------------------------------------------------------------------
