@@ -39,14 +39,15 @@ from device import DTYPES, pick_device
 from model import GPTConfig
 
 # -----------------------------------------------------------------------------
-what = "train"              # train | scaling | data | loader | infer | turns | sft | activations | zero | monitor | gpu | serve
+what = "train"              # train | scaling | data | loader | infer | turns | sft | activations | zero | monitor | gpu
+                            # | serve
 out_dir = "out/bench"       # where the run folders go; remove those of an earlier benchmark first
 
 # train, scaling, loader and monitor
 config = "config/shakespeare_char_cpu.py"  # the run to time
 seeds = (1, 2, 3)           # train: one run each
 processes = 1               # train: ranks of each run; more than one start under torchrun
-overrides: tuple[str, ...] = ()  # more keys of train.py, such as --overrides=max_iters=100,device=cuda; serve: of serve.py
+overrides: tuple[str, ...] = ()  # more keys of train.py, such as --overrides=max_iters=100,device=cuda
 reads = 2000                # loader: batches read in each round
 
 # scaling, which also reads batches (below) as sizes of a micro-batch
@@ -70,7 +71,7 @@ batches = (1, 4, 8, 16)     # requests at once; scaling: sequences in a micro-ba
 prompts = (16, 512)         # tokens of each prompt; turns: of the talk before the second message
 new_tokens = 24             # tokens drawn after the first
 peers = True                # also the plain way without a cache; transformers and llama.cpp where installed
-crowd = 32                  # requests of mixed lengths, all at once and one after another; 0: none; serve: of a round
+crowd = 32                  # requests of mixed lengths, all at once and one after another; 0: none
 device = "auto"             # infer, activations, zero, gpu, serve: auto | cpu | cuda | cuda:N | mps
 
 dataset = "chatterbot"      # sft: the conversations
@@ -84,7 +85,7 @@ gpu_models = ("124m", "355m")  # 124m | 355m | 774m | tiny; every variation is o
 gpu_batches = (16, 64, 128)  # sequences of a step for 124m (fewer for a larger model); the middle one is the base
 gpu_pieces = (33554432, 67108864, 134217728, 268435456)  # logits that the fused loss holds at once
 
-# serve, which also reads models (one), rounds, crowd, device and overrides
+# serve, which also reads models (one), rounds, crowd (calls of a round, at least), device, and overrides of serve.py
 parts = ("closed", "idle", "load", "overload", "mixed", "aborts", "kill", "peers")  # what to measure
 dtype = "float32"           # of the weights: float32 | bfloat16
 max_requests = 16           # answers that are generated at once

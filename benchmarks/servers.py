@@ -25,7 +25,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.common import ROOT
+import torch
+
 from benchmarks.traffic import Mix, closed_loop, draw_calls, exchange, read_answer, request_bytes, result_of, run
 from configurator import fail
 from device import pick_device, pick_dtype
@@ -33,8 +34,12 @@ from export import write_gguf, write_hugging_face
 from foreign.pretrained import read_model
 from infer import Engine
 from inference.quantize import convert
+from inference.sampling import Chooser, Sampling
 
+ROOT = Path(__file__).resolve().parents[1]
 RETRIES = 100  # of a call that is refused with 429
+TRIES = 64  # changes of the logits that near_tie tries
+NOISE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}  # their size, that of rounding in a model
 START = 300  # seconds that a server may take until it answers
 END = 60  # seconds that serve.py may take to end; more than its `drain`
 SAMPLE = re.compile(r"^(minichat_\w+(?:\{[^}]*\})?) (\S+)", re.MULTILINE)
@@ -54,7 +59,6 @@ class Stand:
     keys: list  # of serve.py
     server: object
     alone: object
-    about: dict  # as `describe` returns it
     capacity: dict = field(default_factory=dict)  # tok_per_s, calls_per_s and latency_s of the full server
     idle: dict | None = None  # the figures of the idle server, once they are measured
     failed: list = field(default_factory=list)  # what must not happen, in words
@@ -62,7 +66,7 @@ class Stand:
     def draw(self, seed, count, **shares):
         """`count` calls that only depend on `seed`."""
         c = self.c
-        mix = Mix(self.about["ids"], self.about["context"], c.prompt_lengths, c.answer_lengths, **shares)
+        mix = Mix(self.alone.about["ids"], self.alone.about["context"], c.prompt_lengths, c.answer_lengths, **shares)
         return draw_calls(random.Random(seed), count, mix)
 
     def closed(self, calls, clients):
@@ -80,8 +84,9 @@ class Stand:
 
     def check_blocks(self, part, metrics):
         """-> (free blocks, all blocks), which must be equal when nothing runs."""
-        free, total = (metrics.get(f"minichat_kv_blocks_{name}") for name in ("free", "total"))
-        if free is None or free != total:
+        free = int(metrics.get("minichat_kv_blocks_free", -1))
+        total = int(metrics.get("minichat_kv_blocks_total", 0))
+        if free != total:
             self.failed.append(f"{part}: {free} of {total} blocks are free at the end")
         return free, total
 
@@ -190,8 +195,12 @@ def last_line(log):
 
 
 def read_metrics(server):
-    """GET /metrics -> {sample with its labels: value}"""
-    return {name: float(value) for name, value in SAMPLE.findall(server.get("/metrics").content.decode())}
+    return samples(server.get("/metrics"))
+
+
+def samples(answer):
+    """The Answer of GET /metrics -> {sample with its labels: value}"""
+    return {name: float(value) for name, value in SAMPLE.findall(answer.content.decode())}
 
 
 def answers_by_status(metrics):
@@ -221,7 +230,8 @@ def wait_until_idle(server, seconds=END):
 
 
 class Alone:
-    """The engine of a model in a process of its own. max_tokens: of its cache, at least a context."""
+    """The engine of a model in a process of its own. max_tokens: of its cache, at least a context. about: what
+    `describe` says of the model."""
 
     def __init__(self, folder, device, dtype, max_requests, max_tokens):
         spawn = multiprocessing.get_context("spawn")
@@ -230,6 +240,7 @@ class Alone:
         self.process = spawn.Process(target=answer_questions, args=arguments, daemon=True)
         self.process.start()
         theirs.close()  # so that the pipe ends when the child dies
+        self.about = self.receive()
 
     def __enter__(self):
         return self
@@ -241,8 +252,12 @@ class Alone:
 
     def ask(self, question, *args):
         """Call one of the functions of QUESTIONS there. -> its result"""
-        try:
+        with contextlib.suppress(OSError):  # if it has ended, `receive` says so
             self.pipe.send((question, args))
+        return self.receive()
+
+    def receive(self):
+        try:
             return self.pipe.recv()
         except (EOFError, OSError):
             fail("the process of the engine ended; its error is above")
@@ -256,10 +271,12 @@ def answer_questions(pipe, folder, device, dtype, max_requests, max_tokens):
         model, tokenizer, _ = read_model(folder)
     except (OSError, ValueError) as error:
         fail(error)
+    about = describe(model, tokenizer)
     model = convert(model.to(device).eval(), pick_dtype(dtype, device)[0])
     chunk = 64 if device.type == "cpu" else 512  # as in serve.py
     max_tokens = max(max_tokens, model.config.block_size)
     engine = Engine(model, tokenizer, max_tokens=max_tokens, max_requests=max_requests, chunk=chunk)
+    pipe.send(about)
     with contextlib.suppress(EOFError):  # the parent has ended
         while True:
             question, args = pipe.recv()
@@ -307,14 +324,41 @@ def texts(engine, tasks):
     return [request.text for request in requests]
 
 
-def describe(engine):
+def near_tie(engine, task, text):
+    """Whether a text that is not the engine's own may come from rounding: where it leaves the engine's own, logits that
+    are changed by NOISE choose its next token too."""
+    ids, _, temperature, seed = task
+    request = submit(engine, task)
+    while not request.finish:
+        engine.step()
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([request.ids], device=engine.device))[0][0].float().cpu()  # (T, vocab_size)
+    choose = Chooser(Sampling(temperature=temperature, seed=seed), logits.shape[1])
+    for i, token in enumerate(request.tokens):
+        row = logits[len(ids) - 1 + i]
+        before = choose.generator.get_state()
+        others = set()
+        for noise in torch.randn(TRIES, len(row), generator=torch.Generator().manual_seed(i)) * NOISE[engine.dtype]:
+            choose.generator.set_state(before)
+            others.add(choose(row + noise, []))
+        for other in others - {token}:
+            if text.startswith(whole_characters(engine.tokenizer.decode([*request.tokens[:i], other]))):
+                return True
+        if not text.startswith(whole_characters(engine.tokenizer.decode(request.tokens[: i + 1]))):
+            return False
+    return False
+
+
+def whole_characters(text):
+    return text.rstrip("\ufffd")  # stands for half a character
+
+
+def describe(model, tokenizer):
     """-> dict: the context, the ids that a prompt may have, and how many weights there are"""
-    config = engine.model.config
-    vocab = engine.tokenizer.vocab_size if engine.tokenizer else config.vocab_size
-    special = set(engine.tokenizer.special_tokens.values()) if engine.tokenizer else set()
+    vocab = tokenizer.vocab_size if tokenizer else model.config.vocab_size
+    special = set(tokenizer.special_tokens.values()) if tokenizer else set()
     ids = tuple(token for token in range(vocab) if token not in special)
-    weights = sum(p.numel() for p in engine.model.parameters())
-    return {"context": config.block_size, "ids": ids, "weights": weights}
+    return {"context": model.config.block_size, "ids": ids, "weights": sum(p.numel() for p in model.parameters())}
 
 
 def decode(engine, tasks):
@@ -322,20 +366,21 @@ def decode(engine, tasks):
     return [engine.tokenizer.decode(ids) for ids, *_ in tasks]
 
 
-def export(engine, path, dtype):
-    """Write the model for other projects: a .gguf in `dtype`, or else a Hugging Face folder. -> why it cannot be
-    written, or "" """
+def export(engine, folder, path, dtype):
+    """Write the model in `folder` for other projects: a .gguf in `dtype`, or else a Hugging Face folder. -> why it
+    cannot be written, or "" """
     path = Path(path)
+    model, tokenizer, _ = read_model(folder)  # the engine's has another form
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             if path.suffix == ".gguf":
-                write_gguf(engine.model, engine.tokenizer, path, dtype)
+                write_gguf(model, tokenizer, path, dtype)
             else:
-                write_hugging_face(engine.model, engine.tokenizer, path)
+                write_hugging_face(model, tokenizer, path)
     except (SystemExit, ValueError, OSError) as error:
         return said.getvalue().strip().removeprefix("error: ") or str(error)
     return ""
 
 
-QUESTIONS = {function.__name__: function for function in (crowd, first_token, texts, describe, decode, export)}
+QUESTIONS = {function.__name__: function for function in (crowd, first_token, texts, near_tie, decode, export)}

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.common import machine, table
 from benchmarks.endurance import aborts, kill, mixed
-from benchmarks.servers import RETRIES, Alone, Stand, serving, serving_peer
+from benchmarks.servers import RETRIES, Alone, Stand, samples, serving, serving_peer
 from benchmarks.traffic import (
     arrivals,
     closed_loop,
@@ -48,15 +48,15 @@ def bench_serve(c):
     check(c)
     folder = c.models[0]
     keys = [f"--device={c.device}", f"--dtype={c.dtype}", f"--max_requests={c.max_requests}"]
-    keys += [f"--{word}" for word in c.overrides]
+    keys += [f"--{word}" for word in c.overrides]  # such as max_queue=8
     tokens = c.max_requests * (max(c.prompt_lengths) + max(c.answer_lengths) + 32)
     with Alone(folder, c.device, c.dtype, c.max_requests, tokens) as alone:
-        about = alone.ask("describe")
+        about = alone.about
         needed = max(c.prompt_lengths) + max(c.answer_lengths)
         if needed > about["context"]:
             fail(f"{folder} has a context of {about['context']}, and the longest prompt takes {needed} with its answer")
         with serving(folder, keys) as server:
-            stand = Stand(c, folder, keys, server, alone, about)
+            stand = Stand(c, folder, keys, server, alone)
             print(f"{Path(folder).name} ({about['weights'] / 1e6:.1f}M weights, {c.dtype}), {cpu_name()}; prompts of "
                   f"{c.prompt_lengths[0]} to {c.prompt_lengths[1]} tokens, answers of {c.answer_lengths[0]} to "
                   f"{c.answer_lengths[1]}; at most {c.max_requests} at once")
@@ -233,10 +233,7 @@ def ratios(figures, idle_figures):
 
 def waiting_calls(look):
     """How many calls wait, by an Exchange of GET /metrics; None if it brought nothing."""
-    for line in read_answer(look.pieces).content.decode().split("\n"):
-        if line.startswith("minichat_waiting "):
-            return float(line.split()[1])
-    return None
+    return samples(read_answer(look.pieces)).get("minichat_waiting")
 
 
 def overload(stand):
@@ -305,8 +302,8 @@ def peers(stand):
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / file)
             reason = "" if python else f"--{key}=PYTHON names the Python that has it"
-            reason = reason or stand.alone.ask("export", path, stand.c.dtype)
-            values = {"model": path, "dtype": stand.c.dtype, "context": stand.about["context"], "port": "{port}"}
+            reason = reason or stand.alone.ask("export", stand.folder, path, stand.c.dtype)
+            values = {"model": path, "dtype": stand.c.dtype, "context": stand.alone.about["context"], "port": "{port}"}
             words = [word.format(**values) for word in command]
             more = {field: value.format(**values) if isinstance(value, str) else value
                     for field, value in fields.items()}
