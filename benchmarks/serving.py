@@ -17,6 +17,7 @@ instant at which a call is due to when its text is there, the connection include
 
 import random
 import statistics
+import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -95,6 +96,7 @@ def measure(stand):
     for name, part in PARTS.items():
         if name in parts:
             figures[name] = part(stand)
+            sys.stdout.flush()  # the next part may take long
     return figures
 
 
