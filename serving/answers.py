@@ -20,7 +20,6 @@ import time
 from dataclasses import dataclass, field
 
 LEAST_LOGPROB = -9999.0  # OpenAI's value for a token that is next to impossible; JSON has no -Infinity
-FINISH_REASONS = {"length": "length"}  # of a Request -> of an answer; all others are "stop"
 # JSON allows these in a string, but clients split lines at them
 LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 DONE = b"data: [DONE]\n\n"
@@ -142,7 +141,8 @@ class Answer:
         return len(request.ids) - request.prompt_tokens
 
     def finish_reason(self, request):
-        return FINISH_REASONS.get(request.finish, "stop")
+        """OpenAI's word for it: "stop" for a stop string, a token that ends an answer, and the end of a document."""
+        return "length" if request.finish == "length" else "stop"
 
     def chunk(self, index, content, logprobs=None, finish_reason=None):
         """A chunk of a stream for one choice. content: a dict with what this kind of answer calls its text."""

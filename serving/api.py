@@ -210,8 +210,9 @@ def plan_completion(served, body):
         options["max_new_tokens"] = new_tokens(served, len(ids), asked, field, COMPLETION_TOKENS, "prompt")
         planned += [(ids, Sampling(**options, seed=seed)) for seed in seeds(body, n)]
         texts.append(prompt_text(served, prompt) if echo else "")
-    return CompletionAnswer(served.name, served.tokenizer, planned, n, bool(body.stream), include_usage(body), top,
-                            texts=texts, echo=echo, only_echo=asked == 0, keep_end=keep_end)
+    return CompletionAnswer(served.name, served.tokenizer, planned, n=n, stream=bool(body.stream),
+                            include_usage=include_usage(body), top=top, texts=texts, echo=echo, only_echo=asked == 0,
+                            keep_end=keep_end)
 
 
 def prompts_of(prompt):
@@ -306,8 +307,8 @@ def plan_chat(served, body):
         raise APIError(f"messages: {error}", param="messages") from None
     options["max_new_tokens"] = new_tokens(served, len(ids), asked, field, served.reply_tokens, "messages")
     planned = [(ids, Sampling(**options, seed=seed)) for seed in seeds(body, n)]
-    return ChatAnswer(served.name, served.tokenizer, planned, n, bool(body.stream), include_usage(body), top,
-                      len(messages) - len(stay))
+    return ChatAnswer(served.name, served.tokenizer, planned, n=n, stream=bool(body.stream),
+                      include_usage=include_usage(body), top=top, dropped=len(messages) - len(stay))
 
 
 def refuse_abilities(body):

@@ -18,6 +18,7 @@ from inference.sampling import MOST_TOP
 
 MOST_STOPS = 16  # strings; OpenAI has 4
 MOST = 2**31 - 1  # of any whole number in a body
+LONGEST_NAME = 64  # characters of a field's name that is repeated to the client
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -63,6 +64,7 @@ def anything(description, **schema):
 
 TEXT = Annotated[str | None, Field(description="a string")]
 FLAG = Annotated[bool | None, Field(description="true or false")]
+REFUSED_FIELD = anything("absent or empty: it asks for what no model here can do")
 IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 TEXTS = {"type": "array", "items": {"type": "string"}}
 STOP = {"anyOf": [{"type": "null"}, {"type": "string"}, {**TEXTS, "maxItems": MOST_STOPS}]}
@@ -113,7 +115,7 @@ class CompletionBody(SamplingBody):
     logprobs: whole_number(0, MOST_TOP, f"a whole number from 0 to {MOST_TOP}") = None
     echo: FLAG = None
     best_of: whole_number(1, 128, "a whole number from 1 to 128") = None
-    suffix: anything("absent", type="null") = None
+    suffix: REFUSED_FIELD = None
 
 
 class ChatBody(SamplingBody):
@@ -122,15 +124,15 @@ class ChatBody(SamplingBody):
     messages: anything("a list of messages with role and content", type="array", items=MESSAGE, minItems=1)
     logprobs: FLAG = None
     top_logprobs: whole_number(0, MOST_TOP, f"a whole number from 0 to {MOST_TOP}") = None
-    tools: anything("absent") = None
-    tool_choice: anything("absent") = None
-    functions: anything("absent") = None
-    function_call: anything("absent") = None
-    modalities: anything("absent") = None
-    audio: anything("absent") = None
-    prediction: anything("absent") = None
-    web_search_options: anything("absent") = None
-    response_format: anything("absent") = None
+    tools: REFUSED_FIELD = None
+    tool_choice: REFUSED_FIELD = None
+    functions: REFUSED_FIELD = None
+    function_call: REFUSED_FIELD = None
+    modalities: REFUSED_FIELD = None
+    audio: REFUSED_FIELD = None
+    prediction: REFUSED_FIELD = None
+    web_search_options: REFUSED_FIELD = None
+    response_format: REFUSED_FIELD = None
 
 
 class TokenizeBody(Body):
@@ -210,8 +212,9 @@ def wrong_field(body_type, name):
 
 def refuse_odd_values(body):
     """Raise APIError naming the field that has NaN, an infinite number, or half a character of UTF-16 (a lone
-    surrogate), which no text may hold. Such a value in the depth belongs to the field that the body has."""
+    surrogate), which no text may hold."""
     for name, item in body.items():
+        param = name if is_text(name) and len(name) <= LONGEST_NAME else None
         stack = [name, item]
         while stack:
             value = stack.pop()
@@ -221,10 +224,8 @@ def refuse_odd_values(body):
             elif isinstance(value, list):
                 stack += value
             elif isinstance(value, str) and not is_text(value):
-                param = name if is_text(name) else None
-                raise APIError(f"{param or 'a name'} has half a character (a lone surrogate)", param=param)
+                raise APIError(f"{param or 'a field'} has half a character (a lone surrogate)", param=param)
             elif isinstance(value, float) and not math.isfinite(value):
-                param = name if is_text(name) else None
                 raise APIError(f"{param or 'a field'} has a number that is not finite", param=param)
 
 

@@ -189,6 +189,16 @@ def test_bisection_finds_what_dropping_turn_after_turn_finds(kind, format, talk,
         assert refused.value.tokens > room
 
 
+@pytest.mark.parametrize("format", [*TEMPLATES, ODD], ids=[*TEMPLATES, "odd"])
+def test_a_talk_that_just_fits_is_not_taken_for_too_long(format):
+    """What is counted without encoding must never be more than there is: joined messages share what is around them."""
+    template = Template(add_template(BYTES, format))
+    for text in ("", "us", "user"):
+        for talk in ([user(text)] * 50, [system(text), user(text)], [user(text), answer(text)] * 20):
+            ids, _ = template.encode(talk, reply=True)
+            assert template.fit(talk, len(ids)) == (ids, check_messages(talk))
+
+
 @pytest.mark.parametrize("name", ["minichat", "nanochat"])
 def test_a_talk_of_thousands_of_turns_is_encoded_a_dozen_times(name, monkeypatch):
     """Hostile clients send such talks: the work must not grow with the square of the turns."""
