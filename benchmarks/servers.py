@@ -166,7 +166,7 @@ def serving(folder, keys):
 @contextlib.contextmanager
 def serving_peer(command, log):
     """Another project's server; "{port}" in its command becomes a free port. Its output goes to the file `log`.
-    -> Server, once it answers GET /v1/models. Raises RuntimeError for one that does not."""
+    -> Server, once it answers GET /v1/models, be it with an error. Raises RuntimeError for one that does not."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -179,7 +179,7 @@ def serving_peer(command, log):
     server = Server(process, ("127.0.0.1", port))
     try:
         limit = time.monotonic() + START
-        while server.get("/v1/models").status != 200:
+        while not server.get("/v1/models").status:
             if process.poll() is not None or time.monotonic() > limit:
                 raise RuntimeError(f"it does not start: {last_line(log)}")
             time.sleep(0.5)
