@@ -273,7 +273,7 @@ def answer_questions(pipe, folder, device, dtype, max_requests, max_tokens):
         fail(error)
     about = describe(model, tokenizer)
     model = convert(model.to(device).eval(), pick_dtype(dtype, device)[0])
-    chunk = 64 if device.type == "cpu" else 512  # as in serve.py
+    chunk = 128 if device.type == "cpu" else 512  # as in serve.py
     max_tokens = max(max_tokens, model.config.block_size)
     engine = Engine(model, tokenizer, max_tokens=max_tokens, max_requests=max_requests, chunk=chunk)
     pipe.send(about)
