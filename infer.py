@@ -186,7 +186,7 @@ class Engine:
         kernel = paged_kernel(self.device, self.dtype, config.head_dim)
         self.block = block or (256 if kernel else 16)
         count = -(-(max_tokens or 4 * config.block_size) // self.block)
-        self.blocks = Blocks(count)
+        self.blocks = Blocks(count, in_a_row=not self.batched)
         self.pool = Pool(config, count, self.block, kv_dtype, self.device, kernel)
 
         self.passes = {}  # (rows, blocks) -> BatchPass

@@ -14,7 +14,7 @@ engine (infer.py) the model gets one of two caches:
 import hashlib
 import itertools
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import NamedTuple
 
 import torch
@@ -58,9 +58,13 @@ class Blocks:
     A full block is known by its digest, so that a request whose tokens begin alike uses it too, instead of reading them
     again. Without a user it counts as free, but stays known until its room is needed: the least recently used goes
     first. A block goes before the one in front of it, as it cannot be found without that one.
+
+    in_a_row: forget known blocks, if need be, so that a request gets neighbours. A pool that has been in use for a while
+    is full of known blocks, and scattered ones are copied in each step of a CPU.
     """
 
-    def __init__(self, count):
+    def __init__(self, count, in_a_row=False):
+        self.in_a_row = in_a_row
         self.users = [0] * count  # requests that use each block
         self.free = count  # blocks without a user, known ones among them
         self.block_of = {}  # digest -> the block known by it
@@ -68,19 +72,23 @@ class Blocks:
         self.idle = OrderedDict()  # the known blocks without a user, the least recently used first
 
     def allocate(self, count, after=None):
-        """Reserve `count` blocks for one request: unknown ones as long as there are any. -> list
+        """Reserve `count` blocks for one request. -> list
 
-        Neighbours if possible, as a view then needs no copy; best those behind the request's block `after`.
+        Neighbours if possible, as a view then needs no copy: empty ones, best those behind the request's block `after`,
+        or else those that were not used for longest. Where there are no neighbours, empty ones and the least recently
+        used.
         """
         assert count <= self.free, "more blocks asked for than are free"
-        empty = self.free - len(self.idle)
-        for _ in range(count - empty):
-            block, _ = self.idle.popitem(last=False)
-            del self.block_of[self.digest_of.pop(block)]
-        chosen = self.neighbours(count, after)
+        chosen = self.empty_neighbours(count, after)
+        if chosen is None and self.in_a_row:
+            chosen = self.oldest_neighbours(count)
         if chosen is None:
-            chosen = [i for i in range(len(self.users)) if self.is_empty(i)][:count]
+            empty = [i for i in range(len(self.users)) if self.is_empty(i)]
+            chosen = sorted((empty + list(self.idle))[:count])
         for i in chosen:
+            if i in self.idle:
+                del self.idle[i]
+                del self.block_of[self.digest_of.pop(i)]
             self.users[i] = 1
         self.free -= count
         return chosen
@@ -89,7 +97,7 @@ class Blocks:
         """Whether a block has no user and is not known."""
         return not self.users[block] and block not in self.digest_of
 
-    def neighbours(self, count, after):
+    def empty_neighbours(self, count, after):
         """`count` empty blocks in a row: those behind `after` if they are empty, else the first such row, or None."""
         if after is not None and after + count < len(self.users):
             following = list(range(after + 1, after + 1 + count))
@@ -101,6 +109,27 @@ class Blocks:
             if run == count:
                 return list(range(i + 1 - count, i + 1))
         return None
+
+    def oldest_neighbours(self, count):
+        """`count` blocks in a row without a user, known or not: the row whose last use is longest ago, or None."""
+        last_use = dict.fromkeys(range(len(self.users)), -1)  # -1: of an empty block
+        last_use.update((block, age) for age, block in enumerate(self.idle))
+        best = None
+        latest = deque()  # the blocks of the row that may decide: each was used after those behind it
+        first = 0
+        for i, users in enumerate(self.users):
+            if users:
+                first = i + 1
+                latest.clear()
+                continue
+            while latest and last_use[latest[-1]] <= last_use[i]:
+                latest.pop()
+            latest.append(i)
+            if latest[0] <= i - count:
+                latest.popleft()
+            if i + 1 - first >= count and (best is None or last_use[latest[0]] < best[0]):
+                best = last_use[latest[0]], i
+        return None if best is None else list(range(best[1] + 1 - count, best[1] + 1))
 
     def share(self, digests):
         """Use the blocks known by `digests`, up to the first that is not known. -> list"""

@@ -18,7 +18,7 @@ import uvicorn
 from serving.app import LoadRefused
 from serving.guards import is_loopback
 
-# Seconds after which a thread that waits for the interpreter's lock is given it. The engine lets go of the lock in every
+# Seconds after which a thread that waits for the lock of the interpreter gets it. The engine lets go of it in every
 # operation of torch, and with Python's 0.005 it would wait that long for it each time the loop sends something.
 SWITCH_INTERVAL = 0.0005
 PATIENCE = 2  # seconds after drain, for the last bytes to reach clients that still read
