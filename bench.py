@@ -96,7 +96,7 @@ seconds = 20.0              # load, overload: in which calls arrive
 requests = 10000            # mixed: calls
 aborts = 1000               # aborts: calls
 peer_llama = ""             # peers: the Python in which llama-cpp-python[server] is installed
-peer_transformers = ""      # peers: the Python in which transformers[serving] is installed
+peer_transformers = ""      # peers: the Python in which transformers[serving] and accelerate are installed
 # -----------------------------------------------------------------------------
 
 VERBS = {

@@ -39,7 +39,7 @@ reply_tokens = 512          # most tokens of a chat's answer that does not say h
 max_body = 1024             # KiB of a request
 timeout = 600.0             # seconds from a request to the end of its answer
 drain = 30.0                # seconds in which running answers may finish when the server is stopped
-chunk = 0                   # most tokens in one step; 0: 64 on a CPU, else 512
+chunk = 0                   # most tokens in one step; 0: 128 on a CPU, else 512
 access_log = False          # a line on stderr for each request, without its text
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
@@ -70,12 +70,12 @@ def load_all(c):
         tokenizer = template.tokenizer
     model = convert(model.to(device).eval(), dtype, c.quantize)
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")
-    chunk = c.chunk or (64 if device.type == "cpu" else 512)
+    chunk = c.chunk or (128 if device.type == "cpu" else 512)
     engine = Engine(model, tokenizer, max_tokens=cache_tokens(c, model.config, device, dtype), chunk=chunk,
                     max_requests=c.max_requests)
     served = Served(name=model_name(c), created=int(time.time()), tokenizer=tokenizer, template=template,
                     context=model.config.block_size, vocab_size=model.config.vocab_size, reply_tokens=c.reply_tokens,
-                    most_choices=MOST_CHOICES)
+                    most_choices=min(MOST_CHOICES, c.max_requests + c.max_queue))
     return engine, served
 
 

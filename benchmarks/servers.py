@@ -166,7 +166,7 @@ def serving(folder, keys):
 @contextlib.contextmanager
 def serving_peer(command, log):
     """Another project's server; "{port}" in its command becomes a free port. Its output goes to the file `log`.
-    -> Server, once it answers GET /v1/models. Raises RuntimeError for one that does not."""
+    -> Server, once it answers GET /v1/models, be it with an error. Raises RuntimeError for one that does not."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -179,7 +179,7 @@ def serving_peer(command, log):
     server = Server(process, ("127.0.0.1", port))
     try:
         limit = time.monotonic() + START
-        while server.get("/v1/models").status != 200:
+        while not server.get("/v1/models").status:
             if process.poll() is not None or time.monotonic() > limit:
                 raise RuntimeError(f"it does not start: {last_line(log)}")
             time.sleep(0.5)
@@ -273,7 +273,7 @@ def answer_questions(pipe, folder, device, dtype, max_requests, max_tokens):
         fail(error)
     about = describe(model, tokenizer)
     model = convert(model.to(device).eval(), pick_dtype(dtype, device)[0])
-    chunk = 64 if device.type == "cpu" else 512  # as in serve.py
+    chunk = 128 if device.type == "cpu" else 512  # as in serve.py
     max_tokens = max(max_tokens, model.config.block_size)
     engine = Engine(model, tokenizer, max_tokens=max_tokens, max_requests=max_requests, chunk=chunk)
     pipe.send(about)

@@ -9,18 +9,20 @@ A model behind HTTP: bench.py's `serve`. It starts serve.py at a free port and s
               the events of a stream, the queue and the server's memory
     overload  ten times what it can answer: answers as at full load, the others refused at once, and /health
     mixed, aborts, kill: what it must survive (benchmarks/endurance.py)
-    peers     the same texts sent to llama-cpp-python's and transformers' server, on the same weights
+    peers     the same texts sent to the servers of llama-cpp-python and transformers, on the same weights
 
 The client runs on the same cores as the server, so its own work is part of each figure. Latencies count from the
 instant at which a call is due to when its text is there, the connection included. An event may hold several tokens.
 """
 
 import random
+import signal
 import statistics
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
+
+import torch
 
 from benchmarks.common import machine, table
 from benchmarks.endurance import aborts, kill, mixed
@@ -47,6 +49,7 @@ QUEUE_S = 0.5  # between two looks at the queue
 def bench_serve(c):
     """-> the figures of each part; "failed": what must not happen, in words"""
     check(c)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the servers that it started
     folder = c.models[0]
     keys = [f"--device={c.device}", f"--dtype={c.dtype}", f"--max_requests={c.max_requests}"]
     keys += [f"--{word}" for word in c.overrides]  # such as max_queue=8
@@ -284,7 +287,7 @@ PEERS = {
     "llama-cpp-python": (
         "peer_llama", "model.gguf",
         ["-m", "llama_cpp.server", "--model", "{model}", "--port", "{port}", "--n_ctx", "{context}",
-         "--interrupt_requests", "false"],
+         "--n_threads", "{threads}", "--n_threads_batch", "{threads}", "--interrupt_requests", "false"],
         {"repeat_penalty": 1.0},
     ),
     "transformers": (
@@ -293,44 +296,67 @@ PEERS = {
          "--device", "cpu"],
         {"model": "{model}"},
     ),
+    "transformers, batching": (
+        "peer_transformers", "model",
+        ["-m", "transformers.cli.transformers", "serve", "{model}", "--port", "{port}", "--dtype", "{dtype}",
+         "--device", "cpu", "--continuous-batching"],
+        {"model": "{model}"},
+    ),
 }
 
 
 def peers(stand):
-    """-> a row for each server and number of clients; a server that is not there has the reason"""
+    """-> a row for each server and number of clients; a server that cannot be measured has the reason"""
     rows = peer_rows(stand, "minichat", stand.server, {})
-    for name, (key, file, command, fields) in PEERS.items():
-        python = stand.c[key]
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / file)
-            reason = "" if python else f"--{key}=PYTHON names the Python that has it"
-            reason = reason or stand.alone.ask("export", stand.folder, path, stand.c.dtype)
-            values = {"model": path, "dtype": stand.c.dtype, "context": stand.alone.about["context"], "port": "{port}"}
-            words = [word.format(**values) for word in command]
-            more = {field: value.format(**values) if isinstance(value, str) else value
-                    for field, value in fields.items()}
-            try:
-                with serving_peer([python, *words], f"{folder}/log") if not reason else nullcontext() as server:
-                    if server:
-                        rows += peer_rows(stand, name, server, more)
-            except RuntimeError as error:
-                reason = str(error)
-        if reason:
+    for name in PEERS:
+        try:
+            rows += one_peer(stand, name)
+        except RuntimeError as error:
             rows.append({"server": name, "clients": None, "tok_per_s": None, "latency_p50_ms": None,
-                         "latency_p95_ms": None, "failed": None, "why": reason})
+                         "latency_p95_ms": None, "failed": None, "why": str(error)})
     print("\npeers: texts as prompts, greedy, not streamed; the tokens that each server counts")
-    table(rows, ["server", "clients", "tok_per_s", "latency_p50_ms", "latency_p95_ms", "failed", "why"])
+    table(rows, ["server", "clients", "tok_per_s", "latency_p50_ms", "latency_p95_ms", "failed"])
+    for row in rows:
+        if row["why"]:
+            print(f"{row['server']}: {row['why']}")
     return rows
+
+
+def one_peer(stand, name):
+    """-> the rows of a peer. Raises RuntimeError saying why it cannot be measured."""
+    key, file, command, fields = PEERS[name]
+    python = stand.c[key]
+    if not python:
+        raise RuntimeError(f"--{key}=PYTHON names the Python that has it")
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / file)
+        reason = stand.alone.ask("export", stand.folder, path, stand.c.dtype)
+        if reason:
+            raise RuntimeError(reason)
+        values = {"{model}": path, "{dtype}": stand.c.dtype, "{context}": str(stand.alone.about["context"]),
+                  "{threads}": str(torch.get_num_threads())}
+        command = [python, *(values.get(word, word) for word in command)]
+        fields = {field: values.get(value, value) for field, value in fields.items()}
+        try:
+            with serving_peer(command, f"{folder}/log") as server:
+                return peer_rows(stand, name, server, fields)
+        except RuntimeError as error:  # paths of this machine are nobody else's business
+            raise RuntimeError(str(error).replace(python, "python").replace(folder, "")) from None
 
 
 def peer_rows(stand, name, server, fields):
     """A row for each number of clients, with the calls of the same seeds for every server."""
-    rows = []
-    for clients in stand.c.clients:
-        calls = stand.draw(f"peers {clients}", max(stand.c.crowd, clients), streamed=0.0)
+
+    def draw(seed, count):
+        calls = stand.draw(seed, count, streamed=0.0)
         for call, text in zip(calls, stand.alone.ask("decode", [call.task for call in calls]), strict=True):
             call.body = completion_body(call, prompt=text, temperature=0.0, ignore_eos=None, **fields)
-        run(closed_loop(server.address, calls[:1], 1))  # warm-up
+        return calls
+
+    rows = []
+    run(closed_loop(server.address, draw("peers warm-up", 2), 1))
+    for clients in stand.c.clients:
+        calls = draw(f"peers {clients}", max(stand.c.crowd, clients))
         deliveries = run(closed_loop(server.address, calls, clients, RETRIES))
         results = [result_of(delivery) for delivery in deliveries]
         good = [result for result in results if result.status == 200 and not result.lost]

@@ -92,9 +92,9 @@ class Service:
     async def prepare(self, raw, body_type, plan):
         """The bytes of a body -> (Answer, engine requests). Raises APIError.
 
-        At most so many requests are prepared at once as could run and wait: a crowd is refused before it costs time."""
-        if self.worker.state != "ready":
-            raise self.unavailable()
+        A crowd is refused before it costs time: when the queue is full, and when as many requests are being prepared as
+        could run and wait."""
+        self.refuse_if_full(1)
         if self.preparing >= self.c.max_requests + self.c.max_queue:
             raise too_many(1)
         self.preparing += 1
@@ -105,8 +105,13 @@ class Service:
 
     def submit(self, requests):
         """-> Job. Raises APIError."""
+        self.refuse_if_full(len(requests))
+        return self.worker.submit(requests)
+
+    def refuse_if_full(self, count):
+        """Raise APIError if the worker would not take so many requests now."""
         try:
-            return self.worker.submit(requests)
+            self.worker.check_room(count)
         except Full as full:
             raise too_many(full.retry_after) from None
         except Unavailable as error:

@@ -17,7 +17,8 @@ late, and notes how far each request has come. The loop reads these notes, and t
 tokens and text are only ever added.
 
 The two share the interpreter's lock, so a step must not wake the loop for every token. News is delivered at most every
-`gap` seconds, for all jobs at once; but a job's first token and its end are delivered immediately. While the thread has
+`gap` seconds (25 times a second is fluent for a reader), for all jobs at once; but a job's first token and its end are
+delivered immediately. While the thread has
 nothing to do, it waits on a condition and costs nothing.
 """
 
@@ -109,7 +110,7 @@ class Worker:
     on_end: called on the loop with the worker, after the thread has ended for whatever reason.
     """
 
-    def __init__(self, load, *, max_queue=64, timeout=600.0, gap=0.02, clock=time.monotonic, on_end=None):
+    def __init__(self, load, *, max_queue=64, timeout=600.0, gap=0.04, clock=time.monotonic, on_end=None):
         self.load = load
         self.max_queue = max_queue
         self.timeout = timeout
@@ -178,16 +179,21 @@ class Worker:
         """
         now = self.clock()
         with self.changed:
-            if self.state != "ready":
-                raise Unavailable(UNAVAILABLE[self.state])
-            excess = self.unfinished + len(requests) - self.max_queue - self.engine.max_requests
-            if excess > 0:
-                raise Full(self.retry_after(excess))
+            self.check_room(len(requests))
             job = Job(list(requests), now, now + (self.timeout if timeout is None else timeout))
             self.unfinished += len(requests)
             self.inbox.append(job)
             self.changed.notify()
         return job
+
+    def check_room(self, count=1):
+        """Raise what `submit` would raise now for so many requests."""
+        with self.changed:
+            if self.state != "ready":
+                raise Unavailable(UNAVAILABLE[self.state])
+            excess = self.unfinished + count - self.max_queue - self.engine.max_requests
+            if excess > 0:
+                raise Full(self.retry_after(excess))
 
     def retry_after(self, count):
         """Whole seconds until `count` more requests will have finished, at the pace of the last ones."""

@@ -24,7 +24,7 @@ MEASURED = ROOT / "docs" / "measured.md"
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in (
     "data", "training", "chat", "inference", "serving", "evaluating", "measured", "from_nanogpt", "gpu", "scaling",
     "reproduce"))]
-FOREIGN = {"nanogpt_bench.py", "local_elastic_agent.py"}  # files of other projects that the pages name
+FOREIGN = {"chat_sft.py", "nanogpt_bench.py", "local_elastic_agent.py"}  # files of other projects that the pages name
 
 
 # -----------------------------------------------------------------------------
