@@ -180,6 +180,14 @@ def talk(page, text):
     page.wait_for_selector("#send:visible")
 
 
+def wait_until(page, condition):
+    """Playwright's wait_for_function evaluates a string within the page, which the page's policy forbids."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        page.wait_for_timeout(20)
+
+
 def last(page):
     return page.locator(".assistant .text").last
 
@@ -440,7 +448,7 @@ def test_scrolling_up_is_respected(visit, stub):
     stub.replies = [[event("line\n\n" * 200), held, event("the end"), usage(), b"data: [DONE]\n\n"]]
     page = visit()
     say(page, "Much")
-    page.wait_for_function("document.getElementById('scroll').scrollTop > 1000")
+    wait_until(page, "document.getElementById('scroll').scrollTop > 1000")
     page.evaluate("document.getElementById('scroll').scrollTop = 100")
     page.wait_for_selector("#down:visible")
     held.set()
