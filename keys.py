@@ -21,7 +21,8 @@ KIND = re.compile(r"S|tuple\[(S, \.\.\.|S(, S)*)\]".replace("S", "(bool|int|floa
 # The interval that a number must lie in, by the name of its key: in all scripts, or in one as "script.name".
 # An end that is "inf" means finite, and for a whole number at most 64 bits.
 INTERVALS = {
-    "[0, inf)": """batch_size bin_size block_size context_iters context_start crowd eval_iters grad_clip limit
+    "[0, inf)": """batch_size bin_size block_size chunk context_iters context_start crowd drain eval_iters grad_clip
+        kv_memory limit max_queue
         logit_softcap loss_tolerance lr_decay_iters max_chars memory_tolerance min_chars min_lr mlp_width n_kv_head
         peak_flops permutations probe_interval rope_factor rows sample_tokens save_interval save_minutes seed seeds
         speed_tolerance spike_z temperature tokens_per_step top_k vocab_size warm_up warmup_iters watch
@@ -30,7 +31,7 @@ INTERVALS = {
         gradient_accumulation_steps held_out kv_heads lengths log_interval max_iters max_new_tokens max_rewinds
         n_embd n_head n_layer new_tokens num_samples pp_size prefetch processes prompts reads rounds
         sample.rope_factor shape sizes tokens tp_size train.block_size train.rope_factor trials updates worlds
-        keep_checkpoints longest""",
+        keep_checkpoints longest max_body max_requests reply_tokens""",
     "[2, inf)": "eval.lengths spike_window",
     "[2, 9]": "digits",
     "[3, 32]": "letters",
@@ -42,6 +43,7 @@ INTERVALS = {
     "[2, 32]": "alternatives",
     "[0, 3]": "zero_stage",
     "[0, 1024]": "threads workers",
+    "[0, 65535]": "port",
     "[1, 1024]": "bench.workers loader_threads",
 }
 RANGES = {name: interval for interval, names in INTERVALS.items() for name in names.split()}

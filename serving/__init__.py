@@ -1,10 +1,14 @@
 """
 Under serve.py:
 
-    worker     the engine in a thread of its own: a queue, cancelling, deadlines, the news of each step
-    api        OpenAI's requests and answers as data
-    app        the routes: from a request over HTTP to a job of the worker, and back
-    guards     who may ask: host, origin, key, the size of a body
-    metrics    what is counted, as Prometheus reads it
+    bodies     what a request's body may say
+    api        OpenAI's requests as data: from a body to prompts for the engine
+    answers    OpenAI's answers as data, whole or in chunks
+    worker     the engine in a thread of its own, with a bounded queue
+    guards     what every request passes first: hosts, origins, the API key, the size of a body
+    metrics    what is counted, for Prometheus
+    documents  openapi.json, and what a browser may do with the page
+    app        the routes
+    server     the process: its socket, signals and end
     chat.html  the page
 """

@@ -25,12 +25,13 @@ FLOORS = [
     "reporting.experiment foreign.hugging_face foreign.gguf_files foreign.templates foreign.chat_template",
     "training.guard training.tensor_parallel training.pipeline_parallel foreign.pretrained infer "
     "inference.long_context inference.chat_tasks inference.letters foreign.tokenizer_files reporting.history",
-    "parallel eval export reporting.tables reporting.charts",
+    "parallel eval export reporting.tables reporting.charts serving.worker serving.bodies serving.answers",
     "training.origin training.start training.saver training.measure reporting.alarm reporting.page "
-    "reporting.pictures benchmarks.common",
-    "training.warmup",
-    "train benchmarks.*",
-    "sample chat bench ablate report doctor",
+    "reporting.pictures benchmarks.common serving.api",
+    "training.warmup serving.guards serving.metrics serving.documents",
+    "train benchmarks.* serving.app",
+    "serving.server",
+    "sample chat serve bench ablate report doctor",
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
