@@ -139,7 +139,7 @@ class Worker:
         # the thread's own
         self.jobs = {}  # that have not ended, in the order in which they came; the values mean nothing
         self.places = {}  # request -> (its job, which of the job's requests it is)
-        self.queued = deque()  # jobs that do not run yet, and some that ended before they did
+        self.queued = {}  # jobs that do not run yet, in the same way
         self.next_deadline = math.inf  # no job has an earlier one
 
     # -------------------------------------------------------------------------
@@ -294,7 +294,7 @@ class Worker:
     def take(self, job):
         """Queue a job's requests in the engine."""
         self.jobs[job] = None
-        self.queued.append(job)
+        self.queued[job] = None
         self.next_deadline = min(self.next_deadline, job.deadline)
         for i, request in enumerate(job.requests):
             self.places[request] = job, i
@@ -327,11 +327,7 @@ class Worker:
     def record(self, ready, begun, now):
         """Note what a step did. ready: the requests that got a token or finished; begun, now: its beginning and end"""
         with self.changed:
-            # requests start in their order, so the first of a job is the first to have a table of blocks
-            while self.queued and (self.queued[0].done or self.queued[0].requests[0].table is not None):
-                job = self.queued.popleft()
-                if not job.done:
-                    job.waited = begun - job.submitted
+            self.note_starts(begun)
             for request in ready:
                 job, i = self.places[request]
                 tokens = self.note(job, i)
@@ -343,6 +339,14 @@ class Worker:
                     self.close(job)
                 elif job not in self.urgent:
                     self.fresh[job] = None
+
+    def note_starts(self, begun):
+        """Note which jobs started in the step that `begun` then."""
+        for job in list(self.queued):
+            if job.requests[0].table is None:
+                return  # requests start in their order, so all behind it wait too
+            del self.queued[job]
+            job.waited = begun - job.submitted
 
     def note(self, job, i):
         """Take a snapshot of a job's request i. -> tokens that are new in it"""
@@ -370,6 +374,7 @@ class Worker:
     def close(self, job):
         """A job has ended. From here on the thread does not touch its requests."""
         del self.jobs[job]
+        self.queued.pop(job, None)
         self.fresh.pop(job, None)
         self.urgent[job] = None
         job.done = True
