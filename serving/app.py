@@ -320,7 +320,10 @@ def add_information(app, service):
     @app.get("/v1/models/{name:path}")
     async def model(name: str):
         """The model that is served."""
-        return json_response(api.model(service.loaded(), name))
+        served = service.loaded()
+        if not name:
+            raise HTTPException(404)
+        return json_response(api.model(served, name))
 
     @app.get("/tokenizer_info")
     async def tokenizer_info():

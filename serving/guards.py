@@ -56,8 +56,6 @@ def header(scope, name):
 def error_headers(error, body):
     """The headers of an answer that is an APIError, as ASGI has them."""
     headers = {"content-type": "application/json", "content-length": str(len(body))}
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
     headers |= error.headers
     return [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
 
@@ -185,7 +183,8 @@ class Key:
             if not secrets.compare_digest(given, self.key):
                 kind = 'Basic realm="minichat", charset="UTF-8"' if scope["path"] == "/" else "Bearer"
                 message = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
-                raise APIError(message, 401, code="invalid_api_key", headers={"www-authenticate": kind})
+                error = APIError(message, 401, code="invalid_api_key", headers={"www-authenticate": kind})
+                return await send_error(send, error)  # not raised: a page of another origin reads it through CORS
         await self.app(scope, receive, send)
 
 

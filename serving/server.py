@@ -10,6 +10,7 @@ A first SIGTERM or Ctrl-C drains: no new connections, and what runs may finish. 
 import asyncio
 import os
 import socket
+import traceback
 
 import uvicorn
 
@@ -81,6 +82,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def stop_after_end(self, worker):
+        if worker.state == "dead":
+            traceback.print_exception(worker.failure)
         self.should_exit = True
 
     def handle_exit(self, number, frame):

@@ -21,7 +21,7 @@ import serve
 from configurator import Settings, read_keys
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 300  # seconds for the server to start or end; only a failing test waits so long
+PATIENCE = 20  # seconds for the server to start or end; only a failing test waits so long
 SETTINGS = {"host": "127.0.0.1", "port": 0, "device": "cpu", "dtype": "float32"}
 
 
@@ -83,8 +83,8 @@ def live(folder, load=None, wait=True, **changes):
 class Process:
     """serve.py as a process. url, once it is ready; ready_line."""
 
-    def __init__(self, folder, args, environment):
-        command = [sys.executable, str(ROOT / "serve.py"), f"--out_dir={folder}", *args]
+    def __init__(self, folder, args, script, environment):
+        command = [sys.executable, str(script), f"--out_dir={folder}", *args]
         for name, value in SETTINGS.items():
             if not any(arg.startswith(f"--{name}=") for arg in args):
                 command.append(f"--{name}={value}")
@@ -115,10 +115,10 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(folder, *args, wait=True, **environment):
+def process(folder, *args, wait=True, script=ROOT / "serve.py", **environment):
     """A Process of serve.py. args: of its command line; environment: more variables; None removes one. wait: until it
-    is ready."""
-    running = Process(folder, args, environment)
+    is ready. script: another program that takes the same arguments."""
+    running = Process(folder, args, script, environment)
     try:
         if wait:
             running.wait_until_ready()

@@ -4,11 +4,9 @@ import base64
 import contextlib
 import hashlib
 import json
-import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from html.parser import HTMLParser
@@ -100,10 +98,10 @@ def metrics_of(server):
 
 
 def raw_request(path, body, **headers):
-    """The bytes of a POST."""
+    """The bytes of a POST. headers: with _ for -."""
     body = json.dumps(body).encode() if isinstance(body, dict) else body
-    headers = {"Host": "localhost", "Content-Length": len(body), **headers}
-    lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items() if value is not None]
+    headers = {"Host": "localhost", "Content_Length": len(body), **headers}
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([f"POST {path} HTTP/1.1", *lines, "", ""]).encode() + body
 
 
@@ -130,7 +128,8 @@ def test_a_ready_line_and_a_clean_end(polite):
     """One line on stdout says where; SIGTERM and Ctrl-C end it with 0."""
     for number in (signal.SIGTERM, signal.SIGINT):
         with process(polite) as running:
-            assert re.fullmatch(r"http://127\.0\.0\.1:\d+ serves polite \(.*context 128 tokens.*\)\n", running.ready_line)
+            line = running.ready_line
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+ serves polite \(.*context 128 tokens.*\)\n", line)
             answer = httpx.post(running.url + CHAT, json=HELLO).json()
             assert answer["choices"][0]["message"]["content"] == "Hi!"
             running.signal(number)
@@ -341,7 +340,7 @@ def routes_of(server):
     """(method, path) of every route."""
     pairs = []
     for route in server.service.routes.routes:
-        pairs += [(method, route.path.replace("{name:path}", "polite")) for method in sorted(route.methods)]
+        pairs += [(method, route.path.replace("{name:path}", "polite")) for method in sorted(route.methods - {"HEAD"})]
     assert len(pairs) >= 11
     return pairs
 
@@ -377,7 +376,8 @@ def test_the_key_of_the_environment(polite, monkeypatch):
 
 
 def test_a_preflight_needs_no_key_and_a_foreign_page_gets_nothing(polite):
-    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    preflight = {"Access-Control-Request-Method": "POST",
+                 "Access-Control-Request-Headers": "authorization,content-type"}
     chat_page = {"Origin": "https://chat.example"}
     with live(polite, api_key="key", cors_origins=("https://chat.example",)) as server:
         url = server.url + CHAT
@@ -463,10 +463,7 @@ def test_a_body_over_the_limit(polite):
 def test_a_body_over_the_limit_is_refused_before_it_comes(server):
     with connect(server) as client:
         client.sendall(raw_request(CHAT, b"", Content_Length=10**12))
-        assert b'"code": "body_too_large"' in read_until(client, b"}}").replace(b'":"', b'": "')
-    with connect(server) as client:  # a length that is no number of bytes at all
-        client.sendall(raw_request(CHAT, b"", Content_Length="9" * 5000))
-        assert b" 400 " in read_until(client, b"\r\n") or True
+        assert b'"code": "body_too_large"' in read_until(client, b"}}")
 
 
 def test_errors_have_openais_form(server, monkeypatch):
@@ -742,5 +739,3 @@ def test_a_missing_package_is_one_line(polite, tmp_path):
         code, err = running.end()
     assert code == 2 and running.out == "" and re.fullmatch(r"error: fastapi is not installed: pip install .*\n", err)
 
-
-assert sys.version_info >= (3, 10) and os.name
