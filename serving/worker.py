@@ -198,9 +198,8 @@ class Worker:
     def cancel(self, job):
         """End a job before the next step, with the error "cancelled". One that has ended stays as it is."""
         with self.changed:
-            if not job.done:
+            if not job.done:  # so the thread is awake, and looks before its next step
                 self.to_cancel.append(job)
-                self.changed.notify()
 
     def drain(self, seconds):
         """Take no more jobs. Those there are may finish within `seconds`, else they end with the error "shutdown"; then
@@ -270,7 +269,7 @@ class Worker:
         """Step while there is work, and wait while there is none; until the worker is drained."""
         while True:
             with self.changed:
-                while not (self.jobs or self.inbox or self.to_cancel or self.state == "draining"):
+                while not (self.jobs or self.inbox or self.state == "draining"):
                     self.changed.wait()
                 arrived = self.inbox
                 self.inbox = []

@@ -17,7 +17,7 @@ import torch
 from infer import Engine
 from inference.sampling import Sampling
 from model import GPT, GPTConfig
-from serving.worker import Full, Progress, Unavailable, Worker
+from serving.worker import Full, Job, Progress, Unavailable, Worker, announce
 from tokenizer import BPETokenizer, CharTokenizer
 
 PATIENCE = 300  # seconds; only a failing test waits so long
@@ -196,8 +196,8 @@ async def test_several_requests_are_one_job():
 @pytest.mark.parametrize("tokenizer", (TOKENIZER, BYTES), ids=("characters", "bytes"))
 @in_loop
 async def test_progress_only_grows_and_all_of_it_is_certain(tokenizer, gap):
-    """Of each job one task waits for news, and one looks whether it was told to or not. Single bytes are seldom a character, so
-    their text comes later than their tokens."""
+    """Of each job one task waits for news, and one looks whether it was told to or not. Single bytes are seldom a
+    character, so their text comes later than their tokens."""
     model = MODEL if tokenizer is TOKENIZER else make(tokenizer.vocab_size)
     engine = engine_of(model, tokenizer)
 
@@ -274,6 +274,40 @@ async def test_the_first_token_and_the_end_come_immediately_and_the_rest_may_wai
                     calls += 1
                 assert calls <= 2
                 assert job.progress(0).tokens == 30
+
+
+@in_loop
+async def test_a_first_token_does_not_wait_for_the_news_of_others():
+    engine = engine_of()
+    gate = Gate(engine)
+    async with started(engine, gap=1e5) as worker:
+        for _ in range(2):  # the second time, a delivery has just been made
+            job = ask(worker, max_new_tokens=3)
+            await gate.arrival()
+            gate.let()
+            await job.news()
+            assert job.progress(0).tokens == 1 and job.gaps == []
+            gate.let(2)
+            await gate.arrival()
+            await gate.arrival()
+            await job.news()
+            assert job.done
+
+
+@in_loop
+async def test_news_that_was_seen_is_not_told_again():
+    """The thread was faster than the delivery: whoever was woken by the first news has seen the second as well."""
+    job = Job([None], 0, 1)
+    job.changes = 2
+    job.delivered = 1
+    await job.news()
+    waiting = asyncio.ensure_future(job.news())
+    for changes, told in ((2, False), (3, True)):
+        job.changes = changes
+        announce([job])
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert waiting.done() is told
 
 
 @in_loop
@@ -508,19 +542,21 @@ async def test_a_deadline_ends_a_job_that_runs_or_waits():
         await gate.arrival()
         clock.now += 9.5
         inbox = ask(worker, timeout=0.5)
+        last = ask(worker, timeout=1000)
         gate.let()
         await gate.arrival()
         assert not (runs.done or waits.done or inbox.done)
         clock.now += 0.5
         gate.let()
         await gate.arrival()
-        assert gate.seen[-1] == patient.requests
+        assert gate.seen[-1] == patient.requests + last.requests
         for job in (runs, waits, inbox):
             assert job.done and job.error == "timeout"
             await job.news()
         assert runs.progress(0).tokens == 5
         gate.open()
-        assert not (await end_of(patient)).error
+        for job in (patient, last):
+            assert not (await end_of(job)).error
 
 
 # -----------------------------------------------------------------------------
