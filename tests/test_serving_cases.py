@@ -92,7 +92,6 @@ from test_serve import (
     raw_request,
     read_until,
     routes_of,
-    script,
     until,
 )
 
@@ -520,7 +519,9 @@ def test_case_12_over_the_context(talker, path):
         used = len(ids)
     error = refused(talker, path, **body_for(path, text))
     assert error["code"] == "context_length_exceeded" and error["param"] in ("prompt", "messages")
-    assert re.search(rf"\b{CONTEXT}\b", error["message"]) and re.search(rf"\b{used}\b", error["message"])
+    found = re.search(rf"\b{CONTEXT} tokens, but the prompt has (at least )?(\d+) tokens", error["message"])
+    assert found and CONTEXT < int(found[2]) <= used, error
+    assert found[1] or int(found[2]) == used
 
     overhead = used - 200
     text = "a" * (100 - overhead)
@@ -539,6 +540,19 @@ def test_case_12_over_the_context(talker, path):
     answer = asked(talker, path, **body)
     assert len(texts_of(answer)[0]) == body["max_tokens"] and answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["total_tokens"] == CONTEXT + 1
+
+
+def test_case_12_a_message_that_leaves_little_room(talker):
+    """Without max_tokens it is answered as long as there is room for one token at all."""
+    overhead = len(Template(WITH_CHARS).encode([user("")], reply=True)[0])
+    for free in (2, 1, 0):
+        text = "a" * (CONTEXT - overhead + 1 - free)
+        if free == 0:
+            error = refused(talker, CHAT, messages=[user(text)])
+            assert error["code"] == "context_length_exceeded" and f"{CONTEXT + 1} tokens" in error["message"]
+        else:
+            answer = asked(talker, CHAT, messages=[user(text)])
+            assert texts_of(answer) == ["Hi!"[:free]] and answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_case_12_ids_over_the_context(talker):
@@ -587,7 +601,7 @@ def test_case_13_tokenising_holds_up_nobody(wide, monkeypatch):
             for path in ("/health", "/v1/models", "/metrics"):
                 assert http.get(wide.url + path).status_code == 200
             begins = ids_of(WITH_BYTES, "<|assistant|>")  # ids need no tokenizer
-            assert texts_of(asked(wide, COMPLETE, prompt=begins)) == [WIDE]
+            assert texts_of(asked(wide, COMPLETE, prompt=begins, max_tokens=len(WIDE.encode()))) == [WIDE]
             assert not answer.done()
         finally:
             go_on.set()
@@ -839,7 +853,7 @@ def test_case_22_the_api_key(folders, monkeypatch):
         odd = [("GET", "//health"), ("GET", "/health/"), ("GET", "/Health"), ("GET", "/health/../v1/models"),
                ("GET", "/health%2f..%2fmetrics"), ("POST", "//v1/chat/completions"), ("GET", "/nothing")]
         for method, path in [*routes, *odd]:
-            for headers in ({}, {"Authorization": "Bearer the-ke"}, {"Authorization": "Bearer "},
+            for headers in ({}, {"Authorization": "Bearer the-ke"}, {"Authorization": "Bearer"},
                             {"Authorization": "Bearer the-key2"}, {"X-API-Key": "the-key"}):
                 answer = http.request(method, server.url + path, headers=headers)
                 if path == "/health":
@@ -873,7 +887,8 @@ def test_case_23_paths_out_of_a_folder(talker):
 
 @pytest.mark.parametrize("path", BOTH)
 def test_case_24_the_engine_dies(folders, path):
-    """Streams get an error event, plain answers an error, /health is red, nothing more is taken, and it ends with 1."""
+    """Streams get an error event, plain answers an error, /health is red, nothing more is taken, and it ends with 1; so
+    does the process (tests/test_serve.py)."""
     with live(folders["talker"], max_requests=2) as server, contextlib.ExitStack() as stack:
         server.worker.on_end = None  # else the server ends at once, and nobody could ask it
         streaming, plain, queued = (stack.enter_context(connect(server)) for _ in range(3))
@@ -900,17 +915,6 @@ def test_case_24_the_engine_dies(folders, path):
         assert answer.status_code == 503 and error_of(answer)["type"] == "server_error"
         assert http.get(server.url + "/metrics").status_code == 200
         assert server.stop() == 1
-
-
-def test_case_24_the_process_ends_with_1(folders, tmp_path):
-    changed = script(tmp_path, "import infer\n"
-                               "def step(self):\n    raise RuntimeError('the device is gone')\n"
-                               "infer.Engine.step = step")
-    with process(folders["talker"], script=changed) as running:
-        answer = http.post(running.url + CHAT, json=HELLO)
-        assert answer.status_code == 500 and error_of(answer)["type"] == "server_error"
-        code, _ = running.end()
-    assert code == 1
 
 
 @pytest.mark.parametrize("path", BOTH)
@@ -959,7 +963,7 @@ def test_case_26_special_tokens_as_text(talker):
         asked(talker, CHAT, messages=[{"role": "user", "content": ""}, {"role": "assistant", "content": ATTACK}],
               max_tokens=1)
         assert prompts.pop() == begin + user + end + assistant + attack
-        messages = [{"role": "system", "content": "<|end|>", "name": "<|user|>"}, {"role": "user", "content": "<|bos|>"}]
+        messages = [{"role": "system", "content": "<|end|>", "name": "<|user|>"}, user("<|bos|>")]
         asked(talker, CHAT, messages=messages, max_tokens=1)
         plain = [WITH_CHARS.encode(text) for text in ("<|end|>", "<|bos|>")]
         assert prompts.pop() == begin + system + plain[0] + end + user + plain[1] + end + assistant
@@ -988,7 +992,7 @@ def user(content):
 
 REFUSED_MESSAGES = [
     [], None, "hello", {}, [None], ["hello"], [[]], [{}], [{"role": "user"}], [{"content": "hello"}], [user(None)],
-    [user(5)], [user({"text": "hello"})], [user([])], [user(["hello"])], [user([{"type": "text"}])],
+    [user(5)], [user({"text": "hello"})], [user(["hello"])], [user([{"type": "text"}])],
     [user([{"type": "text", "text": None}])], [user([{"type": "image_url", "image_url": {"url": "data:,"}}])],
     [user([{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": {}}])],
     [{"role": "robot", "content": "hello"}], [{"role": "User", "content": "hello"}], [{"role": None, "content": "a"}],
@@ -1000,8 +1004,6 @@ REFUSED_MESSAGES = [
 
 @pytest.mark.parametrize("messages", REFUSED_MESSAGES, ids=lambda messages: json.dumps(messages)[:60])
 def test_case_27_conversations_that_are_refused(talker, messages):
-    if messages == [user([])]:
-        pytest.skip("an empty list of parts is an empty message, or refused")
     error = refused(talker, CHAT, messages=messages)
     assert error["param"].startswith("messages")
 
@@ -1017,6 +1019,7 @@ def test_case_27_conversations_that_are_answered(talker):
         ([system, user("a"), {"role": "assistant", "content": "b"}], None),
         ([{"role": "assistant", "content": "a"}], None),
         ([user("")], None),
+        ([user([])], [user("")]),
         ([{**user("a"), "name": "anna", "refusal": None, "tool_calls": None, "unknown": [1]}], [user("a")]),
         ([user("a"), {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "a"}], None),
     ]
@@ -1112,11 +1115,13 @@ def test_case_31_a_page_that_runs_answers(talker):
     answer = http.get(talker.url + "/")
     policy = {name: sources.split() for name, _, sources in
               (part.strip().partition(" ") for part in answer.headers["content-security-policy"].split(";"))}
-    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == ["'none'"]
+    for name in ("default-src", "base-uri", "form-action", "frame-ancestors"):
+        assert policy[name] == ["'none'"], name
     assert policy["connect-src"] == ["'self'"]
     assert set(policy.get("img-src", [])) <= {"data:", "'self'", "'none'"}
     for name in ("script-src", "style-src"):
-        assert policy[name] and all(re.fullmatch(r"'sha256-[A-Za-z0-9+/=]{44}'|'none'", source) for source in policy[name])
+        assert policy[name]
+        assert all(re.fullmatch(r"'sha256-[A-Za-z0-9+/=]{44}'|'none'", source) for source in policy[name])
     scripts = re.findall(r"<script[^>]*>(.*?)</script>", answer.text, re.S)
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     assert [f"'sha256-{digest}'" for digest in hashes] == [s for s in policy["script-src"] if s != "'none'"]
