@@ -15,10 +15,12 @@ Benchmarks: what a user would run, timed. Each prints a table and, as its last l
     python bench.py activations
     python bench.py zero --worlds=1,2 --shape=12,12,768 --tokens=256
     python bench.py gpu
+    python bench.py serve --models=out/chat_shakespeare     # a model behind HTTP, under load
+    python bench.py serve --models=out/smollm2 --parts=closed,peers --peer_llama=PYTHON
 
 This file holds the settings and the verbs. What a benchmark measures, and how, stands at the top of its file:
 benchmarks/training.py (train, scaling, monitor), data.py (data, loader), inference.py (infer), chat.py (turns, sft),
-memory.py (activations, zero) and gpu.py (gpu).
+memory.py (activations, zero), gpu.py (gpu) and serving.py (serve).
 """
 
 import json
@@ -30,6 +32,7 @@ from benchmarks.data import bench_data, bench_loader
 from benchmarks.gpu import bench_gpu
 from benchmarks.inference import bench_infer
 from benchmarks.memory import bench_activations, bench_zero
+from benchmarks.serving import bench_serve
 from benchmarks.training import bench_monitor, bench_scaling, bench_train
 from configurator import Settings, configure, fail
 from device import DTYPES, pick_device
@@ -37,6 +40,7 @@ from model import GPTConfig
 
 # -----------------------------------------------------------------------------
 what = "train"              # train | scaling | data | loader | infer | turns | sft | activations | zero | monitor | gpu
+                            # | serve
 out_dir = "out/bench"       # where the run folders go; remove those of an earlier benchmark first
 
 # train, scaling, loader and monitor
@@ -68,7 +72,7 @@ prompts = (16, 512)         # tokens of each prompt; turns: of the talk before t
 new_tokens = 24             # tokens drawn after the first
 peers = True                # also the plain way without a cache; transformers and llama.cpp where installed
 crowd = 32                  # requests of mixed lengths, all at once and one after another; 0: none
-device = "auto"             # infer, activations, zero, gpu: auto | cpu | cuda | cuda:N | mps
+device = "auto"             # infer, activations, zero, gpu, serve: auto | cpu | cuda | cuda:N | mps
 
 dataset = "chatterbot"      # sft: the conversations
 
@@ -80,6 +84,19 @@ tokens = 1024               # tokens of the sequence; gpu: of each sequence; sft
 gpu_models = ("124m", "355m")  # 124m | 355m | 774m | tiny; every variation is of the first
 gpu_batches = (16, 64, 128)  # sequences of a step for 124m (fewer for a larger model); the middle one is the base
 gpu_pieces = (33554432, 67108864, 134217728, 268435456)  # logits that the fused loss holds at once
+
+# serve, which also reads models (one), rounds, crowd (calls of a round, at least), device, and overrides of serve.py
+parts = ("closed", "idle", "load", "overload", "mixed", "aborts", "kill", "peers")  # what to measure
+dtype = "float32"           # of the weights: float32 | bfloat16
+max_requests = 16           # answers that are generated at once
+clients = (1, 4, 16, 64)    # closed, peers: clients that each wait for their answer
+prompt_lengths = (8, 64)    # tokens of a prompt: fewest and most
+answer_lengths = (16, 64)   # tokens of an answer: fewest and most
+seconds = 20.0              # load, overload: in which calls arrive
+requests = 10000            # mixed: calls
+aborts = 1000               # aborts: calls
+peer_llama = ""             # peers: the Python in which llama-cpp-python[server] is installed
+peer_transformers = ""      # peers: the Python in which transformers[serving] is installed
 # -----------------------------------------------------------------------------
 
 VERBS = {
@@ -94,6 +111,7 @@ VERBS = {
     "zero": bench_zero,
     "monitor": bench_monitor,
     "gpu": bench_gpu,
+    "serve": bench_serve,
 }
 
 
@@ -104,10 +122,12 @@ def check_settings(c):
     unknown = [form for form in c.forms if form not in (*DTYPES, "int8")]
     if unknown:
         fail(f"--forms={','.join(unknown)}: it takes {', '.join(DTYPES)}, int8")
+    if c.dtype not in DTYPES:
+        fail(f"--dtype={c.dtype}: it takes {', '.join(DTYPES)}")
     if len(c.shape) != 3:
         fail("--shape takes three numbers: layers, heads and width")
     try:
-        if c.what in ("infer", "activations", "zero", "gpu"):
+        if c.what in ("infer", "activations", "zero", "gpu", "serve"):
             pick_device(c.device)
         for heads in c.kv_heads:
             GPTConfig(n_kv_head=heads)
@@ -121,8 +141,9 @@ def main(c):
     """-> the exit code: 1 where a benchmark names what failed"""
     check_settings(c)
     figures = VERBS[c.what](c)
-    # the file's name without its folder, which is nobody else's business
-    published = c.changed(input=Path(c.input).name)
+    # names of files without their folders, which are nobody else's business
+    names = {key: Path(c[key]).name for key in ("input", "peer_llama", "peer_transformers")}
+    published = c.changed(**names)
     print(json.dumps({"benchmark": c.what, "settings": dict(published), **figures}))
     return 1 if figures.get("failed") else 0
 

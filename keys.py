@@ -27,15 +27,16 @@ INTERVALS = {
         peak_flops permutations probe_interval rope_factor rows sample_tokens save_interval save_minutes seed seeds
         speed_tolerance spike_z temperature tokens_per_step top_k vocab_size warm_up warmup_iters watch
         weight_decay""",
-    "[1, inf)": """batches chat.rope_factor count eval_interval eval.batch_size gpu_batches gpu_pieces gpus
+    "[1, inf)": """aborts answer_lengths
+        batches chat.rope_factor clients count eval_interval eval.batch_size gpu_batches gpu_pieces gpus
         gradient_accumulation_steps held_out kv_heads lengths log_interval max_iters max_new_tokens max_rewinds
         n_embd n_head n_layer new_tokens num_samples pp_size prefetch processes prompts reads rounds
         sample.rope_factor shape sizes tokens tp_size train.block_size train.rope_factor trials updates worlds
-        keep_checkpoints longest max_body max_requests reply_tokens""",
+        keep_checkpoints longest max_body max_requests prompt_lengths reply_tokens requests""",
     "[2, inf)": "eval.lengths spike_window",
     "[2, 9]": "digits",
     "[3, 32]": "letters",
-    "(0, inf)": "largest learning_rate muon_learning_rate norm_eps repetition_penalty rope_theta timeout",
+    "(0, inf)": "largest learning_rate muon_learning_rate norm_eps repetition_penalty rope_theta seconds timeout",
     "[0, 1]": "depths min_p",
     "(0, 1]": "efficiency threshold top_p wsd_decay_frac",
     "[0, 1)": "beta1 beta2 dropout muon_momentum reserve",

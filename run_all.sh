@@ -6,10 +6,11 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'END'
-usage: ./run_all.sh [setup | demo | chat | perf | test [PYTEST ARGUMENTS]]
+usage: ./run_all.sh [setup | demo | chat | serve [KEYS OF serve.py] | perf | test [PYTEST ARGUMENTS]]
   setup   create .venv with the pinned packages for training, sampling and the tests
   demo    train on Tiny Shakespeare and print a sample; the same command resumes a demo that was stopped
   chat    demo's model, fine-tuned on Shakespeare's speeches as talks, and its first answer; resumes like demo
+  serve   chat's model in a browser, and for programs; for example: ./run_all.sh serve --port=8080
   perf    run the notebooks, which measure this machine, and save them in out/notebooks
   test    setup, then all tests, one process per core; for example: ./run_all.sh test -m "not slow"
 Without an argument: setup, test, demo and perf, one after another.
@@ -139,6 +140,17 @@ chat() {
     echo "you     $question"
     .venv/bin/python chat.py --out_dir=out/chat_shakespeare --system=ROMEO --prompt="$question"
     echo "Talk on with: .venv/bin/python chat.py --out_dir=out/chat_shakespeare --system=ROMEO"
+    echo "Or in a browser: ./run_all.sh serve"
+}
+
+serve() {
+    install base
+    if ! .venv/bin/python -c 'import fastapi, prometheus_client, uvicorn' 2>/dev/null; then
+        .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e ".[serve]" ||
+            stop "pip failed (the reason is above); run the same command again to continue"
+    fi
+    if [ ! -d out/chat_shakespeare/ckpt ]; then chat; fi
+    exec .venv/bin/python serve.py --out_dir=out/chat_shakespeare "$@"
 }
 
 perf() {
@@ -153,7 +165,7 @@ run_tests() {
     .venv/bin/python -m pytest -n auto --dist worksteal "$@"  # one process per core; add -n 0 for one in all
 }
 
-no_arguments() { [ $# -eq 0 ] || stop "only the verb test takes arguments, got: $*"; }
+no_arguments() { [ $# -eq 0 ] || stop "only the verbs serve and test take arguments, got: $*"; }
 
 verb=${1:-all}
 if [ $# -gt 0 ]; then shift; fi
@@ -161,9 +173,10 @@ case $verb in
     setup) no_arguments "$@"; install dev ;;
     demo) no_arguments "$@"; demo ;;
     chat) no_arguments "$@"; chat ;;
+    serve) serve "$@" ;;
     perf) no_arguments "$@"; perf ;;
     test) run_tests "$@" ;;
     all) run_tests; demo; perf ;;  # the tests begin with setup
     -h | --help) usage ;;
-    *) stop "unknown verb '$verb': it is one of setup, demo, chat, perf, test; --help explains them" ;;
+    *) stop "unknown verb '$verb': it is one of setup, demo, chat, serve, perf, test; --help explains them" ;;
 esac

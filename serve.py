@@ -75,7 +75,7 @@ def load_all(c):
                     max_requests=c.max_requests)
     served = Served(name=model_name(c), created=int(time.time()), tokenizer=tokenizer, template=template,
                     context=model.config.block_size, vocab_size=model.config.vocab_size, reply_tokens=c.reply_tokens,
-                    most_choices=MOST_CHOICES)
+                    most_choices=min(MOST_CHOICES, c.max_requests + c.max_queue))
     return engine, served
 
 

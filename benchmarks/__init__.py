@@ -7,5 +7,9 @@ Under bench.py. Each file can be read alone:
     chat       the second turn of a talk; fine-tuning beside TRL
     memory     activation checkpointing, and ZeRO's stages
     gpu        GPT-2's sizes beside the ceilings of one GPU
+    serving    a model behind HTTP: speed, latency, overload, beside the servers of others
+    endurance  what a server must survive: 10,000 calls of all kinds, clients that leave, kill -9
+    servers    the processes that these two measure: serve.py, other servers, the engine alone
+    traffic    calls drawn by a seed, a light client, and what came back
     common     what they share: running our scripts, processes, memory, tables
 """

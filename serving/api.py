@@ -296,18 +296,25 @@ def plan_chat(served, body):
     if top is not None:
         options |= {"logprobs": True, "top_logprobs": top}
 
-    # the answer has at least this much room
     spare = max(1, min(served.reply_tokens, served.context // 4)) if asked is None else asked
-    try:
-        ids, stay = served.template.fit(messages, served.context - spare + 1)
-    except TooLong as error:
-        raise too_long(served, error.tokens, asked or 0, field, "messages", error.at_least) from None
-    except ValueError as error:  # a conversation that the template does not know, or a character without an id
-        raise APIError(f"messages: {error}", param="messages") from None
+    ids, stay = fit(served, messages, spare, asked, field)
     options["max_new_tokens"] = new_tokens(served, len(ids), asked, field, served.reply_tokens, "messages")
     planned = [(ids, Sampling(**options, seed=seed)) for seed in seeds(body, n)]
     return ChatAnswer(served.name, served.tokenizer, planned, n=n, stream=bool(body.stream),
                       include_usage=include_usage(body), top=top, dropped=len(messages) - len(stay))
+
+
+def fit(served, messages, spare, asked, field):
+    """Template.fit with room for an answer of `spare` tokens: (ids, the messages that stay). A client that did not ask
+    for a number of tokens gets what room there is. Raises APIError."""
+    try:
+        return served.template.fit(messages, served.context - spare + 1)
+    except TooLong as error:
+        if asked is None and spare > 1:
+            return fit(served, messages, 1, asked, field)
+        raise too_long(served, error.tokens, asked or 0, field, "messages", error.at_least) from None
+    except ValueError as error:  # a conversation that the template does not know, or a character without an id
+        raise APIError(f"messages: {error}", param="messages") from None
 
 
 def refuse_abilities(body):

@@ -10,6 +10,7 @@ A first SIGTERM or Ctrl-C drains: no new connections, and what runs may finish. 
 import asyncio
 import os
 import socket
+import sys
 import traceback
 
 import uvicorn
@@ -17,6 +18,9 @@ import uvicorn
 from serving.app import LoadRefused
 from serving.guards import is_loopback
 
+# Seconds after which a thread that waits for the interpreter's lock is given it. The engine lets go of the lock in every
+# operation of torch, and with Python's 0.005 it would wait that long for it each time the loop sends something.
+SWITCH_INTERVAL = 0.0005
 PATIENCE = 2  # seconds after drain, for the last bytes to reach clients that still read
 
 
@@ -70,6 +74,7 @@ class Server(uvicorn.Server):
     def serve_until_end(self):
         """-> exit code: 0 after a signal, 1 if the engine failed while it served, 2 if the load ended with a message.
         Another error of the load is raised."""
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self.run(sockets=[self.listener])
         if isinstance(self.worker.failure, LoadRefused):
             return 2

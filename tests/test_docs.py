@@ -22,8 +22,9 @@ from model import GPT, GPTConfig
 README = ROOT / "README.md"
 MEASURED = ROOT / "docs" / "measured.md"
 PAGES = [README, *(ROOT / "docs" / f"{name}.md" for name in (
-    "data", "training", "inference", "evaluating", "measured", "from_nanogpt", "gpu", "scaling", "reproduce"))]
-FOREIGN = {"nanogpt_bench.py", "local_elastic_agent.py"}  # files of other projects that the pages name
+    "data", "training", "chat", "inference", "serving", "evaluating", "measured", "from_nanogpt", "gpu", "scaling",
+    "reproduce"))]
+FOREIGN = {"chat_sft.py", "nanogpt_bench.py", "local_elastic_agent.py"}  # files of other projects that the pages name
 
 
 # -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from configurator import read_file, read_keys  # noqa: E402
 
 ROOMS = ("training", "inference", "foreign", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
-    "files keys device attention cross_entropy inference.puzzles",
+    "files keys device attention cross_entropy inference.puzzles benchmarks.traffic",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
     "dataset conversation foreign.names foreign.byte_level inference.prompts",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
@@ -27,8 +27,8 @@ FLOORS = [
     "inference.long_context inference.chat_tasks inference.letters foreign.tokenizer_files reporting.history",
     "parallel eval export reporting.tables reporting.charts serving.worker serving.bodies serving.answers",
     "training.origin training.start training.saver training.measure reporting.alarm reporting.page "
-    "reporting.pictures benchmarks.common serving.api",
-    "training.warmup serving.guards serving.metrics serving.documents",
+    "reporting.pictures benchmarks.common benchmarks.servers serving.api",
+    "training.warmup benchmarks.endurance serving.guards serving.metrics serving.documents",
     "train benchmarks.* serving.app",
     "serving.server",
     "sample chat serve bench ablate report doctor",

@@ -239,7 +239,7 @@ def test_scripts_import_only_base_dependencies_at_module_level():
     allowed = {*sys.stdlib_module_names, *(r.name for r in BASE), *(path.stem for path in scripts)}
     allowed |= {"data", *rooms}  # folders of this project
     allowed |= {path.parent.name for path in scripts if path.stem == "prepare"}  # a dataset's script may use another's
-    server = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}  # serve.py imports its room where used
+    server = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}  # used by serving/
     for path in scripts:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
