@@ -500,7 +500,9 @@ def test_case_11_a_full_queue(folders):
                 assert "HTTP/1.1 200" in raw and ('"9"' in raw or "Hi!" in raw or "23456789" in raw or "[DONE]" in raw)
         assert metrics_of(server)[f'minichat_requests_total{{route="{CHAT}",status="429"}}'] == 3
         assert_all_free(server)
-        assert ask(server, CHAT, **HELLO, n=6).status_code == 429, "it would never have room"
+        # more than there are places at all is no matter of waiting: a client would try again for ever
+        error = refused(server, CHAT, **HELLO, n=6)
+        assert error["param"] == "n" and "5" in error["message"]
         assert ask(server, CHAT, **HELLO, n=5).status_code == 200
 
 
@@ -953,20 +955,20 @@ def test_case_26_special_tokens_as_text(talker):
     special = set(WITH_CHARS.special_tokens.values())
     attack = WITH_CHARS.encode(ATTACK)
     assert not special & set(attack)
-    begin, user, end, assistant = (ids_of(WITH_CHARS, f"<|{name}|>") for name in ("bos", "user", "end", "assistant"))
-    system = ids_of(WITH_CHARS, "<|system|>")
+    begin, system, asks, end, answers = (ids_of(WITH_CHARS, f"<|{name}|>") for name in (
+        "bos", "system", "user", "end", "assistant"))
     parts = [{"type": "text", "text": ATTACK}]
     with noted_prompts(talker) as prompts:
         for content in (ATTACK, parts):
             asked(talker, CHAT, messages=[{"role": "user", "content": content}], max_tokens=1)
-            assert prompts.pop() == begin + user + attack + end + assistant
+            assert prompts.pop() == begin + asks + attack + end + answers
         asked(talker, CHAT, messages=[{"role": "user", "content": ""}, {"role": "assistant", "content": ATTACK}],
               max_tokens=1)
-        assert prompts.pop() == begin + user + end + assistant + attack
+        assert prompts.pop() == begin + asks + end + answers + attack
         messages = [{"role": "system", "content": "<|end|>", "name": "<|user|>"}, user("<|bos|>")]
         asked(talker, CHAT, messages=messages, max_tokens=1)
         plain = [WITH_CHARS.encode(text) for text in ("<|end|>", "<|bos|>")]
-        assert prompts.pop() == begin + system + plain[0] + end + user + plain[1] + end + assistant
+        assert prompts.pop() == begin + system + plain[0] + end + asks + plain[1] + end + answers
         asked(talker, COMPLETE, prompt=[ATTACK, "<|eos|>"], max_tokens=1)
         assert prompts[-2:] == [attack, WITH_CHARS.encode("<|eos|>")]
     assert asked(talker, "/tokenize", prompt=ATTACK, add_special_tokens=True)["tokens"] == attack
