@@ -59,8 +59,8 @@ class Blocks:
     again. Without a user it counts as free, but stays known until its room is needed: the least recently used goes
     first. A block goes before the one in front of it, as it cannot be found without that one.
 
-    in_a_row: forget known blocks, if need be, so that a request gets neighbours. A pool that has been in use for a while
-    is full of known blocks, and scattered ones are copied in each step of a CPU.
+    in_a_row: forget known blocks, if need be, so that a request gets neighbours. A pool that has been in use for a
+    while is full of known blocks, and scattered ones are copied in each step of a CPU.
     """
 
     def __init__(self, count, in_a_row=False):
