@@ -230,7 +230,7 @@ def test_the_pages_have_commands():
 
 # these have their own tests with less to do
 SLOW = ("-m", "bench.py", "ablate.py", "notebooks/execute.py", "tests/beside_llama_cpp.py", "tests/new_tokens.py")
-TRAINED = ("chat_shakespeare", "puzzles", "smollm2")  # models that take minutes of training, or a download
+TRAINED = ("chat_shakespeare", "puzzles", "smollm2", "out/10m")  # models that take minutes, or a download
 RUN = ("README", "data", "training", "inference", "evaluating", "measured")  # in this order, in one copy
 
 
@@ -400,7 +400,8 @@ def test_the_figures_are_those_of_the_results():
         assert sum(made(words, result) for words in block) == 1, f"{path.name}: its command does not stand above it"
         holds = {"train": holds_train, "data": holds_data, "loader": holds_loader, "infer": holds_infer,
                  "activations": holds_activations, "layouts": holds_layouts, "scaling": holds_scaling,
-                 "zero": holds_zero, "monitor": holds_monitor, "turns": holds_turns, "sft": holds_sft}
+                 "zero": holds_zero, "monitor": holds_monitor, "turns": holds_turns, "sft": holds_sft,
+                 "serve": holds_serve}
         holds[result["benchmark"]](rows, result)
         runs = result.get("runs") or [result["machine"]]
         assert not any(run["dirty"] for run in runs) and len({run["commit"] for run in runs}) == 1
@@ -515,6 +516,55 @@ def holds_zero(rows, result):
     for row in result["rows"]:
         assert any(line.startswith(cells(row, columns)) for line in rows), cells(row, columns)
         assert row["of_theory_%"] == pytest.approx(100, abs=5)
+
+
+def holds_serve(rows, result):
+    """Each part that was measured has its rows."""
+    assert not result["failed"]
+    for line in serve_lines(result):
+        assert any(row.startswith(line) for row in rows), line
+
+
+def serve_lines(result):
+    """The rows of docs/measured.md for the parts of one run of bench.py serve."""
+    model = result["model"]
+    lines = []
+    for row in result.get("closed", []):
+        columns = [row[name] for name in ("http_tok_per_s", "engine_tok_per_s", "http_%", "gain")]
+        lines.append(f"| {model} | {row['clients']} | " + " | ".join(f"{value:.1f}" for value in columns) + " |")
+
+    def add(name, *values):
+        lines.append(f"| {model}: {name} | " + " / ".join(values) + " |")
+
+    def percentiles(figures):
+        return [f"{figures[name]:.1f}" for name in ("p50", "p95", "p99", "max")]
+
+    if idle := result.get("idle"):
+        add("first token of single requests, over HTTP", *percentiles(idle["first_ms"]))
+        add("first token of single requests, engine alone", *percentiles(idle["engine_first_ms"]))
+    if load := result.get("load"):
+        add("first token at 70% load", *percentiles(load["first_ms"]))
+        add("gap between events at 70% load", *percentiles(load["gap_ms"]))
+    if overload := result.get("overload"):
+        add("refusal (429) at ten times the load", *percentiles(overload["refused_ms"]))
+        add("`/health` at ten times the load", *percentiles(overload["health_ms"]))
+        add("answers at ten times the load, % of full speed", f"{overload['of_full_%']:.1f}")
+    if mixed := result.get("mixed"):
+        add("mixed requests, of which lost", f"{mixed['calls']:,}", str(mixed["lost"]))
+        add("whole texts, of which not the engine's own", f"{mixed['texts']:,}", str(mixed["wrong_texts"]))
+        add("free blocks after them, of all", str(mixed["blocks_free"]), str(mixed["blocks_total"]))
+        add("memory after them, growth, in MB", f"{mixed['memory_mb']:.1f}", f"{mixed['memory_growth_mb']:.1f}")
+    if aborts := result.get("aborts"):
+        add("clients that left, of all; free blocks, of all", f"{aborts['left']:,}", f"{aborts['calls']:,}",
+            str(aborts["blocks_free"]), str(aborts["blocks_total"]))
+    if kill := result.get("kill"):
+        add("streams cut by kill -9, of all; files changed", *(str(kill[name]) for name in
+                                                              ("cut", "streams", "files_changed")))
+    for row in result.get("peers", []):
+        if row["tok_per_s"] is not None:
+            lines.append(f"| {row['server']} | {row['clients']} | {row['tok_per_s']:.1f} | "
+                         f"{row['latency_p50_ms']:.0f} ms |")
+    return lines
 
 
 def holds_monitor(rows, result):
