@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from configurator import Settings, configure, fail
-from conversation import TEMPLATES, Template, add_template, check_messages
+from conversation import TEMPLATES, Template, check_messages, template_of
 from device import pick_device, pick_dtype
 from files import decode_text, sha256, write_whole
 from infer import Engine
@@ -287,30 +287,16 @@ def load_all(c):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
                          f"{model.config.vocab_size:,}: it is another model's")
-    template = template_of(c, tokenizer)
+    template = template_of(tokenizer, c.template, c.out_dir)
+    if template is None:
+        raise ValueError(f"the tokenizer of {c.out_dir} has no chat template: fine-tune the run on conversations, "
+                         "which data/chat/prepare.py prepares, or name the one that the model was trained with, "
+                         f"--template={'|'.join(TEMPLATES)}")
     convert(model, dtype, c.quantize)
     val_loss = f"val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else "not evaluated"
     note(f"{folder}: step {state['step']}, {val_loss}")
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")
     return Engine(model, template.tokenizer, max_tokens=model.config.block_size, max_requests=1), template
-
-
-def template_of(c, tokenizer):
-    """The Template of a run's tokenizer, or the one that --template names. Raises ValueError."""
-    tune = "fine-tune the run on conversations, which data/chat/prepare.py prepares"
-    if tokenizer.template is not None:
-        if c.template:
-            raise ValueError(f"--template={c.template}: the tokenizer of {c.out_dir} has a chat template already")
-        return Template(tokenizer)
-    if not c.template:
-        raise ValueError(f"the tokenizer of {c.out_dir} has no chat template: {tune}, or name the one that the model "
-                         f"was trained with, --template={'|'.join(TEMPLATES)}")
-    changed = add_template(tokenizer, c.template)
-    added = [name for name in changed.special_tokens if name not in tokenizer.special_tokens]
-    if added:
-        raise ValueError(f"--template={c.template} needs the special tokens {', '.join(added)}, and the model never "
-                         f"learned them: {tune}")
-    return Template(changed)
 
 
 def question_of(c):

@@ -321,6 +321,29 @@ def add_template(tokenizer, template):
     return changed
 
 
+def template_of(tokenizer, name, source):
+    """The Template of a model that is to be talked with: its tokenizer's own or, where that has none, the one of
+    TEMPLATES that `name` names. None if there is neither.
+
+    source: where the model comes from, for messages. Raises ValueError for a name beside a template of its own, and for
+    a template whose special tokens the model never learned.
+    """
+    if tokenizer is None or (tokenizer.template is None and not name):
+        if name:
+            raise ValueError(f"--template={name}: {source} has no tokenizer")
+        return None
+    if tokenizer.template is not None:
+        if name:
+            raise ValueError(f"--template={name}: the tokenizer of {source} has a chat template already")
+        return Template(tokenizer)
+    changed = add_template(tokenizer, name)
+    added = [special for special in changed.special_tokens if special not in tokenizer.special_tokens]
+    if added:
+        raise ValueError(f"--template={name} needs the special tokens {', '.join(added)}, and the model never learned "
+                         "them: fine-tune the run on conversations, which data/chat/prepare.py prepares")
+    return Template(changed)
+
+
 def special_names(fields):
     """Names of the form <|name|> in the fields of a template, in order."""
     texts = [fields["begin"], *fields["before"].values(), *fields["after"].values(), *fields["also"]]

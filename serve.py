@@ -4,8 +4,9 @@ Serve a model over HTTP: a page to talk to, and endpoints that every OpenAI clie
     python serve.py --out_dir=out/chat_shakespeare        # then open the address that it prints
     curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Who is there?"}]}'
 
-Also a Hugging Face folder, a .gguf or nanoGPT's ckpt.pt. Needs: pip install "minichat[serve]". The routes are in
-serving/app.py, the engine's thread in serving/worker.py. SIGTERM and Ctrl-C let what runs finish, for `drain` seconds.
+Also a Hugging Face folder, a .gguf or nanoGPT's ckpt.pt. Needs: pip install -e ".[serve]" -c constraints.txt. The
+routes are in serving/app.py, the engine's thread in serving/worker.py. SIGTERM and Ctrl-C let running answers finish,
+for at most `drain` seconds.
 """
 
 import os
@@ -13,13 +14,16 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from configurator import Settings, configure, fail
-from conversation import TEMPLATES, Template, add_template
+from conversation import TEMPLATES, template_of
 from device import memory_is_full, pick_device, pick_dtype
 from foreign.pretrained import read_model
 from infer import Engine
 from inference.quantize import computes_bfloat16, convert
 from inference.terminal import note
+from serving.worker import default_chunk
 
 # -----------------------------------------------------------------------------
 out_dir = "out"             # run folder, one checkpoint's folder, Hugging Face folder, .gguf, or a name on the Hub
@@ -65,12 +69,12 @@ def load_all(c):
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
                          f"{model.config.vocab_size:,}: it is another model's")
-    template = template_of(c, tokenizer)
+    template = template_of(tokenizer, c.template, c.out_dir)
     if template:
         tokenizer = template.tokenizer
     model = convert(model.to(device).eval(), dtype, c.quantize)
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")
-    chunk = c.chunk or (128 if device.type == "cpu" else 512)
+    chunk = c.chunk or default_chunk(device.type)
     engine = Engine(model, tokenizer, max_tokens=cache_tokens(c, model.config, device, dtype), chunk=chunk,
                     max_requests=c.max_requests)
     served = Served(name=model_name(c), created=int(time.time()), tokenizer=tokenizer, template=template,
@@ -79,29 +83,10 @@ def load_all(c):
     return engine, served
 
 
-def template_of(c, tokenizer):
-    """The Template of a model's tokenizer, or the one that --template names; None: it cannot chat. Raises ValueError.
-    """
-    if tokenizer is None or (tokenizer.template is None and not c.template):
-        if c.template:
-            raise ValueError(f"--template={c.template}: {c.out_dir} has no tokenizer")
-        return None
-    if tokenizer.template is not None:
-        if c.template:
-            raise ValueError(f"--template={c.template}: the tokenizer of {c.out_dir} has a chat template already")
-        return Template(tokenizer)
-    changed = add_template(tokenizer, c.template)
-    added = [special for special in changed.special_tokens if special not in tokenizer.special_tokens]
-    if added:
-        raise ValueError(f"--template={c.template} needs the special tokens {', '.join(added)}, and the model never "
-                         "learned them: fine-tune it on conversations, which data/chat/prepare.py prepares")
-    return Template(changed)
-
-
 def cache_tokens(c, config, device, dtype):
     """Tokens whose keys and values fit into kv_memory. Raises ValueError if one context does not."""
     size = dtype.itemsize
-    if device.type == "cpu" and not computes_bfloat16():
+    if dtype == torch.bfloat16 and device.type == "cpu" and not computes_bfloat16():
         size = 4  # the engine keeps them in fp32 there
     token_bytes = 2 * config.n_layer * config.kv_heads * config.head_dim * size  # a key and a value
     contexts = c.max_requests * config.block_size

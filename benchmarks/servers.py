@@ -35,6 +35,7 @@ from foreign.pretrained import read_model
 from infer import Engine
 from inference.quantize import convert
 from inference.sampling import Chooser, Sampling
+from serving.worker import default_chunk
 
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES = 100  # of a call that is refused with 429
@@ -273,9 +274,9 @@ def answer_questions(pipe, folder, device, dtype, max_requests, max_tokens):
         fail(error)
     about = describe(model, tokenizer)
     model = convert(model.to(device).eval(), pick_dtype(dtype, device)[0])
-    chunk = 128 if device.type == "cpu" else 512  # as in serve.py
     max_tokens = max(max_tokens, model.config.block_size)
-    engine = Engine(model, tokenizer, max_tokens=max_tokens, max_requests=max_requests, chunk=chunk)
+    engine = Engine(model, tokenizer, max_tokens=max_tokens, max_requests=max_requests,
+                    chunk=default_chunk(device.type))
     pipe.send(about)
     with contextlib.suppress(EOFError):  # the parent has ended
         while True:

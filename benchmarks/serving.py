@@ -41,7 +41,8 @@ from benchmarks.traffic import (
 from configurator import fail
 from training.monitor import cpu_name
 
-LOAD, OVERLOAD = 0.7, 10  # calls that arrive, as a share of those that the server can answer
+LOAD = 0.7  # calls that arrive in a second, over the number that the server can answer in a second
+OVERLOAD = 10  # the same, for the part overload
 HEALTH_S = 0.05  # between two looks at /health
 QUEUE_S = 0.5  # between two looks at the queue
 
@@ -186,23 +187,29 @@ def latency_rows(figures, names):
     return [{"ms": words, **figures[name]} for name, words in names.items() if name in figures]
 
 
-def load(stand):
-    """-> the figures of the part"""
-    rate = LOAD * stand.capacity["calls_per_s"]
-    calls = stand.draw("load", max(1, round(rate * stand.c.seconds)))
-    instants = arrivals(random.Random("load arrivals"), rate, len(calls))
+def random_arrivals(stand, part, rate, path, interval):
+    """Send calls that arrive at random, `rate` a second for `seconds` seconds, and GET `path` every `interval` seconds
+    meanwhile. -> (deliveries, the Exchanges of the GETs)"""
+    calls = stand.draw(part, max(1, round(rate * stand.c.seconds)))
+    instants = arrivals(random.Random(f"{part} arrivals"), rate, len(calls))
 
     async def traffic():
-        async with watched(stand.server.address, "/metrics", QUEUE_S) as looks:
+        async with watched(stand.server.address, path, interval) as looks:
             deliveries = await open_loop(stand.server.address, calls, instants)
         return deliveries, looks
 
-    deliveries, looks = run(traffic())
+    return run(traffic())
+
+
+def load(stand):
+    """-> the figures of the part"""
+    rate = LOAD * stand.capacity["calls_per_s"]
+    deliveries, looks = random_arrivals(stand, "load", rate, "/metrics", QUEUE_S)
     results = [result_of(delivery) for delivery in deliveries]
     waiting = [number for number in map(waiting_calls, looks) if number is not None]
     figures = {
         "calls_per_s": rate,
-        "calls": len(calls),
+        "calls": len(results),
         "problems": stand.check("load", results),
         "refused": sum(result.status == 429 for result in results),
         **stream_figures(results),
@@ -212,7 +219,7 @@ def load(stand):
         "memory_mb": stand.server.memory_mb(),
     }
     figures |= ratios(figures, stand.idle)
-    print(f"\nload: {len(calls)} calls at {rate:.1f} a second, {100 * LOAD:.0f} % of the most; "
+    print(f"\nload: {len(results)} calls at {rate:.1f} a second, {100 * LOAD:.0f} % of the most; "
           f"{figures['refused']} refused")
     table(latency_rows(figures, {"lag_ms": "calls sent too late by the client"}), ["ms", "p50", "p95", "p99", "max"])
     columns = ["first_p95_to_idle", "gap_p99_to_median", "gap_p99_to_idle", "tokens_per_event", "waiting_mean",
@@ -244,15 +251,7 @@ def waiting_calls(look):
 def overload(stand):
     """-> the figures of the part"""
     rate = OVERLOAD * stand.capacity["calls_per_s"]
-    calls = stand.draw("overload", max(1, round(rate * stand.c.seconds)))
-    instants = arrivals(random.Random("overload arrivals"), rate, len(calls))
-
-    async def traffic():
-        async with watched(stand.server.address, "/health", HEALTH_S) as looks:
-            deliveries = await open_loop(stand.server.address, calls, instants)
-        return deliveries, looks
-
-    deliveries, looks = run(traffic())
+    deliveries, looks = random_arrivals(stand, "overload", rate, "/health", HEALTH_S)
     results = [result_of(delivery) for delivery in deliveries]
     problems = stand.check("overload", results)
     answered = [result for result in results if result.status == 200 and not result.lost]
@@ -265,14 +264,14 @@ def overload(stand):
     if sick:
         stand.failed.append(f"overload: {sick} of {len(looks)} looks at /health found no 200")
     figures = {
-        "calls_per_s": rate, "calls": len(calls), "problems": problems, "answered": len(answered),
+        "calls_per_s": rate, "calls": len(results), "problems": problems, "answered": len(answered),
         "refused": len(refused), "tok_per_s": tok_per_s, "of_full_%": 100 * tok_per_s / stand.capacity["tok_per_s"],
         "refused_ms": in_ms([result.seconds - result.lag for result in refused]),
         "health_ms": in_ms([look.ended - look.began for look in looks]),
         "lag_ms": in_ms([result.lag for result in results]),
         "memory_mb": stand.server.memory_mb(),
     }
-    print(f"\noverload: {len(calls)} calls at {rate:.1f} a second, {OVERLOAD} times the most")
+    print(f"\noverload: {len(results)} calls at {rate:.1f} a second, {OVERLOAD} times the most")
     table([figures], ["answered", "refused", "tok_per_s", "of_full_%", "memory_mb"])
     names = {"refused_ms": "refusal (429)", "health_ms": "/health", "lag_ms": "calls sent too late by the client"}
     table(latency_rows(figures, names), ["ms", "p50", "p95", "p99", "max"])

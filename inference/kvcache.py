@@ -74,9 +74,9 @@ class Blocks:
     def allocate(self, count, after=None):
         """Reserve `count` blocks for one request. -> list
 
-        Neighbours if possible, as a view then needs no copy: empty ones, best those behind the request's block `after`,
-        or else those that were not used for longest. Where there are no neighbours, empty ones and the least recently
-        used.
+        Neighbours if possible, as a view then needs no copy: empty blocks, best those behind the request's block
+        `after`, or else the row whose last use is longest ago. Without neighbours: empty blocks, then the least
+        recently used.
         """
         assert count <= self.free, "more blocks asked for than are free"
         chosen = self.empty_neighbours(count, after)

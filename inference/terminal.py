@@ -88,12 +88,18 @@ class Keyboard:
         """Within, Ctrl-C does what the class says, and SIGTERM ends the program in order: the terminal recovers."""
         earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         signal.signal(signal.SIGINT, self.interrupt)
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        signal.signal(signal.SIGTERM, self.terminate)
         try:
             yield
         finally:
+            if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:  # the program ends
+                del earlier[signal.SIGTERM]
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+
+    def terminate(self, number, frame):
+        signal.signal(number, signal.SIG_IGN)  # a second one must not cut the end short
+        sys.exit(128 + number)
 
     def interrupt(self, number, frame):
         self.pressed = True

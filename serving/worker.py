@@ -11,8 +11,8 @@ The engine in a thread of its own, for an event loop that serves many clients.
         done = job.done  # before the look at its progress: after the end there must be one more look
         print(job.requests[0].text[: job.progress(0).text])
 
-The thread calls Engine.step again and again (`steps_until_the_end` is the whole loop), and nobody else calls the engine
-(but for `prepare`, which changes nothing). Between two steps it takes new jobs, ends those that were cancelled or are
+The thread calls Engine.step again and again (`steps_until_the_end` is the whole loop). Nobody else calls the engine,
+except `prepare`, which changes nothing. Between two steps it takes new jobs, ends those that were cancelled or are
 late, and notes how far each request has come. The loop reads these notes, and the requests only as far as they say:
 tokens and text are only ever added.
 
@@ -36,6 +36,11 @@ UNAVAILABLE = {
     "failed": "the model could not be loaded",
 }
 LONGEST_RETRY = 60  # seconds; an estimate beyond this means nothing
+
+
+def default_chunk(device_type):
+    """Most tokens in one step of the engine, by the type of its device: on a CPU a long step holds up the streams."""
+    return 128 if device_type == "cpu" else 512
 
 
 class Full(Exception):
@@ -103,7 +108,7 @@ class Worker:
     """The thread that runs the engine. All methods but `run` and what it calls are for the event loop.
 
     load: () -> Engine; called in the thread, which may take its time.
-    max_queue: how many requests may wait, besides those that the engine runs.
+    max_queue: how many requests may wait. The requests that the engine runs do not count.
     timeout: seconds from `submit` after which a job is ended, queued or not, unless it says otherwise.
     gap: least seconds between two deliveries of news.
     clock: () -> seconds; for all times of jobs.

@@ -73,18 +73,26 @@ def write_run(folder, tokenizer, followers, block_size=128):
     return folder
 
 
+def write_polite(folder):
+    """A run that answers "Hi!". -> its path"""
+    return write_run(folder, WITH_CHARS, chain(WITH_CHARS, "Hi!<|end|>"))
+
+
+def write_endless(folder):
+    """A run that answers "abababa" and so on, for tens of thousands of tokens. -> its path"""
+    followers = chain(WITH_CHARS, "ab")
+    followers[WITH_CHARS.encode("b")[0]] = WITH_CHARS.encode("a")
+    return write_run(folder, WITH_CHARS, followers, block_size=30_000)
+
+
 @pytest.fixture(scope="module")
 def polite(tmp_path_factory):
-    """A run that answers "Hi!"."""
-    return write_run(tmp_path_factory.mktemp("runs") / "polite", WITH_CHARS, chain(WITH_CHARS, "Hi!<|end|>"))
+    return write_polite(tmp_path_factory.mktemp("runs") / "polite")
 
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """A run that answers "abababa" and so on, for tens of thousands of tokens."""
-    followers = chain(WITH_CHARS, "ab")
-    followers[WITH_CHARS.encode("b")[0]] = WITH_CHARS.encode("a")
-    return write_run(tmp_path_factory.mktemp("runs") / "endless", WITH_CHARS, followers, block_size=30_000)
+    return write_endless(tmp_path_factory.mktemp("runs") / "endless")
 
 
 @pytest.fixture

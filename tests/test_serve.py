@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from live import PATIENCE, ROOT, live, process, settings
-from test_chat import WITH_CHARS, chain, write_run
+from test_chat import write_endless, write_polite
 
 import serve
 import serving.app
@@ -29,16 +29,12 @@ FOREVER = {**HELLO, "max_tokens": 20_000}
 
 @pytest.fixture(scope="module")
 def polite(tmp_path_factory):
-    """A run that answers "Hi!"."""
-    return write_run(tmp_path_factory.mktemp("runs") / "polite", WITH_CHARS, chain(WITH_CHARS, "Hi!<|end|>"))
+    return write_polite(tmp_path_factory.mktemp("runs") / "polite")
 
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """A run that answers "abababa" and so on, for tens of thousands of tokens."""
-    followers = chain(WITH_CHARS, "ab")
-    followers[WITH_CHARS.encode("b")[0]] = WITH_CHARS.encode("a")
-    return write_run(tmp_path_factory.mktemp("runs") / "endless", WITH_CHARS, followers, block_size=30_000)
+    return write_endless(tmp_path_factory.mktemp("runs") / "endless")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +49,19 @@ def until(condition):
     while not condition():
         assert time.monotonic() < end, "it never holds"
         time.sleep(0.002)
+
+
+def hold_preparation(monkeypatch):
+    """Requests are not parsed before the Event that this returns is set."""
+    go_on = threading.Event()
+    real_prepare = serving.app.prepare
+
+    def slow(*args):
+        assert go_on.wait(PATIENCE)
+        return real_prepare(*args)
+
+    monkeypatch.setattr(serving.app, "prepare", slow)
+    return go_on
 
 
 class Gate:
@@ -538,14 +547,7 @@ def test_a_full_queue_refuses_at_once(endless):
 
 def test_a_crowd_is_refused_before_its_texts_are_read(polite, monkeypatch):
     """Requests that are still being tokenised are bounded too."""
-    go_on = threading.Event()
-    real = serving.app.prepare
-
-    def slow(*args):
-        assert go_on.wait(PATIENCE)
-        return real(*args)
-
-    monkeypatch.setattr(serving.app, "prepare", slow)
+    go_on = hold_preparation(monkeypatch)
     with live(polite, max_requests=1, max_queue=1) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(server)) for _ in range(2)]
         for client in clients:

@@ -87,6 +87,7 @@ from test_serve import (
     connect,
     error_of,
     events_of,
+    hold_preparation,
     is_refused,
     metrics_of,
     raw_request,
@@ -140,6 +141,15 @@ def noisy(folders):
 def reference(folders):
     """The engine of `noisy` without a server."""
     return engine_of(folders["noisy"])
+
+
+def hello_ids(path):
+    """What "hello" is for `noisy` at an endpoint: (its ids, tokens that end the answer)."""
+    if path == COMPLETE:
+        return WITH_MANY.encode("hello"), ()
+    template = Template(WITH_MANY)
+    ids, _ = template.encode(ASKS_HELLO, reply=True)
+    return ids, template.stops
 
 
 def continues(path, text, **options):
@@ -413,14 +423,7 @@ def test_case_09_leaving_a_plain_answer(endless, path, leave):
 
 def test_case_09_leaving_while_the_prompt_is_tokenised(endless, monkeypatch):
     """Nobody has told the server's task then; it learns it as soon as the request is queued."""
-    go_on = threading.Event()
-    real_prepare = serving.app.prepare
-
-    def slow(*args):
-        assert go_on.wait(PATIENCE)
-        return real_prepare(*args)
-
-    monkeypatch.setattr(serving.app, "prepare", slow)
+    go_on = hold_preparation(monkeypatch)
     client = connect(endless)
     client.sendall(raw_request(COMPLETE, {"prompt": "a", "max_tokens": FOREVER}))
     until(lambda: endless.service.preparing == 1)
@@ -613,12 +616,7 @@ def test_case_13_tokenising_holds_up_nobody(wide, monkeypatch):
 @pytest.mark.parametrize("path", BOTH)
 def test_case_14_several_choices(noisy, reference, path):
     """Choice j is the answer to seed + j; their pieces alternate in a stream; the prompt counts once."""
-    ids = WITH_MANY.encode("hello")
-    stops = ()
-    if path == CHAT:
-        template = Template(WITH_MANY)
-        ids, _ = template.encode(ASKS_HELLO, reply=True)
-        stops = template.stops
+    ids, stops = hello_ids(path)
     expected = [reference.generate(ids, seed=11 + j, max_new_tokens=12, stop_tokens=stops) for j in range(3)]
     texts = [request.text for request in expected]
     assert len(set(texts)) == 3
@@ -689,12 +687,7 @@ def test_case_16_a_chat_has_as_many_tokens_as_the_server_says(folders):
 @pytest.mark.parametrize("path", BOTH)
 def test_case_17_temperature_0_and_null(noisy, reference, path):
     """0 is greedy and not the default, as it is where 0 counts as absent; null is the default, which is 1."""
-    ids = WITH_MANY.encode("hello")
-    stops = ()
-    if path == CHAT:
-        template = Template(WITH_MANY)
-        ids, _ = template.encode(ASKS_HELLO, reply=True)
-        stops = template.stops
+    ids, stops = hello_ids(path)
 
     def text(**options):
         return texts_of(asked(noisy, path, **body_for(path, max_tokens=20, **options)))[0]

@@ -483,7 +483,7 @@ async def test_after_the_last_cancel_there_is_no_step(when):
 
 @in_loop
 async def test_a_thousand_aborts_leave_nothing_behind():
-    """At random instants, of jobs of one to three requests; those that are not aborted say what they always say."""
+    """Jobs of one to three requests are aborted at random instants; the other jobs give the texts they always give."""
     rng = random.Random(5)
     wanted = wishes(30, seed=6)
     expected = answers(wanted)
@@ -704,7 +704,7 @@ def test_a_loop_that_is_closed_ends_the_thread():
 
 @in_loop
 async def test_cancelling_the_task_that_waits_harms_nothing():
-    """As a server does when a client goes away: the job goes on until someone cancels it."""
+    """As a server does when a client leaves: the job continues until someone cancels it."""
     engine = engine_of()
     gate = Gate(engine)
     async with started(engine, gap=0) as worker:
