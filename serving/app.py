@@ -43,9 +43,9 @@ class LoadRefused(Exception):
 
 
 class Service:
-    """One model behind HTTP. host: the address that is bound, for the Host headers it answers to."""
+    """One model behind HTTP."""
 
-    def __init__(self, c, load, page, host=None):
+    def __init__(self, c, load, page):
         self.c = c
         self.load = load
         self.page = page
@@ -56,7 +56,7 @@ class Service:
         self.worker = Worker(self.load_engine, max_queue=c.max_queue, timeout=c.timeout)
         self.metrics = Metrics(self.worker)
         self.routes = make_routes(self)
-        self.app = guarded(self.routes, c, c.host if host is None else host, self.count)
+        self.app = guarded(self.routes, c, self.count)
 
     def load_engine(self):
         """The worker's thread calls this. -> Engine"""

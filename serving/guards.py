@@ -37,14 +37,13 @@ CORS = {"allow_methods": ["*"], "allow_headers": ["*"], "allow_credentials": Fal
         "expose_headers": ["x-request-id", "retry-after"]}
 
 
-def guarded(app, c, host, count):
-    """`app` behind all layers. c: the settings of serve.py; host: the address that is bound, "" for all; count(path,
-    status) is called once for each request."""
+def guarded(app, c, count):
+    """`app` behind all layers. c: the settings of serve.py; count(path, status) is called once for each request."""
     app = Body(app, c.max_body * 1024)
     app = Key(app, c.api_key)
     if c.cors_origins:
         app = CORSMiddleware(app, allow_origins=c.cors_origins, **CORS)
-    app = Doors(app, known_hosts(host, c.allowed_hosts), c.cors_origins)
+    app = Doors(app, known_hosts(c.host, c.allowed_hosts), c.cors_origins)
     return Frame(app, count, c.access_log)
 
 
