@@ -139,6 +139,7 @@ def draw(talk, request):
     times = [time.perf_counter()]
     while not request.finish:
         if talk.keyboard.pressed:
+            talk.keyboard.pressed = False  # from here on, Ctrl-C is about the next message
             talk.engine.cancel(request)
             break
         before = len(request.tokens)

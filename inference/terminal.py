@@ -66,7 +66,8 @@ class Keyboard:
     def __init__(self):
         self.reading = False
         self.begun = False  # part of a message was typed
-        self.pressed = False  # Ctrl-C, since the last message
+        self.pressed = False  # Ctrl-C, and nothing has answered to it yet
+        self.terminated = False  # by SIGTERM
         self.readline = self.import_readline()
         if is_terminal(sys.stdin):
             sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # read_message names what is not UTF-8
@@ -92,20 +93,20 @@ class Keyboard:
         try:
             yield
         finally:
-            if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:  # the program ends
-                del earlier[signal.SIGTERM]
+            if self.terminated:  # a second SIGTERM must not cut the end short
+                earlier[signal.SIGTERM] = signal.SIG_IGN
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
     def terminate(self, number, frame):
-        signal.signal(number, signal.SIG_IGN)  # a second one must not cut the end short
+        self.terminated = True
         sys.exit(128 + number)
 
     def interrupt(self, number, frame):
-        self.pressed = True
         if self.reading:
             self.begun |= bool(self.readline and self.readline.get_line_buffer())
             raise KeyboardInterrupt
+        self.pressed = True
 
     def read_line(self, mark):
         """The next line as bytes, without its end; several lines if they were pasted. Raises EOFError."""
@@ -140,11 +141,13 @@ class Keyboard:
     def read_message(self):
         """-> (text, whether it is a command). Raises EOFError, KeyboardInterrupt, and ValueError for bytes that are not
         UTF-8."""
-        self.begun = self.pressed = False
+        self.begun = False
         try:
             self.reading = True
+            if self.pressed:  # after the last answer, and before this line
+                raise KeyboardInterrupt
             lines, block = self.read_lines()
         finally:
-            self.reading = False
+            self.reading = self.pressed = False
         text = decode_text(b"\n".join(lines), "the message")
         return text, text.startswith("/") and not block
