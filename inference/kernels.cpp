@@ -352,9 +352,15 @@ extern "C" void unpack(const Matrix *w, void *y, int64_t type, int64_t threads) 
 // Attention of one new token for each request
 
 static inline float sum_of(Floats v) {
-    float sum = 0;
-    for (int i = 0; i < 16; i++) sum += v[i];
-    return sum;
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef float Four __attribute__((vector_size(16)));
+    Eight halves[2];
+    memcpy(halves, &v, sizeof(v));
+    Eight eight = halves[0] + halves[1];
+    Four quarters[2];
+    memcpy(quarters, &eight, sizeof(eight));
+    Four four = quarters[0] + quarters[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 template <class T>
