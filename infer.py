@@ -26,6 +26,8 @@ import torch
 
 from checkpoint import CheckpointError, config_of, find, load_model, run_of
 from device import inference_kernels, pick_device, pick_dtype
+from inference import kernels
+from inference.compiled import compiled_step
 from inference.kvcache import (
     BatchPass,
     Blocks,
@@ -40,6 +42,7 @@ from inference.kvcache import (
 from inference.prompts import check_prompt, encode_prompt, is_one_prompt, plain_lists, token_ids
 from inference.quantize import computes_bfloat16, convert
 from inference.sampling import Chooser, Sampling, StopText, top_tokens
+from inference.tiled import MOST_ROWS
 from model import GPT, rope_tables
 from tokenizer import load_tokenizer
 
@@ -178,18 +181,20 @@ class Engine:
         weight = model.transformer.wte.weight
         self.device = weight.device
         self.dtype = weight.dtype
-        self.batched = self.device.type == "cuda" if batched is None else batched
+        kernel = paged_kernel(self.device, self.dtype, config.head_dim)
+        on_cpu = self.device.type == "cpu"
+        self.batched = self.device.type == "cuda" or kernel == "cpu" if batched is None else batched
 
         # a CPU without bfloat16 would convert all keys and values for every token: fp32 takes half the time
-        slow = self.dtype == torch.bfloat16 and self.device.type == "cpu" and not computes_bfloat16()
+        slow = self.dtype == torch.bfloat16 and on_cpu and not computes_bfloat16()
         kv_dtype = torch.float32 if slow else self.dtype
-        kernel = paged_kernel(self.device, self.dtype, config.head_dim)
-        self.block = block or (256 if kernel else 16)
+        self.block = block or (16 if on_cpu or not kernel else 256)
         count = -(-(max_tokens or 4 * config.block_size) // self.block)
-        self.blocks = Blocks(count, in_a_row=not self.batched)
+        self.blocks = Blocks(count, in_a_row=on_cpu)
         self.pool = Pool(config, count, self.block, kv_dtype, self.device, kernel)
 
         self.passes = {}  # (rows, blocks) -> BatchPass
+        self.compiled = {}  # whether for several requests -> CompiledStep
         self.rope = None  # tables of all positions so far; a sliding window goes past the context
         self.extend_rope(config.block_size)
         self.waiting = deque()
@@ -204,6 +209,23 @@ class Engine:
         dtype, _ = pick_dtype(dtype, device)
         model, tokenizer, _, _ = load(out_dir, which, device, rope_scaling, rope_factor)
         return cls(convert(model, dtype, quantize), tokenizer, **options)
+
+    def compile(self, steps=None, several=True):
+        """Compile the steps of one new token for each request (inference/compiled.py), or read them from disk.
+
+        steps: how many there will be, so that it is done only where it pays; None: in any case. several: also those
+        for more than one request. -> what was done, in words. Raises RuntimeError with the reason why it cannot be
+        done; the engine works all the same.
+        """
+        if not self.batched:
+            raise RuntimeError(f"one token of each request is not one pass here: {kernels.trouble() or self.device}")
+        for many in (False, True) if several else (False,):
+            step = compiled_step(self.model, self.pool, many, steps)
+            if step is None:
+                return f"not compiled: {steps} steps are too few to pay"
+            self.compiled[many] = step
+        self.passes.clear()
+        return "compiled"
 
     @property
     def keys(self):
@@ -331,10 +353,16 @@ class Engine:
 
     def batch_pass(self, parts):
         """The BatchPass that has room for these parts. Its sizes are powers of two: few passes serve all steps."""
+        rows = len(parts)
         longest = max(-(-min(part.first + 1, part.table.window) // self.block) for part in parts)
-        rows, blocks = (1 << (n - 1).bit_length() for n in (len(parts), longest))
+        if self.pool.kernel == "cpu":
+            blocks = -(-self.model.config.block_size // self.block)  # as many as a request can have
+        else:
+            rows = 1 << (rows - 1).bit_length()
+            blocks = 1 << (longest - 1).bit_length()
         if (rows, blocks) not in self.passes:
-            self.passes[rows, blocks] = BatchPass(self.model, self.pool, self.rope, rows, blocks)
+            compiled = self.compiled.get(rows > 1) if rows <= MOST_ROWS else None
+            self.passes[rows, blocks] = BatchPass(self.model, self.pool, self.rope, rows, blocks, compiled)
         return self.passes[rows, blocks]
 
     def extend_rope(self, count):

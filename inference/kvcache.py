@@ -7,8 +7,9 @@ engine (infer.py) the model gets one of two caches:
 
 - StepCache: any number of tokens of each request. Attention runs for one request after another, without a copy where
   the blocks of a request are neighbours.
-- BatchPass: one token of each request. Attention runs for all of them at once, over a table of blocks, in shapes that
-  do not depend on the requests, so that on CUDA a graph can be replayed.
+- DecodeCache: one token of each request. Attention runs for all of them at once, over a table of blocks, in shapes that
+  do not depend on the requests. So the pass can be compiled (inference/compiled.py), and on CUDA a graph of it be
+  replayed: BatchPass has the tensors for that, which are filled before each step.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import takes_flash
+from inference import kernels
 
 try:  # optional kernels: pip install flash-attn (CUDA only)
     from flash_attn import flash_attn_with_kvcache
@@ -194,6 +196,12 @@ class BlockTable:
         self.window = window
         self.neighbours = all(b == a + 1 for a, b in itertools.pairwise(blocks))
         self.slots = (torch.tensor(blocks)[:, None] * size + torch.arange(size)).flatten()
+        self.row = torch.tensor(blocks, dtype=torch.int32)
+
+    def write(self, row):
+        """Write the blocks into a row of a table (n,): all of them, or as many as it has room for."""
+        count = min(len(self.row), len(row))
+        row[:count] = self.row[:count]
 
     def slot(self, position):
         position %= self.window
@@ -211,7 +219,8 @@ class BlockTable:
 class Pool:
     """The keys and values of all requests: `count` blocks of `size` tokens in each layer.
 
-    kernel: flash-attn's, that reads keys and values through a table of blocks (paged_kernel), or None.
+    kernel: what reads keys and values through a table of blocks (paged_kernel): flash-attn's function, "cpu" for that
+    of inference/kernels.py, or None for a gather.
     """
 
     def __init__(self, config, count, size, dtype, device, kernel=None):
@@ -240,7 +249,10 @@ def new_cache(config, slots, dtype, device):
 
 
 def paged_kernel(device, dtype, head_dim):
-    """flash-attn's kernel that reads keys and values through a table of blocks, if it is installed and runs here."""
+    """What reads keys and values through a table of blocks here: flash-attn's kernel if it is installed, "cpu" for our
+    own where there is a C++ compiler, or None."""
+    if device.type == "cpu" and dtype in kernels.TYPES and kernels.available():
+        return "cpu"
     return flash_attn_with_kvcache if takes_flash(device, dtype, head_dim) else None
 
 
@@ -291,19 +303,49 @@ class StepCache:
         return y[None].to(q.dtype)
 
 
+class DecodeCache(NamedTuple):
+    """The cache for one token of each of B requests, as the model sees it: tensors alone, so that it can be traced."""
+
+    keys: list  # of each layer, as in the pool
+    values: list
+    positions: torch.Tensor  # (B,) of the tokens
+    slots: torch.Tensor  # (B,) where their keys and values go
+    table: torch.Tensor  # (B, n) int32, the blocks of each request
+    lengths: torch.Tensor  # (B,) int32, tokens that each request sees
+    rope: tuple | None  # the rows of the rotary tables at these positions
+    size: int  # tokens in a block
+    kernel: object = None  # the pool's
+    rows: slice = slice(None)  # the logits of all rows are wanted
+
+    def attend(self, layer, q, k, v):
+        """Like StepCache.attend, for all requests at once."""
+        keys = self.keys[layer]  # (slots, n_kv, D)
+        values = self.values[layer]
+        if self.kernel == "cpu":
+            y = torch.ops.minichat.attend(q[0], k[0], v[0], keys.transpose(0, 1), values.transpose(0, 1), self.slots,
+                                          self.table, self.lengths, self.size)
+            return y[None]
+        keys.index_copy_(0, self.slots, k[0].to(keys.dtype))
+        values.index_copy_(0, self.slots, v[0].to(values.dtype))
+        keys = keys.unflatten(0, (-1, self.size))  # (blocks, size, n_kv, D)
+        values = values.unflatten(0, (-1, self.size))
+        y = attend_blocks(q[0].to(keys.dtype), keys, values, self.table, self.lengths, self.kernel)
+        return y[None].to(q.dtype)
+
+
 class BatchPass:
-    """The cache for steps of one token of each request, and the pass of the model over them, in fixed shapes: its
-    tensors are filled before each pass, so that on CUDA a graph of the pass can be replayed.
+    """Steps of one token of each request, in fixed shapes.
 
     rows: batch size of the graph; unused rows repeat the first request. blocks: length of the longest table.
-    rope: the tables of rope_tables, or None with learned positions.
+    rope: the tables of rope_tables, or None with learned positions. compiled: tokens and a DecodeCache -> logits, in
+    place of the model (inference/compiled.py).
     """
 
-    def __init__(self, model, pool, rope, rows, blocks):
+    def __init__(self, model, pool, rope, rows, blocks, compiled=None):
         self.model = model
         self.pool = pool
         self.rope_tables = rope
-        self.rows = slice(None)  # the logits of all rows are wanted
+        self.compiled = compiled
         self.graph = None
         device = pool.device
         self.tokens = torch.zeros(1, rows, dtype=torch.long, device=device)
@@ -320,7 +362,8 @@ class BatchPass:
         self.fill(self.positions, [part.first for part in padded])
         self.fill(self.slots, [part.table.slot(part.first) for part in padded])
         self.fill(self.lengths, [min(part.first + 1, part.table.window) for part in padded])
-        self.fill(self.table, [(part.table.blocks + [0] * blocks)[:blocks] for part in padded])
+        for row, part in enumerate(padded):
+            part.table.write(self.table[row])
         if self.pool.device.type == "cuda":
             with torch.cuda.device(self.pool.device):  # a graph is captured and replayed on the current device
                 if self.graph is None:
@@ -334,8 +377,12 @@ class BatchPass:
         buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
 
     def run(self):
-        self.rope = rope_at(self.rope_tables, self.positions)
-        return self.model(self.tokens, cache=self)[0][0].float()
+        rope = rope_at(self.rope_tables, self.positions)
+        cache = DecodeCache(self.pool.keys, self.pool.values, self.positions, self.slots, self.table, self.lengths,
+                            rope, self.pool.size, self.pool.kernel)
+        if self.compiled:
+            return self.compiled(self.tokens, cache)
+        return self.model(self.tokens, cache=cache)[0][0].float()
 
     def capture(self):
         """Record the pass as a graph, after two warm-up passes on another stream, as PyTorch asks.
@@ -353,14 +400,6 @@ class BatchPass:
             self.pool.graph_memory = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(self.graph, pool=self.pool.graph_memory):
             self.logits = self.run()
-
-    def attend(self, layer, q, k, v):
-        """Like StepCache.attend, for all requests at once."""
-        keys, values = self.pool.write(layer, self.slots, k, v)
-        keys = keys.unflatten(0, (-1, self.pool.size))  # (blocks, size, n_kv, D)
-        values = values.unflatten(0, (-1, self.pool.size))
-        y = attend_blocks(q[0].to(keys.dtype), keys, values, self.table, self.lengths, self.pool.kernel)
-        return y[None].to(q.dtype)
 
 
 def rope_at(rope, positions):
