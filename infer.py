@@ -188,7 +188,7 @@ class Engine:
         # a CPU without bfloat16 would convert all keys and values for every token: fp32 takes half the time
         slow = self.dtype == torch.bfloat16 and on_cpu and not computes_bfloat16()
         kv_dtype = torch.float32 if slow else self.dtype
-        self.block = block or (16 if on_cpu or not kernel else 256)
+        self.block = block or (16 if kernel in (None, "cpu") else 256)
         count = -(-(max_tokens or 4 * config.block_size) // self.block)
         self.blocks = Blocks(count, in_a_row=on_cpu)
         self.pool = Pool(config, count, self.block, kv_dtype, self.device, kernel)
