@@ -1,5 +1,6 @@
 """
-A model's weights as inference reads them: in half precision, prepacked for the CPU, or as 8-bit integers.
+A model's weights as inference reads them: in half precision, prepacked for the CPU, or as integers of 8
+or 4 bits.
 
 Decoding one token reads every weight once and computes little with it, so memory decides its speed: half the bytes take
 half the time. On a CPU, oneDNN reads weights in its own layout about twice as fast.
@@ -8,6 +9,9 @@ half the time. On a CPU, oneDNN reads weights in its own layout about twice as f
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from inference.int4 import Int4Linear
+from inference.rounding import round_groups
 
 MOST_ROWS = 64  # for more rows, as in a prompt, a product of floats is faster
 
@@ -69,20 +73,42 @@ def can_pack(model):
     return weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and computes_bfloat16()
 
 
-def convert(model, dtype=torch.float32, quantize=""):
+INT4 = {"int4": 32, "int4_64": 64, "int4_128": 128}  # the weights that share a scale
+
+
+def convert(model, dtype=torch.float32, quantize="", calibration=None):
     """Change `model` into its form for inference, in place: weights in `dtype`, linear layers packed on a CPU, or with
-    quantize="int8" as 8-bit integers. -> the model. Raises ValueError for any other value of quantize."""
-    if quantize not in ("", "int8"):
-        raise ValueError(f"quantize={quantize!r} is not int8; empty: no quantisation")
+    `quantize` as integers: int8, or int4 in groups of 32, int4_64, int4_128. -> the model. Raises ValueError for any
+    other value of quantize."""
+    if quantize not in ("", "int8", *INT4):
+        raise ValueError(f"quantize={quantize!r} is not one of int8, {', '.join(INT4)}; empty: no quantisation")
+    codes = {}
+    if quantize in INT4:  # of the weights as they are, before dtype rounds them
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear):
+                codes[layer] = grouped(layer, 4, INT4[quantize], name)
     model.to(dtype)
-    if quantize:
-        kind = Int8Linear
-    elif can_pack(model):
-        kind = PackedLinear
-    else:
+    if not quantize and not can_pack(model):
         return model
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, kind(child))
+            if not isinstance(child, nn.Linear):
+                continue
+            if child in codes:
+                layer = Int4Linear(*codes.pop(child), child.bias, child.in_features)
+            else:
+                layer = Int8Linear(child) if quantize else PackedLinear(child)
+            setattr(parent, name, layer)
     return model
+
+
+def grouped(linear, bits, group, name):
+    """The (codes, scale, minimum) of a layer's weight: those of the .gguf that it was read from, if they have as many
+    `bits` and the same `group`, or else rounded. Raises ValueError naming a weight that cannot be rounded."""
+    packed = getattr(linear, "packed", None)  # foreign/pretrained.py: with_codes
+    if packed and (packed.bits, packed.group) == (bits, group):
+        codes, scale, minimum = packed.read()
+        if codes.shape == linear.weight.shape:  # without rows that pad a table
+            device = linear.weight.device
+            return codes.to(device), scale.to(device), minimum if minimum is None else minimum.to(device)
+    return round_groups(linear.weight, bits, group, name=f"{name}.weight")
