@@ -106,9 +106,10 @@ def grouped(linear, bits, group, name):
     """The (codes, scale, minimum) of a layer's weight: those of the .gguf that it was read from, if they have as many
     `bits` and the same `group`, or else rounded. Raises ValueError naming a weight that cannot be rounded."""
     packed = getattr(linear, "packed", None)  # foreign/pretrained.py: with_codes
-    if packed and (packed.bits, packed.group) == (bits, group):
-        codes, scale, minimum = packed.read()
-        if codes.shape == linear.weight.shape:  # without rows that pad a table
-            device = linear.weight.device
-            return codes.to(device), scale.to(device), minimum if minimum is None else minimum.to(device)
-    return round_groups(linear.weight, bits, group, name=f"{name}.weight")
+    if not packed or (packed.bits, packed.group) != (bits, group):
+        return round_groups(linear.weight, bits, group, name=f"{name}.weight")
+    codes, *scales = packed.read()
+    rows = linear.out_features - len(codes)  # zeros that pad a table
+    codes = F.pad(codes, (0, 0, 0, rows), value=2 ** (bits - 1)).to(linear.weight.device)
+    scales = [p if p is None else F.pad(p, (0, 0, 0, rows)).to(linear.weight.device) for p in scales]
+    return codes, *scales
