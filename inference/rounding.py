@@ -12,7 +12,7 @@ llama.cpp's q4_0, q8_0 and q4_1. Where K is no multiple of G, the last group is 
 import torch
 
 GROUPS = (32, 64, 128)
-PIECE = 1 << 15  # groups that are rounded at once: what one candidate needs stays in the CPU's cache
+PIECE = 1 << 13  # groups that are rounded at once: what one candidate needs stays in the CPU's cache
 TINY = 2.0**-24  # the smallest float16 above zero
 
 # Scales that are tried with 4 bits: the largest weight of a group (by size, with its sign) becomes this step. -8 is
@@ -38,17 +38,19 @@ def round_groups(weight, bits, group, importance=None, name="the weight"):
     groups = rows.view(-1, group)
     if bits == 4 and (grid := grid_of(groups, name)):
         return tuple(part.view(len(rows), -1) for part in grid)
-    if importance is None:
-        importance = torch.ones(weight.size(1), device=rows.device)
-    counts = pad_inputs(importance.float()[None], group).view(-1, group)  # of the groups of one row
+    counts = None
+    if importance is not None:
+        counts = pad_inputs(importance.float()[None], group).view(-1, group)  # of the groups of one row
     half = 2 ** (bits - 1)
     codes, scales = [], []
     for first, piece in zip(range(0, len(groups), PIECE), groups.split(PIECE), strict=True):
         if bits == 8:
             scale = to_half(piece.abs().amax(1) / 127, name)
         else:
-            places = torch.arange(first, first + len(piece), device=rows.device) % len(counts)
-            scale = best_scale(piece, counts[places], name)
+            own = None
+            if counts is not None:
+                own = counts[torch.arange(first, first + len(piece), device=rows.device) % len(counts)]
+            scale = best_scale(piece, own, name)
         scales.append(scale)
         codes.append((to_steps(piece, scale.float()[:, None], -half, half - 1) + half).to(torch.uint8))
     return torch.cat(codes).view_as(rows), torch.cat(scales).view(len(rows), -1), None
@@ -71,22 +73,26 @@ def grid_of(groups, name):
 
 
 def best_scale(groups, counts, name):
-    """The float16 scale (P,) of least squared error, weighted by `counts`, for 4-bit codes of `groups` (P, G)."""
+    """The float16 scale (P,) of least squared error, weighted by `counts` or None, for 4-bit codes of `groups` (P, G).
+
+    For given codes the best scale is a projection, sum(w * g * q) / sum(w * q * q), and it lowers the error by
+    sum(w * g * q)^2 / sum(w * q * q): the candidate that lowers it most is taken.
+    """
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))  # (P, 1), with its sign
-    best = to_half(largest[:, 0] / STEPS[0], name)
-    least = torch.full_like(largest[:, 0], torch.inf)
+    best = torch.zeros_like(largest[:, 0])
+    most = torch.zeros_like(best)
     for step in STEPS:
         steps = to_steps(groups, largest / step, -8, 7)
-        # the scale of least squared error for these codes: a projection
-        weighed = steps * counts
+        weighed = steps if counts is None else steps * counts
+        product = (weighed * groups).sum(1)
         square = (weighed * steps).sum(1)
-        scale = to_half((weighed * groups).sum(1) / square.clamp(min=1e-30), name)
-        wide = scale.float()[:, None]
-        error = ((groups - to_steps(groups, wide, -8, 7) * wide).square() * counts).sum(1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, scale, best)
-    return best
+        gain = product.square() / square  # not a number for zeros
+        better = gain > most
+        most = torch.where(better, gain, most)
+        best = torch.where(better, product / square, best)
+    # the gain of the smallest weights is zero in float32
+    best = torch.where(best == 0, largest[:, 0] / STEPS[0], best)
+    return to_half(best, name)
 
 
 def to_steps(groups, scale, first, last):

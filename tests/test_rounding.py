@@ -50,7 +50,7 @@ def test_four_bits_beat_the_largest_weight_in_every_group(group):
     errors = []
     for rounded in (ours, largest_to_minus_8(WEIGHT, group)):
         errors.append((ungroup(*rounded, 4) - WEIGHT).view(-1, group).square().sum(1))
-    assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+    assert (errors[0] <= errors[1] * (1 + 1e-3)).all()
     assert errors[0].sum() < 0.95 * errors[1].sum()
 
 
@@ -110,7 +110,7 @@ def test_weights_of_any_size(bits, size):
     """Scales below the least float16 would make zeros or infinities of small weights."""
     weight = WEIGHT / WEIGHT.abs().max() * size
     back = ungroup(*round_groups(weight, bits, 32), bits)
-    assert torch.isfinite(back).all() and (back - weight).abs().max() < max(0.2 * size, 2**-24)
+    assert torch.isfinite(back).all() and (back - weight).abs().max() < max(0.2 * size, 2**-21)
 
 
 def test_a_weight_that_cannot_be_rounded_is_named():
