@@ -6,9 +6,7 @@ package gguf turns quantised tensors into numbers. Format: https://github.com/gg
 """
 
 import json
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ import torch
 from configurator import fail
 from foreign.byte_level import PRE, build
 from foreign.names import OWN_GGUF_KEY, Found, Made, from_rotary_names, refuse_lfs_pointer, rotary_config
+from inference.rounding import Packed
 from model import GPTConfig
 
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -254,14 +253,6 @@ def halves_first(file, name, config, read):
 
 PACKED = {"Q4_0": (4, "codes", "scale"), "Q4_1": (4, "codes", "scale", "minimum"), "Q8_0": (8, "codes", "scale")}
 GROUP = 32  # weights of a row that share a scale
-
-
-class Packed(NamedTuple):
-    """A matrix in whole numbers. read() -> (codes, scale, minimum) as in inference/rounding.py, the file's own."""
-
-    bits: int
-    group: int
-    read: Callable
 
 
 def packed_matrices(file, config, family):

@@ -9,6 +9,9 @@ A matrix (N, K) is cut along K into groups of G weights. The weights are (codes 
 llama.cpp's q4_0, q8_0 and q4_1. Where K is no multiple of G, the last group is filled with zeros.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 GROUPS = (32, 64, 128)
@@ -18,6 +21,14 @@ TINY = 2.0**-24  # the smallest float16 above zero
 # Scales that are tried with 4 bits: the largest weight of a group (by size, with its sign) becomes this step. -8 is
 # llama.cpp's q4_0; steps below it clip the largest weight, so that the others are rounded more finely.
 STEPS = (-8.0, -8.5, -9.0, -7.0)
+
+
+class Packed(NamedTuple):
+    """A matrix that was rounded elsewhere: in a .gguf, or by inference/gptq.py. read() -> (codes, scale, minimum)."""
+
+    bits: int
+    group: int
+    read: Callable
 
 
 def round_groups(weight, bits, group, importance=None, name="the weight"):
@@ -32,8 +43,7 @@ def round_groups(weight, bits, group, importance=None, name="the weight"):
     """
     if bits not in (4, 8) or group not in GROUPS:
         raise ValueError(f"{bits} bits in groups of {group}: there are 4 and 8 bits, in groups of 32, 64 or 128")
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{name} holds numbers that are not finite, and cannot be rounded")
+    check_finite(weight, name)
     rows = pad_inputs(weight.detach().float(), group)
     groups = rows.view(-1, group)
     if bits == 4 and (grid := grid_of(groups, name)):
@@ -54,6 +64,11 @@ def round_groups(weight, bits, group, importance=None, name="the weight"):
         scales.append(scale)
         codes.append((to_steps(piece, scale.float()[:, None], -half, half - 1) + half).to(torch.uint8))
     return torch.cat(codes).view_as(rows), torch.cat(scales).view(len(rows), -1), None
+
+
+def check_finite(weight, name):
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name} holds numbers that are not finite, and cannot be rounded")
 
 
 def grid_of(groups, name):

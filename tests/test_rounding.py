@@ -1,9 +1,14 @@
 """Weights as 4- and 8-bit codes: the numbers that llama.cpp's formats have, and the scale of least squared error."""
 
+import copy
+
 import pytest
 import torch
 
+from inference import gptq
+from inference.quantize import convert
 from inference.rounding import GROUPS, round_groups, ungroup
+from model import GPT, GPTConfig
 
 torch.manual_seed(0)
 WEIGHT = torch.randn(48, 256) * 0.02
@@ -135,3 +140,53 @@ def test_what_llama_cpp_has_rounded_comes_back_unchanged(kind, bits):
     rounded = round_groups(theirs, bits, 32)
     assert torch.equal(ungroup(*rounded, bits), theirs) and (rounded[2] is not None) == (kind == "Q4_1")
     assert not torch.equal(ungroup(*round_groups(WEIGHT, bits, 32), bits), WEIGHT)
+
+
+# -----------------------------------------------------------------------------
+# GPTQ
+
+
+def correlated(count, size):
+    """Inputs (count, size) that share a few directions, some of them large."""
+    torch.manual_seed(1)
+    return torch.randn(count, size // 8) @ torch.randn(size // 8, size) + 0.3 * torch.randn(count, size)
+
+
+def test_without_correlation_there_is_nothing_to_make_up_for():
+    codes, scale = gptq.round_in_turn(WEIGHT[:, :200], torch.eye(200), 64)
+    nearest = round_groups(WEIGHT[:, :200], 4, 64)
+    assert torch.equal(codes, nearest[0]) and torch.equal(scale, nearest[1])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_outputs_are_nearer_though_the_weights_are_farther(group):
+    x = correlated(4096, 200)
+    weight = WEIGHT[:, :200]
+    errors = []
+    for codes, scale in (gptq.round_in_turn(weight, x.T @ x / len(x), group), round_groups(weight, 4, group)[:2]):
+        change = ungroup(codes, scale, None, 4)[:, :200] - weight
+        errors.append(((x @ change.T).square().mean(), change.square().mean()))
+    assert errors[0][0] < 0.5 * errors[1][0] and errors[0][1] > errors[1][1]
+
+
+def test_convert_takes_the_codes_of_a_calibration():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=100, n_layer=2, n_head=2, n_embd=64)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    windows = [torch.randint(100, (8, 32)) for _ in range(8)]
+    nearest = convert(copy.deepcopy(model), quantize="int4_64")
+    calibrated = copy.deepcopy(model)
+    gptq.calibrate(calibrated, windows, 64)
+    assert all(torch.equal(p, q) for p, q in zip(calibrated.parameters(), model.parameters(), strict=True))
+    convert(calibrated, quantize="int4_64")
+    with torch.no_grad():
+        logits = [m(windows[0])[0] for m in (model, nearest, calibrated)]
+    errors = [(other - logits[0]).square().mean() for other in logits[1:]]
+    assert 0 < errors[1] < 0.9 * errors[0]
+
+
+def test_a_calibration_names_a_weight_that_is_not_finite():
+    with pytest.raises(ValueError, match="head holds numbers that are not finite"):
+        gptq.round_in_turn(WEIGHT * torch.nan, torch.eye(256), 32, "head")
