@@ -3,6 +3,7 @@
 
     calibrate(model, windows, group=32)      # windows: (B, T) ids each
     convert(model, dtype, "int4")            # takes these codes instead of the nearest ones
+    save_codes("codes.safetensors", model, facts)
 
 The inputs of a layer are rounded one after another. What the rounding of one input changes in the layer's outputs, the
 inputs that are still to come make up for as well as they can: which of them carry the same information, the second
@@ -12,7 +13,10 @@ moments of the layer's inputs over the windows tell.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
+from files import write_whole
 from inference.rounding import Packed, best_scale, check_finite, pad_inputs, to_steps
 
 DAMPING = 0.01  # of the mean square of an input, added to all: the paper's
@@ -27,6 +31,39 @@ def calibrate(model, windows, group):
         if isinstance(layer, nn.Linear):
             codes, scale = round_in_turn(layer.weight, moments.pop(layer), group, f"{name}.weight")
             layer.packed = Packed(4, group, lambda parts=(codes, scale, None): parts)
+
+
+def save_codes(path, model, facts):
+    """Write the codes of a calibration to a file. facts: {str: str}, such as the sha256 of the weights and the data."""
+    tensors = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            codes, scale, _ = layer.packed.read()
+            tensors[f"{name}.nibbles"] = (codes[:, ::2] | codes[:, 1::2] << 4).cpu()
+            tensors[f"{name}.scale"] = scale.cpu()
+    write_whole(path, save(tensors, metadata=facts))
+
+
+def load_codes(path, model, facts):
+    """Give the linear layers of `model` the codes of a file. Raises OSError, and ValueError for a damaged file, for one
+    whose facts are not `facts` (those that only the file has do not count), and for another model's."""
+    try:
+        with safe_open(path, "pt") as file:
+            written = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    for key, value in facts.items():
+        if written.get(key) != value:
+            raise ValueError(f"{path} was made with {key} {written.get(key)}, and here it is {value}: calibrate again")
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        nibbles, scale = (tensors.get(f"{name}.{part}") for part in ("nibbles", "scale"))
+        if nibbles is None or scale is None or len(nibbles) != layer.out_features:
+            raise ValueError(f"{path} is another model's: it has no codes for {name}")
+        codes = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(1)
+        layer.packed = Packed(4, codes.size(1) // scale.size(1), lambda parts=(codes, scale, None): parts)
 
 
 @torch.no_grad()
