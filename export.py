@@ -37,7 +37,7 @@ paths: tuple[str, ...] = ()  # source and target, as bare words; a target NAME.g
 ckpt = "latest"         # which checkpoint of a run: latest | best | a step
 tokenizer = ""          # for a model from elsewhere: a file or folder (nanoGPT's data folder); empty: the one beside it
 template = ""           # for a model from elsewhere: minichat | chatml | smollm2 | nanochat; empty: the model's own
-dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat16 | q8_0 (8 bits, a scale for each 32)
+dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat16 | q8_0 | q4_0 | q4_1 (8 or 4 bits)
 # -----------------------------------------------------------------------------
 
 # -----------------------------------------------------------------------------
@@ -202,14 +202,15 @@ def rope_parameters(config):
 # To llama.cpp
 
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # our names, and GGUF's
+# our names, and GGUF's
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 
 
 def write_gguf(model, tokenizer, target, dtype="float32"):
     """Make `target` a file that llama.cpp loads, with its matrices in `dtype`.
 
-    In q8_0, 32 weights of a row share a scale. A matrix whose rows do not divide by 32 is float16, as in llama.cpp's
-    own conversion.
+    In q8_0, q4_0 and q4_1, 32 weights of a row share a scale, and in q4_1 a least weight. A matrix whose rows do not
+    divide by 32 is float16, as in llama.cpp's own conversion.
     """
     try:
         import gguf
@@ -256,7 +257,7 @@ def gguf_layout(name, p, config, family):
 def gguf_type(name, p, short):
     if p.ndim == 1 or "wpe" in name:
         return "F32"
-    if short == "Q8_0" and p.size(1) % 32:
+    if short.startswith("Q") and p.size(1) % 32:
         return "F16"
     return short
 

@@ -14,6 +14,7 @@ import torch
 from configurator import fail
 from foreign.byte_level import PRE, build
 from foreign.names import OWN_GGUF_KEY, Found, Made, from_rotary_names, refuse_lfs_pointer, rotary_config
+from inference.rounding import Packed
 from model import GPTConfig
 
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -107,9 +108,9 @@ class GGUF:
             raise ValueError(f"{self.path} lacks {key}")
         return self.values[key]
 
-    def tensor(self, name):
-        """A tensor in float32. Raises ValueError for a type that cannot be read, or one that the file does not hold
-        whole."""
+    def blocks(self, name):
+        """A tensor as it lies in the file -> (its bytes, uint8 (..., N, bytes of a row); its type). Raises ValueError
+        if its type is not known, or the file does not hold it whole."""
         shape, number, offset = self.tensors[name]
         gguf = self.gguf
         try:
@@ -123,9 +124,14 @@ class GGUF:
         begin = self.start + offset
         if begin + size > len(self.data):
             raise ValueError(f"{self.path} is cut off: it ends within {name}; download it again")
-        raw = self.data[begin : begin + size].reshape(*shape[:-1], shape[-1] // per_block * block_bytes)
+        return self.data[begin : begin + size].reshape(*shape[:-1], shape[-1] // per_block * block_bytes), kind
+
+    def tensor(self, name):
+        """A tensor in float32. Raises ValueError for a type that cannot be read, or one that the file does not hold
+        whole."""
+        raw, kind = self.blocks(name)
         try:
-            values = gguf.quants.dequantize(raw, kind)
+            values = self.gguf.quants.dequantize(raw, kind)
         except NotImplementedError:
             raise ValueError(f"{self.path}: {name} is of type {kind.name}, which cannot be turned into "
                              "numbers here") from None
@@ -137,7 +143,7 @@ class GGUF:
 
 
 def read_gguf(file):
-    """The model in a GGUF -> (GPTConfig, name -> tensor). Raises ValueError."""
+    """The model in a GGUF -> (GPTConfig, name -> tensor, name -> Packed). Raises ValueError."""
     family = file["general.architecture"]
     if family not in ("gpt2", "llama", "qwen3"):
         raise ValueError(f"{file.path} holds a model of architecture {family!r}: only gpt2, llama, qwen3 are read")
@@ -149,15 +155,21 @@ def read_gguf(file):
     config = config_of(file, family)
     if config.n_layer > len(file.tensors):  # before that many layers are made
         raise ValueError(f"{file.path} is damaged: it has {config.n_layer} layers and {len(file.tensors)} tensors")
-    names = file.gguf.get_tensor_name_map(file.gguf.MODEL_ARCH[family.upper()], config.n_layer).get_name
-    known = {names(name, (".weight", ".bias")): name for name in names_in_transformers(family, config)}
+    tensors = under_our_names(file, config, family, file.tensors, file.tensor)
+    return config, tensors, packed_matrices(file, config, family)
+
+
+def under_our_names(file, config, family, names, read):
+    """The tensors `names` of a file -> Made, under our names. read(name) gives one, in any form that has its rows."""
+    to_theirs = file.gguf.get_tensor_name_map(file.gguf.MODEL_ARCH[family.upper()], config.n_layer).get_name
+    known = {to_theirs(name, (".weight", ".bias")): name for name in names_in_transformers(family, config)}
     makers = {}
-    for name in file.tensors:
+    for name in names:
         theirs = known.get(name, name)
         rows = family == "llama" and theirs.endswith(("q_proj.weight", "k_proj.weight"))
-        makers[theirs] = partial(halves_first, file, name, config) if rows else partial(file.tensor, name)
+        makers[theirs] = partial(halves_first, file, name, config, read) if rows else partial(read, name)
     tensors = Made(makers)
-    return config, tensors if family == "gpt2" else from_rotary_names(tensors, config, family)
+    return tensors if family == "gpt2" else from_rotary_names(tensors, config, family)
 
 
 def config_of(file, family):
@@ -226,14 +238,67 @@ def names_in_transformers(family, config):
     return names + [f"model.layers.{i}.{part}.weight" for i in layers for part in parts]
 
 
-def halves_first(file, name, config):
+def halves_first(file, name, config, read):
     """A matrix of queries or keys of llama, where llama.cpp rotates pairs of neighbours: the rows of each head with the
     first of every pair first, so that the two halves of the head are rotated, as in transformers and here."""
-    p = file.tensor(name)
+    p = read(name)
     D = config.head_dim
     if p.ndim != 2 or len(p) % D:
         raise ValueError(f"{file.path}: {name} of shape {tuple(p.shape)} is not made of heads of {D} rows")
     return p.view(-1, D // 2, 2, p.size(1)).transpose(1, 2).reshape(p.shape)
+
+
+# -----------------------------------------------------------------------------
+# Matrices of 4 and 8 bits, as they are
+
+PACKED = {"Q4_0": (4, "codes", "scale"), "Q4_1": (4, "codes", "scale", "minimum"), "Q8_0": (8, "codes", "scale")}
+GROUP = 32  # weights of a row that share a scale
+
+
+def packed_matrices(file, config, family):
+    """The matrices that lie in the file as q4_0, q4_1 or q8_0 -> {our name: Packed}.
+
+    Groups lie along the inputs, so their rows change places and join as those of floats do. A c_attn is only there if
+    the matrices of queries, keys and values are of one type.
+    """
+    packed = {}
+    for kind, (bits, *parts) in PACKED.items():
+        number = file.gguf.GGMLQuantizationType[kind]
+        names = [name for name, (shape, own, _) in file.tensors.items() if own == number and len(shape) == 2]
+        read = [under_our_names(file, config, family, names, partial(packed_part, file, part)) for part in parts]
+        for name in read[0]:
+            packed[name] = Packed(bits, GROUP, partial(read_packed, read, name))
+    for i in range(config.n_layer):
+        names = [f"blk.{i}.attn_{letter}.weight" for letter in "qkv"]
+        if len({file.tensors[name][1] for name in names if name in file.tensors}) > 1:
+            packed.pop(f"transformer.h.{i}.attn.c_attn.weight", None)
+    return packed
+
+
+def read_packed(parts, name):
+    codes, scale, *minimum = (part[name] for part in parts)
+    one = [p[:, ::GROUP].contiguous() for p in (scale, *minimum)]  # for each group
+    return codes, one[0], one[1] if minimum else None
+
+
+def packed_part(file, part, name):
+    """The codes, uint8 (N, K), of a matrix, or the scale or minimum of each of its weights, float16 (N, K).
+
+    ggml's blocks of 32 weights begin with the scale, and in q4_1 with the minimum behind it. In 4 bits, byte j has
+    weight j in its low half and weight j + 16 in its high half; in 8 bits it is the step itself, -128 .. 127.
+    """
+    raw, kind = file.blocks(name)
+    blocks = np.array(raw).reshape(len(raw), -1, file.gguf.GGML_QUANT_SIZES[kind][1])  # (N, K / 32, bytes of a block)
+    head = 2 * (len(PACKED[kind.name]) - 2)  # a float16 for each part besides the codes
+    body = blocks[..., head:]
+    if part != "codes":
+        both = np.ascontiguousarray(blocks[..., :head]).view("<f2")  # (N, K / 32, 1 or 2)
+        values = both[..., [int(part == "minimum")]].repeat(GROUP, -1)
+    elif kind.name == "Q8_0":
+        values = body ^ 0x80  # + 128
+    else:
+        values = np.concatenate((body & 15, body >> 4), -1)
+    return torch.from_numpy(values.reshape(len(raw), -1))
 
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError
 
 import checkpoint
@@ -63,8 +64,9 @@ def read_foreign(source, tokenizer_path, template):
     """read_model for a model from elsewhere."""
     state = {"step": 0, "val_loss": None}
     file = GGUF(source) if source.suffix == ".gguf" else None
+    packed = {}
     if file:
-        config, tensors = read_gguf(file)
+        config, tensors, packed = read_gguf(file)
     elif source.is_dir():
         config, tensors = read_folder(source)
     else:
@@ -78,12 +80,14 @@ def read_foreign(source, tokenizer_path, template):
     if not tokenizer:
         if template:
             raise ValueError(f"template={template!r} needs a tokenizer: --tokenizer=FOLDER names one")
-        return build(config, tensors), None, state
+        return with_codes(build(config, tensors), packed), None, state
     known = tokenizer.vocab_size - added  # tokens that the model has learned
     tokenizer = with_template(tokenizer, template_with(source, file), template, warn)
     model = build(replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size)), tensors, config.vocab_size)
     add_rows(model, known, tokenizer.vocab_size)
-    return model, tokenizer, state
+    if tokenizer.vocab_size > known:  # the tables have rows that the file has not
+        packed = {name: p for name, p in packed.items() if name not in TABLES}
+    return with_codes(model, packed), tokenizer, state
 
 
 def warn(message):
@@ -113,6 +117,18 @@ def build(config, tensors, rows_needed=None):
         with torch.no_grad():
             p[:rows].copy_(tensor[:rows])
             p[rows:].zero_()
+    return model
+
+
+def with_codes(model, packed):
+    """Tell each linear layer of `model` which matrix of `packed`, {name: Packed}, its weight was made from:
+    quantize.convert takes the codes, if it rounds to as many bits. -> the model"""
+    for name, layer in model.named_modules():
+        own = f"{name}.weight"
+        if own == "lm_head.weight" and model.config.tie_weights:
+            own = "transformer.wte.weight"
+        if isinstance(layer, nn.Linear) and own in packed:
+            layer.packed = packed[own]
     return model
 
 

@@ -4,7 +4,10 @@ Under infer.py, sample.py, chat.py and eval.py:
     prompts       what a prompt may be
     sampling      logits to a token; where a text ends
     kvcache       keys and values in blocks of one pool, and attention over them
-    quantize      weights as inference reads them: packed for the CPU, half precision, int8
+    quantize      weights as inference reads them: packed for the CPU, half precision, int8, int4
+    rounding      weights as integers of 4 or 8 bits with a scale for each group
+    int4          a linear layer with 4-bit weights over PyTorch's kernels
+    gptq          4-bit codes that make up for each other's errors, from windows of text
     tasks         multiple choice and last words, by log-likelihood
     samples       samples of a bank of prompts, as Markdown
     terminal      what chat.py reads and prints; how scripts end whose output is their product

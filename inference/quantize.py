@@ -1,5 +1,6 @@
 """
-A model's weights as inference reads them: in half precision, in a layout that the CPU reads fast, or as 8-bit integers.
+A model's weights as inference reads them: in half precision, in a layout that the CPU reads fast, or as integers of 8
+or 4 bits.
 
 Decoding one token reads every weight once and computes little with it, so memory decides its speed: half the bytes take
 half the time. On a CPU with a C++ compiler the weights lie in the tiles of our own kernel (inference/tiled.py), but for
@@ -13,8 +14,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import float8
 from device import native_bfloat16
 from inference import kernels
+from inference.int4 import Int4Linear
 from inference.rounding import round_groups
 from inference.tiled import MOST_ROWS, TiledLinear
 
@@ -112,41 +115,70 @@ def has_amx():
     return computes_bfloat16() and is_supported is not None and is_supported()
 
 
-def int8_linear(linear):
-    """nn.Linear -> TiledLinear of 8 bits, in groups of 32 as in GGUF's q8_0"""
-    codes, scale, minimum = round_groups(linear.weight.detach(), 8, 32)
-    return tiled(linear, codes, scale, minimum, 8)
+def has_kernels(device, dtype):
+    """Whether our own kernels for a CPU (inference/kernels.py) serve this device and dtype."""
+    return device.type == "cpu" and dtype in kernels.TYPES and kernels.available()
 
 
-def tiled(linear, codes, scale, minimum, bits):
-    products = torch.bfloat16 if native_bfloat16() else torch.float32
-    return TiledLinear.of_codes(codes, scale, minimum, linear.bias, bits, linear.in_features, products)
+INTEGERS = {"int8": (8, 32), "int4": (4, 32), "int4_64": (4, 64), "int4_128": (4, 128)}  # bits, weights with one scale
+FORMS = (*INTEGERS, "fp8")
 
 
-def kind_of_layer(model, quantize):
-    """The function that makes the layer for inference of an nn.Linear, or None: it stays as it is."""
-    weight = model.transformer.wte.weight
-    on_cpu = weight.device.type == "cpu" and weight.dtype in kernels.TYPES and kernels.available()
-    if quantize == "int8":
-        return int8_linear if on_cpu else Int8Linear
-    if weight.dtype == torch.bfloat16 and has_amx():
-        return PackedLinear
-    if on_cpu:
-        return TiledLinear.of_floats
-    return PackedLinear if can_pack(model) else None
+def convert(model, dtype=torch.float32, quantize="", calibration=None):
+    """Change `model` into its form for inference, in place: weights in `dtype`, in a layout that a CPU reads fast, or
+    with `quantize` in 8 or 4 bits. -> the model.
 
-
-def convert(model, dtype=torch.float32, quantize=""):
-    """Change `model` into its form for inference, in place: weights in `dtype`, linear layers packed on a CPU, or with
-    quantize="int8" as 8-bit integers. -> the model. Raises ValueError for any other value of quantize."""
-    if quantize not in ("", "int8"):
-        raise ValueError(f"quantize={quantize!r} is not int8; empty: no quantisation")
+    quantize: int8; int4 in groups of 32, int4_64, int4_128; or fp8, with `calibration`, name of a layer -> the static
+    scale of its input (inference/calibration.py). Raises ValueError for any other value, for a weight that cannot be
+    rounded, and for a device that cannot multiply the form.
+    """
+    if quantize not in ("", *FORMS):
+        raise ValueError(f"quantize={quantize!r} is not one of {', '.join(FORMS)}; empty: no quantisation")
+    device = model.transformer.wte.weight.device
+    if quantize == "fp8":
+        float8.check_device(device)
+    codes = {}
+    if quantize.startswith("int4") or quantize == "int8" and has_kernels(device, dtype):
+        for name, layer in model.named_modules():  # of the weights as they are, before dtype rounds them
+            if isinstance(layer, nn.Linear):
+                codes[name] = grouped(layer, *INTEGERS[quantize], name)
     model.to(dtype)
-    make_layer = kind_of_layer(model, quantize)
-    if make_layer is None:
-        return model
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, make_layer(child))
+    packs = can_pack(model)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear):
+            continue
+        if quantize == "fp8" and float8.fits(layer):
+            made = Float8InferenceLinear(layer, calibration.get(name) if calibration else None)
+        elif name in codes:
+            made = integer_layer(layer, INTEGERS[quantize][0], codes.pop(name))
+        elif quantize == "int8":
+            made = Int8Linear(layer)
+        elif has_kernels(device, dtype) and not (dtype == torch.bfloat16 and has_amx()):
+            made = TiledLinear.of_floats(layer)
+        elif packs:
+            made = PackedLinear(layer)
+        else:
+            continue
+        model.set_submodule(name, made)
     return model
+
+
+def integer_layer(linear, bits, codes):
+    """The layer of grouped codes, for our own kernel where it runs, or else PyTorch's for 4 bits."""
+    if not has_kernels(linear.weight.device, linear.weight.dtype):
+        return Int4Linear(*codes, linear.bias, linear.in_features)
+    products = torch.bfloat16 if native_bfloat16() else torch.float32
+    return TiledLinear.of_codes(*codes, linear.bias, bits, linear.in_features, products)
+
+
+def grouped(linear, bits, group, name):
+    """The (codes, scale, minimum) of a layer's weight: those of the .gguf that it was read from, if they have as many
+    `bits` and the same `group`, or else rounded. Raises ValueError naming a weight that cannot be rounded."""
+    packed = getattr(linear, "packed", None)  # foreign/pretrained.py: with_codes
+    if not packed or (packed.bits, packed.group) != (bits, group):
+        return round_groups(linear.weight, bits, group, name=f"{name}.weight")
+    codes, *scales = packed.read()
+    rows = linear.out_features - len(codes)  # zeros that pad a table
+    codes = F.pad(codes, (0, 0, 0, rows), value=2 ** (bits - 1)).to(linear.weight.device)
+    scales = [p if p is None else F.pad(p, (0, 0, 0, rows)).to(linear.weight.device) for p in scales]
+    return codes, *scales

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn as nn
 
+from inference.int4 import Int4Linear
 from inference.quantize import Int8Linear, PackedLinear, can_pack, convert
+from inference.rounding import round_groups, ungroup
 from model import GPT, GPTConfig
 
 
@@ -47,19 +49,66 @@ def test_a_row_of_zeros_is_no_division_by_zero():
     assert torch.equal(Int8Linear(linear)(torch.ones(1, 16)), linear.bias[None])
 
 
-@pytest.mark.parametrize("quantize", ["", "int8"])
+@pytest.mark.parametrize("rows", [1, 5, 64, 65, 200])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("lowest", [False, True])
+def test_int4_is_linear_with_rounded_weights(rows, group, lowest):
+    """Also outputs and inputs that the kernels' tiles do not divide."""
+    torch.manual_seed(rows)
+    linear = nn.Linear(200, 40)
+    codes, scale, minimum = round_groups(linear.weight, 4, group)
+    if lowest:
+        minimum = torch.randn(scale.shape).half() * 0.1
+    quantized = Int4Linear(codes, scale, minimum, linear.bias, 200)
+    weight = ungroup(codes, scale, minimum, 4)[:, :200]
+    assert torch.equal(quantized.weight(), weight)
+    x = torch.randn(rows, 200)
+    expected = nn.functional.linear(x, weight, linear.bias)
+    # 8 bits of bfloat16 in activations, scales and minima
+    torch.testing.assert_close(quantized(x), expected, rtol=2**-7, atol=expected.abs().max().item() * 2**-6)
+    assert quantized(x[None]).shape == (1, rows, 40)
+
+
+def test_int4_takes_a_byte_for_each_weight():
+    linear = nn.Linear(256, 64)
+    quantized = Int4Linear(*round_groups(linear.weight, 4, 64), linear.bias)
+    sizes = {name: p.numel() * p.element_size() for name, p in quantized.state_dict().items()}
+    assert sizes["packed"] == sizes["nibbles"] == 256 * 64 // 2 and sum(sizes.values()) < 1.2 * 256 * 64
+
+
+KINDS = {"": "PackedLinear", "int8": "Int8Linear", "int4": "Int4Linear", "int4_64": "Int4Linear",
+         "int4_128": "Int4Linear"}
+
+
+@pytest.mark.parametrize("quantize", KINDS)
 def test_every_linear_layer_is_converted_and_the_embedding_stays(model, quantize):
     plain = copy.deepcopy(model)
     idx = torch.randint(100, (1, 20))
     embedding = model.transformer.wte.weight.clone()
     convert(model, torch.float32, quantize)
     kinds = {type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__}
-    assert kinds == {"Int8Linear" if quantize else "PackedLinear" if can_pack(plain) else "Linear"}
+    assert kinds == {KINDS[quantize] if quantize or can_pack(plain) else "Linear"}
     assert torch.equal(model.transformer.wte.weight, embedding)
     difference = (model(idx)[0] - plain(idx)[0]).abs().max()
-    assert difference < (0.05 if quantize else 1e-5)
+    assert difference < (0.2 if "int4" in quantize else 0.05 if quantize else 1e-5)
+    if "int4" in quantize:
+        assert model.lm_head.group == {"int4": 32, "int4_64": 64, "int4_128": 128}[quantize]
+
+
+def test_int4_rounds_the_weights_as_they_are(model):
+    """Not those that dtype has rounded before."""
+    codes, _, _ = round_groups(model.lm_head.weight, 4, 32)
+    convert(model, torch.bfloat16, "int4")
+    assert torch.equal(model.lm_head.nibbles, codes[:, ::2] | codes[:, 1::2] << 4)
+    assert model(torch.zeros(1, 4, dtype=torch.long))[0].dtype == torch.bfloat16
+
+
+def test_a_weight_that_is_not_a_number_is_named(model):
+    model.transformer.h[1].mlp.c_fc.weight.data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"transformer.h.1.mlp.c_fc.weight holds numbers that are not finite"):
+        convert(model, quantize="int4")
 
 
 def test_another_word_is_refused(model):
-    with pytest.raises(ValueError, match="quantize='int4' is not int8"):
-        convert(model, quantize="int4")
+    with pytest.raises(ValueError, match="quantize='int3' is not one of int8, int4"):
+        convert(model, quantize="int3")

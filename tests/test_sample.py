@@ -183,7 +183,7 @@ def test_other_weights_and_ways_to_choose(sample):
     for more in ("--quantize=int8", "--dtype=bfloat16", "--min_p=0.2", "--repetition_penalty=1.3"):
         code, out, err = sample("--max_new_tokens=10", more)
         assert code == 0 and out.startswith("To be") and out.endswith(CUT), err
-    for more, named in (("--quantize=int4", "int4"), ("--min_p=2", "min_p"), ("--repetition_penalty=0", "repetition")):
+    for more, named in (("--quantize=int3", "int3"), ("--min_p=2", "min_p"), ("--repetition_penalty=0", "repetition")):
         code, out, err = sample(more)
         assert code == 2 and named in err and err.count("\n") == 1 and out == ""
 

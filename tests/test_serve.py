@@ -173,7 +173,7 @@ def test_a_setting_that_cannot_be(polite, call_script, args, says):
 @pytest.mark.parametrize("args, says", [
     (("--ckpt=77",), "77"),
     (("--template=minichat",), "has a chat template already"),
-    (("--quantize=int4",), "int4"),
+    (("--quantize=int3",), "int3"),
     (("--kv_memory=1",), "--kv_memory=1 holds"),
 ])
 def test_a_model_that_cannot_be_loaded(endless, call_script, args, says):
