@@ -3,6 +3,7 @@ Under infer.py, sample.py, chat.py and eval.py:
 
     prompts       what a prompt may be
     sampling      logits to a token; where a text ends
+    draws         the next tokens of many requests at once, on the device
     kvcache       keys and values in blocks of one pool, and attention over them
     quantize      weights as inference reads them: packed for the CPU, half precision, int8
     tasks         multiple choice and last words, by log-likelihood
