@@ -5,6 +5,7 @@ Under infer.py, sample.py, chat.py and eval.py:
     sampling      logits to a token; where a text ends
     draws         the next tokens of many requests at once, on the device
     kvcache       keys and values in blocks of one pool, and attention over them
+    paged         the same for one token of each request, as a Triton kernel
     quantize      weights as inference reads them: packed for the CPU, half precision, int8
     tasks         multiple choice and last words, by log-likelihood
     samples       samples of a bank of prompts, as Markdown

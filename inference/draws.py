@@ -1,13 +1,14 @@
 """
 Draws the next token of many requests at once, on the device where their logits are.
 
-The shapes depend on the number of rows alone, and nothing waits for a number on the host. So a draw can be captured in a
-CUDA graph, or compiled, together with the pass of the model that gives the logits. Each request draws what Chooser
+The shapes depend on the number of rows alone, and nothing waits for a number on the host. So a draw can be captured in
+a CUDA graph, or compiled, together with the pass of the model that gives the logits. Each request draws what Chooser
 (sampling.py) would draw from its logits with the same random number, except for rounding.
 
-A sort of the whole vocabulary would take longer than the rest (10 ms for GPT-2's on one core). None is needed: top_k and
-top_p keep all tokens above some probability, and bisection over the bits of that number finds it (`least_kept`). Where
-each request keeps few tokens, those are chosen first, and only they are sorted (`keep_candidates`).
+A sort of the whole vocabulary would take longer than all the rest (10 ms for GPT-2's on one core). None is needed:
+top_k and top_p keep the tokens above some probability, and bisection over the bits of that number finds it
+(`least_kept`). Where each request keeps few tokens, these are chosen first, and only they are ranked
+(`keep_candidates`).
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """
-From logits to a token (`Chooser`, by `penalise`, `probabilities` and `inverse_cdf`), and where a text ends (`StopText`).
-infer.py calls these. draws.py does the same for many requests at once, on their device.
+From logits to a token (`Chooser`, by `penalise`, `probabilities` and `inverse_cdf`), and where a text ends
+(`StopText`). infer.py calls these. draws.py draws the same tokens for many requests at once, on their device.
 """
 
 import math

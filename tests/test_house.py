@@ -19,9 +19,10 @@ ROOMS = ("training", "inference", "foreign", "serving", "reporting", "benchmarks
 FLOORS = [
     "files keys device attention cross_entropy inference.puzzles benchmarks.traffic",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
-    "dataset conversation foreign.names foreign.byte_level inference.prompts",
+    "dataset conversation foreign.names foreign.byte_level inference.prompts inference.draws "
+    "inference.paged",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
-    "inference.sampling inference.draws inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
+    "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
     "reporting.experiment foreign.hugging_face foreign.gguf_files foreign.templates foreign.chat_template",
     "training.guard training.tensor_parallel training.pipeline_parallel foreign.pretrained infer "
     "inference.long_context inference.chat_tasks inference.letters foreign.tokenizer_files reporting.history",
