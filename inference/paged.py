@@ -18,7 +18,7 @@ try:
 except ImportError:
     raise ImportError("this kernel needs triton, which PyTorch for CUDA brings: pip install triton") from None
 
-PIECE = 64      # tokens that a program reads at once
+PIECE = 64      # tokens that a program reads at once; half of it in fp32, as shared memory is small
 SHARE = 512     # a program has at least so many tokens of the longest context that the table allows
 MOST_SHARES = 16
 
@@ -80,11 +80,11 @@ def paged_attention(q, keys, values, table, lengths):
     shares = min(max(table.size(1) * size // SHARE, 1), MOST_SHARES)
     out = torch.empty(B, n_q, shares, D, dtype=torch.float32, device=q.device)
     sums = torch.empty(B, n_q, shares, dtype=torch.float32, device=q.device)
-    widest = max(16, 1 << (group - 1).bit_length())  # tl.dot takes 16 rows and more
+    rows, width = (max(16, 1 << (n - 1).bit_length()) for n in (group, D))  # tl.dot takes 16 and more
     attend[B, n_kv, shares](
         q, keys, values, table.contiguous(), lengths, out, sums, D**-0.5, q.stride(0), q.stride(1), out.stride(0),
         out.stride(1), keys.stride(1), keys.stride(2), values.stride(1), values.stride(2), table.size(1), size, shares,
-        group, D, PIECE=PIECE, GROUP=widest, DIM=max(16, 1 << (D - 1).bit_length()),
+        group, D, PIECE=PIECE // (q.element_size() // 2), GROUP=rows, DIM=width,
     )
     if shares == 1:
         return out[:, :, 0].to(q.dtype)
