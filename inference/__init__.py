@@ -3,9 +3,14 @@ Under infer.py, sample.py, chat.py and eval.py:
 
     prompts       what a prompt may be
     sampling      logits to a token; where a text ends
+    draws         the next tokens of many requests at once, on the device
     kvcache       keys and values in blocks of one pool, and attention over them
-    quantize      weights as inference reads them: packed for the CPU, half precision, int8, int4
+    paged         the same for one token of each request, as a Triton kernel
+    kernels       kernels.cpp: fast products and attention on a CPU, compiled once
+    compiled      a step of one token for each request, compiled and kept on disk
+    quantize      weights as inference reads them: packed for the CPU, half precision, int8, int4, fp8
     rounding      weights as integers of 4 or 8 bits with a scale for each group
+    tiled         a linear layer in the order in which the CPU's kernel reads it
     int4          a linear layer with 4-bit weights over PyTorch's kernels
     gptq          4-bit codes that make up for each other's errors, from windows of text
     tasks         multiple choice and last words, by log-likelihood

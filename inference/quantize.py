@@ -70,8 +70,9 @@ class Int8Linear(nn.Module):
     """nn.Linear with its weight as int8 and a scale for each output channel. (..., in) -> (..., out), in x's dtype.
 
     The largest weight of a row is 127 times its scale; the others are rounded to the nearest step (absmax, as in
-    Dettmers et al. 2022, arXiv:2208.07339, without their treatment of outliers). It computes in bfloat16, for which
-    PyTorch's kernel is written: in float32 it takes several times as long.
+    Dettmers et al. 2022, arXiv:2208.07339, without their treatment of outliers). On a CPU it computes in bfloat16, for
+    which PyTorch's kernel is written: in float32 it takes several times as long. On CUDA only torch.compile makes it
+    fast: alone, the conversion of the weight is a pass over memory of its own.
     """
 
     def __init__(self, linear):
@@ -86,13 +87,21 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x):
+        if x.is_cuda and x.dtype != torch.float16:  # float16 could not hold the sums before they are scaled
+            return self.convert_and_scale(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        if len(rows) > MOST_ROWS:
+        if x.is_cuda or len(rows) > MOST_ROWS:
             weight = self.weight * self.scale.to(x.dtype)[:, None]
             return F.linear(x, weight.to(x.dtype), self.bias)
         rows = rows.to(torch.bfloat16)
         y = torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype)
         y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def convert_and_scale(self, x):
+        """A product of floats, scaled afterwards: a compiler reads the bytes and converts them on the way, so a step
+        reads half of what bfloat16 takes (gpt-fast)."""
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 

@@ -1,6 +1,6 @@
 """
-From logits to a token (`Chooser`, by `penalise` and `probabilities`), and where a text ends (`StopText`). infer.py
-calls these.
+From logits to a token (`Chooser`, by `penalise`, `probabilities` and `inverse_cdf`), and where a text ends
+(`StopText`). infer.py calls these. draws.py draws the same tokens for many requests at once, on their device.
 """
 
 import math
@@ -11,6 +11,8 @@ import torch
 
 from inference.prompts import is_id
 
+NO_NUMBERS = ("the model's logits are no numbers, so no token can be drawn: its weights are damaged, or too large for "
+              "this dtype (dtype=float32 holds more)")
 MOST_TOP = 20  # most tokens whose log-probabilities are kept for each place, as in OpenAI's interface
 
 
@@ -95,11 +97,19 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     cut = 0 < top_k < len(probs)
     if not (cut or top_p < 1 or min_p):
         return probs
-    ids = most_likely(probs, top_k) if cut else torch.arange(len(probs), device=probs.device)
+    if cut:
+        ids = most_likely(probs, top_k)
+        total = probs[ids].sum()
+    else:
+        # all tokens below this share together do not make up 1 - top_p: without them the sort is short (as in llama2.c)
+        unlikely = probs < (1 - top_p) / (2 * len(probs))
+        ids = (~unlikely & (probs >= min_p * probs.max())).nonzero().squeeze(1)
+        total = probs.sum()
     ranked, order = probs[ids].sort(descending=True, stable=True)
-    keep = ranked >= min_p * ranked[0]
-    keep &= ranked.cumsum(0) - ranked < top_p * ranked.sum()  # the more likely tokens do not reach top_p yet
-    keep[0] = True  # even if top_p or the product is 0 in fp32
+    keep = ranked >= min_p * ranked[:1]
+    if top_p < 1:
+        keep &= ranked.cumsum(0) - ranked < top_p * total  # the more likely tokens do not reach top_p yet
+    keep[:1] = True  # even if top_p or the product is 0 in fp32
     ids = ids[order[keep]]
     return torch.zeros_like(probs).scatter_(0, ids, probs[ids] / probs[ids].sum())
 
@@ -142,9 +152,24 @@ def top_tokens(logprobs, count):
     return list(zip(ids[order].tolist(), ranked.tolist(), strict=True))
 
 
+def inverse_cdf(probs, u):
+    """The token that the number u in [0, 1) draws from probs (vocab_size,): the first id, in the order of ids, whose
+    cumulative probability exceeds u. Raises ValueError for probabilities that are no numbers.
+
+    One number decides, so whoever has the same probabilities and the same u draws the same token: the device
+    (draws.py), or a second pass over a text that was guessed. It is faster than torch.multinomial, which draws a number
+    for each token of the vocabulary.
+    """
+    cumulative = probs.cumsum(0, dtype=torch.float64)
+    total = float(cumulative[-1])  # 1, except for rounding
+    if not total > 0:
+        raise ValueError(NO_NUMBERS)
+    return int(torch.searchsorted(cumulative, u * total, right=True))
+
+
 class Chooser:
     """Chooses the tokens of one answer, as its Sampling says. Raises ValueError if that names a token which the model
-    does not have."""
+    does not have, and later for logits that are no numbers."""
 
     def __init__(self, sampling, vocab_size):
         self.sampling = sampling
@@ -171,11 +196,21 @@ class Chooser:
         if s.temperature == 0:
             token = int(logits.argmax())
         else:
-            probs = probabilities(logits, s.temperature, s.top_k, s.top_p, s.min_p)
-            token = int(torch.multinomial(probs, 1, generator=self.generator))
+            token = inverse_cdf(probabilities(logits, s.temperature, s.top_k, s.top_p, s.min_p), self.uniform())
+        self.count(token)
+        return token
+
+    def uniform(self):
+        """The next of the answer's random numbers, which draws its next token: in [0, 1), fp32. A greedy answer has
+        none: 0, and its generator stays as it is."""
+        if self.sampling.temperature == 0:
+            return 0.0
+        return float(torch.rand(1, generator=self.generator))
+
+    def count(self, token):
+        """The answer has one more `token`: to be called for a token that was drawn elsewhere, as by draws.py."""
         if self.counts is not None:
             self.counts[token] += 1
-        return token
 
 
 class StopText:

@@ -17,10 +17,10 @@ from configurator import read_file, read_keys  # noqa: E402
 
 ROOMS = ("training", "inference", "foreign", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
-    "files keys device attention cross_entropy inference.puzzles inference.rounding benchmarks.traffic",
+    "files keys device attention cross_entropy inference.puzzles inference.rounding inference.kernels benchmarks.traffic",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
     "dataset conversation foreign.names foreign.byte_level inference.prompts inference.int4 "
-    "inference.gptq",
+    "inference.gptq inference.draws inference.paged inference.tiled",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
     "reporting.experiment foreign.hugging_face foreign.gguf_files foreign.templates foreign.chat_template",

@@ -41,6 +41,35 @@ def test_int8_is_linear_with_rounded_weights(dtype):
     expected = x.float() @ weight.T + linear.bias.float()
     torch.testing.assert_close(quantized(x).float(), expected, rtol=2e-2, atol=3e-2)
     assert quantized.weight.element_size() == 1 and quantized(x[None]).shape == (1, 5, 160)
+    on_cuda = quantized.convert_and_scale(x[None])
+    torch.testing.assert_close(on_cuda[0].float(), expected, rtol=2e-2, atol=3e-2)
+    assert on_cuda.dtype == dtype and on_cuda.shape == (1, 5, 160)
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on CUDA."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dtype, converted", [(torch.bfloat16, 1), (torch.float32, 1), (torch.float16, 0)])
+def test_on_cuda_int8_is_converted_and_then_scaled(dtype, converted, monkeypatch):
+    """Never the kernel for CPUs. In float16 the sums of codes could be infinite, so the weights are scaled first."""
+    torch.manual_seed(0)
+    layer = Int8Linear(nn.Linear(96, 160, dtype=dtype))
+    weight = layer.weight.float() * layer.scale.float()[:, None]
+    calls = []
+    original = Int8Linear.convert_and_scale
+    monkeypatch.setattr(Int8Linear, "convert_and_scale", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", None)
+    size = 1000.0 if dtype == torch.float16 else 1.0
+    for rows in (1, 100):
+        x = torch.randn(rows, 96, dtype=dtype) * size
+        y = layer(x.as_subclass(OnCuda)).as_subclass(torch.Tensor)
+        expected = x.float() @ weight.T + layer.bias.float()
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=3e-2 * size)
+    assert len(calls) == 2 * converted
 
 
 def test_a_row_of_zeros_is_no_division_by_zero():

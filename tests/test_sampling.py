@@ -12,6 +12,7 @@ from inference.sampling import (
     Chooser,
     Sampling,
     StopText,
+    inverse_cdf,
     most_likely,
     penalise,
     penalise_answer,
@@ -42,13 +43,71 @@ def test_draws_follow_the_distribution():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 2
     for how in ({}, {"temperature": 0.7}, {"top_k": 10}, {"top_p": 0.8}, {"min_p": 0.1}):
         probs = probabilities(logits, **how)
-        draws = torch.multinomial(probs, 20_000, replacement=True, generator=torch.Generator().manual_seed(1))
+        numbers = torch.rand(20_000, generator=torch.Generator().manual_seed(1)).tolist()
+        draws = torch.tensor([inverse_cdf(probs, u) for u in numbers])
         counts, expected = torch.bincount(draws, minlength=50), probs * 20_000
         assert not counts[probs == 0].any()
         often = expected > 5
         chi2 = float(((counts - expected)[often] ** 2 / expected[often]).sum())
         free = int(often.sum()) - 1
         assert chi2 < free + 5 * math.sqrt(2 * free) + 5
+
+
+def test_a_number_draws_the_first_token_whose_cumulative_probability_exceeds_it():
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    below = 1 - 2**-24  # the largest fp32 number below 1
+    for u, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (below, 4)):
+        assert inverse_cdf(probs, u) == token
+        assert inverse_cdf(probs * 3, u) == token  # a share of all, whatever they add up to
+
+
+def test_each_draw_takes_one_number_and_a_greedy_one_none():
+    """The contract with the device and with speculation: torch.rand(1) of the request's own CPU generator, in turn."""
+    probs = torch.softmax(torch.randn(50, generator=torch.Generator().manual_seed(0)), -1)
+    for how in ({}, {"top_k": 5}, {"top_p": 0.5}, {"presence_penalty": 1e-9}):
+        choose = Chooser(Sampling(seed=7, **how), 50)
+        generator = torch.Generator().manual_seed(7)
+        for _ in range(5):
+            u = float(torch.rand(1, generator=generator))
+            cut = {name: value for name, value in how.items() if name.startswith("top")}
+            assert choose(probs.log(), [1]) == inverse_cdf(probabilities(probs.log(), **cut), u)
+        assert choose.uniform() == float(torch.rand(1, generator=generator))
+    greedy = Chooser(Sampling(temperature=0, seed=7), 50)
+    before = greedy.generator.get_state()
+    assert greedy(probs.log(), [1]) == int(probs.argmax()) and greedy.uniform() == 0
+    assert torch.equal(greedy.generator.get_state(), before)
+
+
+def test_tokens_drawn_elsewhere_count():
+    one, other = (Chooser(Sampling(seed=3, frequency_penalty=2.0), 4) for _ in range(2))
+    logits = torch.zeros(4)
+    tokens = []
+    for _ in range(8):
+        tokens.append(one(logits, [0]))
+        other.uniform()
+        other.count(tokens[-1])
+    assert torch.equal(one.counts, other.counts) and int(one.counts.sum()) == 8
+    assert one(logits, [0]) == other(logits, [0])
+
+
+def test_logits_that_are_no_numbers_are_one_clear_error():
+    for how in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}):
+        for logits in (torch.full((9,), math.nan), torch.full((9,), -math.inf), torch.full((9,), math.inf)):
+            with pytest.raises(ValueError, match="logits are no numbers") as caught:
+                Chooser(Sampling(**how), 9)(logits, [0])
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99, 0.99999])
+def test_a_nucleus_needs_no_sort_of_the_unlikely(top_p):
+    """It is the set that a sort of all tokens finds, for a vocabulary of usual size."""
+    logits = torch.randn(20_000, generator=torch.Generator().manual_seed(5)) * 3
+    probs = torch.softmax(logits.double(), -1)
+    ranked, order = probs.sort(descending=True, stable=True)
+    found = kept(probabilities(logits, top_p=top_p))
+    least = order[: int((ranked.cumsum(0) - ranked < top_p - 1e-6).sum())]
+    most = order[: int((ranked.cumsum(0) - ranked < top_p + 1e-6).sum())]
+    assert set(least.tolist()) <= set(found) <= set(most.tolist())
 
 
 @pytest.mark.parametrize(
