@@ -17,7 +17,7 @@ from configurator import read_file, read_keys  # noqa: E402
 
 ROOMS = ("training", "inference", "foreign", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
-    "files keys device attention cross_entropy inference.puzzles benchmarks.traffic",
+    "files keys device attention cross_entropy float8 inference.puzzles benchmarks.traffic",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
     "dataset conversation foreign.names foreign.byte_level inference.prompts",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
@@ -38,7 +38,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 # what the ground floor and model.py may import besides the standard library; see test_setup.py for the other files
 BARE = {"configurator": {"files", "keys"}, "keys": set(), "cross_entropy": {"torch"},
         "attention": {"torch", "flash_attn"}, "model": {"torch", "attention", "cross_entropy"},
-        "device": {"torch"}, "files": set(), "reporting/isoflop": {"numpy"}}
+        "float8": {"torch"}, "device": {"torch"}, "files": set(), "reporting/isoflop": {"numpy"}}
 
 # floors of data/; every prepare.py may import all of these
 DATA_FLOORS = [{"common", "sources"}, {"reading"}, {"texts", "cleaning", "dedup"}, {"scan"},
