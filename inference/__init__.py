@@ -4,7 +4,8 @@ Under infer.py, sample.py, chat.py and eval.py:
     prompts       what a prompt may be
     sampling      logits to a token; where a text ends
     kvcache       keys and values in blocks of one pool, and attention over them
-    quantize      weights as inference reads them: packed for the CPU, half precision, int8
+    quantize      weights as inference reads them: packed for the CPU, half precision, int8, fp8
+    calibration   static scales of activations for fp8, from fixed windows of text
     tasks         multiple choice and last words, by log-likelihood
     samples       samples of a bank of prompts, as Markdown
     terminal      what chat.py reads and prints; how scripts end whose output is their product

@@ -1,5 +1,5 @@
 """
-A model's weights as inference reads them: in half precision, prepacked for the CPU, or as 8-bit integers.
+A model's weights as inference reads them: in half precision, prepacked for the CPU, as 8-bit integers or floats.
 
 Decoding one token reads every weight once and computes little with it, so memory decides its speed: half the bytes take
 half the time. On a CPU, oneDNN reads weights in its own layout about twice as fast.
@@ -8,6 +8,8 @@ half the time. On a CPU, oneDNN reads weights in its own layout about twice as f
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import float8
 
 MOST_ROWS = 64  # for more rows, as in a prompt, a product of floats is faster
 
@@ -56,6 +58,45 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Float8InferenceLinear(nn.Module):
+    """nn.Linear with weight and input in e4m3 (float8.py). (..., in) -> (..., out), in autocast's dtype or x's.
+
+    The weight has one scale. The input has the static `scale` of a calibration, or without one a dynamic scale for each
+    row: then a token's result does not depend on the tokens beside it. On a CPU the weight is kept as fp32 with e4m3's
+    values, so results are right but neither memory nor time is saved.
+    """
+
+    def __init__(self, linear, scale=None):
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        weight, weight_scale = float8.to_float8(linear.weight.detach(), float8.E4M3)  # (out, in)
+        if weight.device.type == "cpu":
+            weight = float8.values(weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("scale", None if scale is None else weight_scale.new_tensor(scale))
+        self.register_buffer("one", torch.ones_like(weight_scale))
+
+    def forward(self, x):
+        dtype = float8.product_dtype(x)
+        rows = x.reshape(-1, self.in_features)  # (N, in)
+        if not len(rows):
+            return x.new_empty(*x.shape[:-1], self.out_features, dtype=dtype)
+        if self.scale is None:
+            row_scales = float8.scale_for(rows.abs().amax(1, keepdim=True), float8.E4M3)  # (N, 1)
+            rows = float8.cast(rows, row_scales, float8.E4M3)
+            y = float8.product(rows, self.weight.t(), self.one, self.weight_scale, torch.float32, fast=True)
+            y = (y * row_scales).to(dtype)
+        else:
+            rows = float8.cast(rows, self.scale, float8.E4M3)
+            y = float8.product(rows, self.weight.t(), self.scale, self.weight_scale, dtype, fast=True)
+        if self.bias is not None:
+            y = y + self.bias.to(dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
 def computes_bfloat16():
     """Whether this CPU has instructions for bfloat16 that oneDNN uses."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -69,20 +110,25 @@ def can_pack(model):
     return weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and computes_bfloat16()
 
 
-def convert(model, dtype=torch.float32, quantize=""):
+def convert(model, dtype=torch.float32, quantize="", calibration=None):
     """Change `model` into its form for inference, in place: weights in `dtype`, linear layers packed on a CPU, or with
-    quantize="int8" as 8-bit integers. -> the model. Raises ValueError for any other value of quantize."""
-    if quantize not in ("", "int8"):
-        raise ValueError(f"quantize={quantize!r} is not int8; empty: no quantisation")
+    quantize="int8" or "fp8" in 8 bits. `calibration`: for fp8, name of a layer -> the static scale of its input
+    (inference/calibration.py). -> the model. Raises ValueError for any other value of quantize, and for fp8 on a device
+    that cannot multiply it."""
+    if quantize not in ("", "int8", "fp8"):
+        raise ValueError(f"quantize={quantize!r} is not int8 or fp8; empty: no quantisation")
+    if quantize == "fp8":
+        float8.check_device(model.transformer.wte.weight.device)
     model.to(dtype)
-    if quantize:
-        kind = Int8Linear
-    elif can_pack(model):
-        kind = PackedLinear
-    else:
-        return model
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, kind(child))
+    packs = can_pack(model)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        if quantize == "int8":
+            model.set_submodule(name, Int8Linear(module))
+        elif quantize == "fp8" and float8.fits(module):
+            scale = calibration.get(name) if calibration else None
+            model.set_submodule(name, Float8InferenceLinear(module, scale))
+        elif packs:
+            model.set_submodule(name, PackedLinear(module))
     return model
