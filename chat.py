@@ -22,6 +22,7 @@ from device import pick_device, pick_dtype
 from files import decode_text, sha256, write_whole
 from infer import Engine
 from infer import load as load_run
+from inference.calibration import static_scales
 from inference.quantize import convert
 from inference.sampling import Sampling, sampling_from
 from inference.terminal import Keyboard, complain, ends_in_one_line, is_terminal, note, show
@@ -43,7 +44,7 @@ repetition_penalty = 1.0    # above 1: tokens that were there before become less
 seed = 1337                 # of the answers, together with what was said; /retry takes the next one
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
-quantize = ""               # int8: weights as 8-bit integers; empty: as dtype says
+quantize = ""               # int8 | fp8 (float8.py): weights in 8 bits; empty: as dtype says
 rope_scaling = ""           # for a longer context than the model's: none | linear | ntk | yarn; empty: the model's
 rope_factor = 1.0           # with rope_scaling: context as a multiple of the one first trained at
 # -----------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def load_all(c):
         raise ValueError(f"the tokenizer of {c.out_dir} has no chat template: fine-tune the run on conversations, "
                          "which data/chat/prepare.py prepares, or name the one that the model was trained with, "
                          f"--template={'|'.join(TEMPLATES)}")
-    convert(model, dtype, c.quantize)
+    convert(model, dtype, c.quantize, static_scales(c.quantize, c.out_dir, state))
     val_loss = f"val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else "not evaluated"
     note(f"{folder}: step {state['step']}, {val_loss}")
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")

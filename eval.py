@@ -9,6 +9,7 @@ Evaluate a checkpoint: loss over the fixed windows of a split, samples, tasks, l
     python eval.py passkey --out_dir=RUN --lengths=256,1024                # a key hidden in a long text
     python eval.py chat --out_dir=RUN                                      # loss of held-out answers; do answers end?
     python eval.py chat --out_dir=RUN --task=puzzles                       # are answers right? Or --data=FILE
+    python eval.py calibrate --out_dir=RUN                                 # static scales for --quantize=fp8
     python eval.py letters --out_dir=RUN --task=mmlu                       # a chat model's choice, by its letter
 
 The last line is one JSON object.
@@ -31,7 +32,7 @@ from dataset import open_datasets, open_tokens
 from device import autocast, inference_kernels, memory_is_full, pick_device, pick_dtype
 from files import finite, sha256, write_whole
 from infer import Engine, load, stretch
-from inference import chat_tasks
+from inference import calibration, chat_tasks
 from inference.letters import by_letter, open_letters
 from inference.long_context import SCALINGS, cases, draw_losses, loss_by_position, open_figure, passkey
 from inference.quantize import convert
@@ -41,18 +42,19 @@ from inference.tasks import last_word, multiple_choice, open_items
 from loader import fixed_batches
 
 # -----------------------------------------------------------------------------
-what = "loss"       # the first word: loss | prompts | choice | lastword | context | passkey | chat | letters
+what = "loss"       # loss | prompts | choice | lastword | context | passkey | chat | letters | calibrate
 out_dir = "out"     # run folder, or one checkpoint's folder
 ckpt = "latest"     # which checkpoint: latest | best | a step
 dataset = ""        # name under data/, a folder, or a mix a:0.7,b:0.3; empty: what it was trained on
 split = "val"       # train | val
 block_size = 0      # tokens per window; 0: the model's
 batch_size = 64     # windows in a batch; fewer if they are longer than the model's context
-eval_iters = 0      # batches of windows; 0: the whole split
+eval_iters = 0      # batches of windows; 0: the whole split, in calibrate 8 batches
 device = "auto"     # auto | cpu | cuda | cuda:N | mps
 dtype = "float32"   # float32 | bfloat16 | float16 | auto; float32 compares between machines
-quantize = ""       # int8: weights as 8-bit integers, as in sample.py; empty: as they are
-seed = 1337         # for samples, answers, puzzles and hidden keys
+quantize = ""       # int8 | fp8, as in sample.py; empty: weights as they are
+noise = False       # calibrate: a negative control, scales that fit normal noise instead of the model's activations
+seed = 1337         # for samples, answers, puzzles, hidden keys and noise
 
 # prompts and chat
 prompts = "config/prompts.txt"  # a prompt in each line
@@ -368,8 +370,24 @@ def hidden_key(c, model, tokenizer, state, folder, context):
             "dataset_sha256": dataset_sha256}
 
 
+def calibrate(c, model, tokenizer, state, folder, context):
+    """Static scales for FP8 from fixed windows of the split, written beside the weights."""
+    if c.quantize:
+        raise ValueError(f"--quantize={c.quantize}: calibrate watches the model as it is; leave quantize out")
+    tokens, dataset_sha256 = open_split(c, model, tokenizer, state, folder)
+    noise_seed = c.seed if c.noise else None
+    layers, count = calibration.watch(model, tokens, c.block_size, c.batch_size, c.eval_iters or 8, context, noise_seed)
+    about = {"dataset": str(tokens.folder), "dataset_sha256": dataset_sha256, "split": c.split, "tokens": count,
+             "noise": c.noise}
+    path = calibration.write(folder, state, layers, about)
+    print(*calibration.table(layers), sep="\n")
+    print(f"{path}: static scales of {len(layers)} layers, from {count:,} tokens of {tokens.folder}")
+    return {"file": str(path), **about, "layers": len(layers)}
+
+
 VERBS = {"loss": whole_split, "prompts": write_samples, "choice": score_task, "lastword": score_task,
-         "context": long_context, "passkey": hidden_key, "chat": chat, "letters": score_task}
+         "context": long_context, "passkey": hidden_key, "chat": chat, "letters": score_task,
+         "calibrate": calibrate}
 
 # -----------------------------------------------------------------------------
 
@@ -397,12 +415,13 @@ def main(c):
         if c.rope_scaling and c.what not in SEVERAL:
             scaling = c.rope_scaling[0]
         model, tokenizer, state, folder = load(c.out_dir, c.ckpt, device, scaling, c.rope_factor)
-        if tokenizer is None and c.what not in ("loss", "context"):
+        if tokenizer is None and c.what not in ("loss", "context", "calibrate"):
             raise ValueError(f"{c.out_dir} has no tokenizer, so no text can be turned into its tokens")
         if c.what == "prompts":
-            convert(model, dtype, c.quantize)
-        elif c.quantize:
-            convert(model, torch.float32, c.quantize)
+            convert(model, dtype, c.quantize, calibration.static_scales(c.quantize, c.out_dir, state))
+        elif c.quantize and c.what != "calibrate":
+            scales = calibration.static_scales(c.quantize, c.out_dir, state)
+            convert(model, torch.float32, c.quantize, scales)
         with inference_kernels(device):
             result = VERBS[c.what](c, model, tokenizer, state, folder, autocast(device, dtype))
     except (ValueError, OSError) as e:  # CheckpointError and DataError are ValueErrors

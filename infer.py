@@ -27,6 +27,7 @@ import torch
 from checkpoint import CheckpointError, config_of, find, load_model, run_of
 from device import inference_kernels, pick_device, pick_dtype
 from inference import kernels
+from inference.calibration import static_scales
 from inference.compiled import compiled_step
 from inference.kvcache import (
     BatchPass,
@@ -207,8 +208,9 @@ class Engine:
         """The engine of a run's checkpoint. dtype and quantize as in quantize.convert, rope_scaling as in `load`."""
         device, _ = pick_device(device)
         dtype, _ = pick_dtype(dtype, device)
-        model, tokenizer, _, _ = load(out_dir, which, device, rope_scaling, rope_factor)
-        return cls(convert(model, dtype, quantize), tokenizer, **options)
+        model, tokenizer, state, _ = load(out_dir, which, device, rope_scaling, rope_factor)
+        scales = static_scales(quantize, out_dir, state)
+        return cls(convert(model, dtype, quantize, scales), tokenizer, **options)
 
     def compile(self, steps=None, several=True):
         """Compile the steps of one new token for each request (inference/compiled.py), or read them from disk.

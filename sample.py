@@ -17,6 +17,7 @@ from configurator import Settings, configure, fail
 from device import can_compile, pick_device, pick_dtype, what_failed
 from files import decode_text, read_lines
 from infer import Engine, check_prompt, encode_prompt, load, stream
+from inference.calibration import static_scales
 from inference.quantize import convert
 from inference.sampling import StopText, sampling_from
 from inference.terminal import ends_in_one_line
@@ -43,7 +44,7 @@ stop: tuple[str, ...] = ()  # strings that end a sample, and are not shown
 seed = 1337                 # seed of the first sample; the next ones take seed + 1, seed + 2, ...
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
-quantize = ""               # int8: weights as 8-bit integers; empty: as dtype says
+quantize = ""               # int8 | fp8 (float8.py): weights in 8 bits; empty: as dtype says
 rope_scaling = ""           # for a longer context than the model's: none | linear | ntk | yarn; empty: the model's
 rope_factor = 1.0           # with rope_scaling: context as a multiple of the one first trained at
 compile = False             # torch.compile the model
@@ -168,7 +169,7 @@ def load_all(c, given):
     if texts == [c.start] and "start" not in given:
         texts = [default_prompt(c, tokenizer)]
     check_prompts(c, model, tokenizer, texts)
-    convert(model, dtype, c.quantize)
+    convert(model, dtype, c.quantize, static_scales(c.quantize, c.out_dir, state))
     val_loss = f"val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else "not evaluated"
     print(f"{folder}: step {state['step']}, {val_loss}", file=sys.stderr)
     print(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})", file=sys.stderr)

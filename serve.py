@@ -21,6 +21,7 @@ from conversation import TEMPLATES, template_of
 from device import memory_is_full, pick_device, pick_dtype
 from foreign.pretrained import read_model
 from infer import Engine
+from inference.calibration import static_scales
 from inference.quantize import computes_bfloat16, convert
 from inference.terminal import note
 from serving.worker import default_chunk
@@ -47,7 +48,7 @@ chunk = 0                   # most tokens in one step; 0: 128 on a CPU, else 512
 access_log = False          # a line on stderr for each request, without its text
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
-quantize = ""               # int8: weights as 8-bit integers; empty: as dtype says
+quantize = ""               # int8 | fp8 (float8.py): weights in 8 bits; empty: as dtype says
 # -----------------------------------------------------------------------------
 
 PAGE = Path(__file__).resolve().parent / "serving" / "chat.html"
@@ -65,14 +66,15 @@ def load_all(c):
 
     device, device_why = pick_device(c.device)
     dtype, dtype_why = pick_dtype(c.dtype, device)
-    model, tokenizer, _ = read_model(c.out_dir, c.ckpt, c.tokenizer)
+    model, tokenizer, state = read_model(c.out_dir, c.ckpt, c.tokenizer)
     if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
                          f"{model.config.vocab_size:,}: it is another model's")
     template = template_of(tokenizer, c.template, c.out_dir)
     if template:
         tokenizer = template.tokenizer
-    model = convert(model.to(device).eval(), dtype, c.quantize)
+    scales = static_scales(c.quantize, c.out_dir, state)
+    model = convert(model.to(device).eval(), dtype, c.quantize, scales)
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")
     chunk = c.chunk or default_chunk(device.type)
     engine = Engine(model, tokenizer, max_tokens=cache_tokens(c, model.config, device, dtype), chunk=chunk,

@@ -137,6 +137,8 @@ checkpoint_format = "plain"   # plain | sharded: each rank writes its own part, 
 # the machine
 device = "auto"               # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"                # auto | float32 | bfloat16 | float16 (with loss scaling)
+fp8 = False                   # multiply the blocks' matrices in FP8 (float8.py); a CPU emulates it, slowly
+fp8_ends = True               # with fp8: those of the first and the last block too
 tf32 = False                  # CUDA: multiply float32 matrices in TF32 (10 bits of mantissa), several times faster
 sdpa = "auto"                 # CUDA: the kernel of PyTorch's attention: cudnn | flash | efficient | math | auto
 compile: bool | None = None   # torch.compile; none: on CUDA
@@ -165,11 +167,9 @@ def main(c, given, stop, lock, rewound=None):
         # ---- the machine and the grid of processes -------------------------------------------
         start.check_settings(c)
         machine = start.prepare_machine(c)
-        layout = Layout(
-            machine.device, backend=c.backend, zero_stage=c.zero_stage,
-            tp_size=c.tp_size, pp_size=c.pp_size, pp_schedule=c.pp_schedule,
-            cpu_offload=c.cpu_offload, activation_checkpointing=c.activation_checkpointing,
-        )
+        layout = Layout(machine.device, backend=c.backend, zero_stage=c.zero_stage, tp_size=c.tp_size,
+                        pp_size=c.pp_size, pp_schedule=c.pp_schedule, cpu_offload=c.cpu_offload,
+                        activation_checkpointing=c.activation_checkpointing)
         profiler = Profiler(c.profile, machine.device, c.out_dir, c.max_iters, layout.rank == 0)
 
         # ---- where the run begins: from scratch, at its checkpoint, or at another model ------
@@ -195,11 +195,11 @@ def main(c, given, stop, lock, rewound=None):
         model = GPT(model_config).to(machine.device)  # the same on every rank, and whole until it is placed
         origin.load_weights(model, c)
         costs = Costs(model, c.block_size)
+        start.use_float8(c, model)
         model = layout.place(model, machine.context, machine.dtype)
         opt = make_optimizer(c, model, layout, machine)
         scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-        judge = guard.Guard(c.spike_z, c.spike_window, scaler.is_enabled(), origin.guard_window,
-                            c.on_nan, c.on_spike)
+        judge = guard.Guard(c.spike_z, c.spike_window, scaler.is_enabled(), origin.guard_window, c.on_nan, c.on_spike)
         origin.restore(opt, scaler, layout)
 
     if c.eval_only:  # writes nothing

@@ -1,6 +1,6 @@
 """
 A model's weights as inference reads them: in half precision, in a layout that the CPU reads fast, or as integers of 8
-or 4 bits.
+or 4 bits, or floats of 8.
 
 Decoding one token reads every weight once and computes little with it, so memory decides its speed: half the bytes take
 half the time. On a CPU with a C++ compiler the weights lie in the tiles of our own kernel (inference/tiled.py), but for
@@ -103,6 +103,45 @@ class Int8Linear(nn.Module):
         reads half of what bfloat16 takes (gpt-fast)."""
         y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
+
+
+class Float8InferenceLinear(nn.Module):
+    """nn.Linear with weight and input in e4m3 (float8.py). (..., in) -> (..., out), in autocast's dtype or x's.
+
+    The weight has one scale. The input has the static `scale` of a calibration, or without one a dynamic scale for each
+    row: then a token's result does not depend on the tokens beside it. On a CPU the weight is kept as fp32 with e4m3's
+    values, so results are right but neither memory nor time is saved.
+    """
+
+    def __init__(self, linear, scale=None):
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.bias = linear.bias
+        weight, weight_scale = float8.to_float8(linear.weight.detach(), float8.E4M3)  # (out, in)
+        if weight.device.type == "cpu":
+            weight = float8.values(weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("scale", None if scale is None else weight_scale.new_tensor(scale))
+        self.register_buffer("one", torch.ones_like(weight_scale))
+
+    def forward(self, x):
+        dtype = float8.product_dtype(x)
+        rows = x.reshape(-1, self.in_features)  # (N, in)
+        if not len(rows):
+            return x.new_empty(*x.shape[:-1], self.out_features, dtype=dtype)
+        if self.scale is None:
+            row_scales = float8.scale_for(rows.abs().amax(1, keepdim=True), float8.E4M3)  # (N, 1)
+            rows = float8.cast(rows, row_scales, float8.E4M3)
+            y = float8.product(rows, self.weight.t(), self.one, self.weight_scale, torch.float32, fast=True)
+            y = (y * row_scales).to(dtype)
+        else:
+            rows = float8.cast(rows, self.scale, float8.E4M3)
+            y = float8.product(rows, self.weight.t(), self.scale, self.weight_scale, dtype, fast=True)
+        if self.bias is not None:
+            y = y + self.bias.to(dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def computes_bfloat16():

@@ -17,13 +17,15 @@ from configurator import read_file, read_keys  # noqa: E402
 
 ROOMS = ("training", "inference", "foreign", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
-    "files keys device attention cross_entropy inference.puzzles inference.rounding inference.kernels benchmarks.traffic",
+    "files keys device attention cross_entropy float8 inference.puzzles inference.rounding inference.kernels "
+    "benchmarks.traffic",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
     "dataset conversation foreign.names foreign.byte_level inference.prompts inference.int4 "
     "inference.gptq inference.draws inference.paged inference.tiled",
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
     "reporting.experiment foreign.hugging_face foreign.gguf_files foreign.templates foreign.chat_template",
+    "inference.calibration",
     "training.guard training.tensor_parallel training.pipeline_parallel foreign.pretrained infer "
     "inference.long_context inference.chat_tasks inference.letters foreign.tokenizer_files reporting.history",
     "parallel eval export reporting.tables reporting.charts serving.worker serving.bodies serving.answers",
@@ -39,7 +41,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 # what the ground floor and model.py may import besides the standard library; see test_setup.py for the other files
 BARE = {"configurator": {"files", "keys"}, "keys": set(), "cross_entropy": {"torch"},
         "attention": {"torch", "flash_attn"}, "model": {"torch", "attention", "cross_entropy"},
-        "device": {"torch"}, "files": set(), "reporting/isoflop": {"numpy"}}
+        "float8": {"torch"}, "device": {"torch"}, "files": set(), "reporting/isoflop": {"numpy"}}
 
 # floors of data/; every prepare.py may import all of these
 DATA_FLOORS = [{"common", "sources"}, {"reading"}, {"texts", "cleaning", "dedup"}, {"scan"},

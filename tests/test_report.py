@@ -32,7 +32,7 @@ FREE = {
     "sample_start", "probe_interval", "peak_flops", "profile", "tracker", "wandb_log", "wandb_project",
     "wandb_run_name", "on_nan", "on_spike", "spike_z", "spike_window", "max_rewinds", "always_save_checkpoint",
     "keep_checkpoints", "save_interval", "save_minutes", "checkpoint_format",
-    "tf32", "sdpa", "measure_comm", "device", "dtype", "compile", "threads",
+    "fp8", "fp8_ends", "tf32", "sdpa", "measure_comm", "device", "dtype", "compile", "threads",
     "deterministic", "zero_stage", "tp_size", "pp_size",
     "pp_schedule", "cpu_offload", "activation_checkpointing", "backend",
 }

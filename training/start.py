@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import checkpoint
+import float8
 import plan
 from configurator import fail
 from dataset import open_datasets, open_tokens, row_size_of, verify_shards
@@ -89,6 +90,9 @@ def check_settings(c):
     if c.decay_lr and not 0 <= c.min_lr <= c.learning_rate:
         fail(f"min_lr={c.min_lr} must lie between 0 and learning_rate={c.learning_rate}; "
              "or set decay_lr=false")
+    if c.fp8 and c.tp_size > 1:
+        fail(f"fp8 and tp_size={c.tp_size}: tensor parallelism splits matrices that FP8 scales as a whole; set one of "
+             "them back. DDP, ZeRO and pipelines work with fp8")
     for key, choices in CHOICES.items():
         if c[key] not in choices:
             named = ", ".join(str(choice) or "nothing" for choice in choices)
@@ -141,10 +145,18 @@ def prepare_machine(c):
     if c.attn == "flash" and (device.type != "cuda" or dtype == torch.float32):
         fail("attn='flash' needs a CUDA device and half precision, "
              f"not {device.type} in {machine.dtype_name}")
+    if c.fp8:
+        float8.check_device(device)
     if c.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return machine
+
+
+def use_float8(c, model):
+    """With fp8, let the blocks' linear layers multiply in FP8, before the model is placed. Raises ValueError."""
+    if c.fp8:
+        float8.convert_to_float8_training(model, c.fp8_ends)
 
 
 # -----------------------------------------------------------------------------
