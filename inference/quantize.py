@@ -3,8 +3,9 @@ A model's weights as inference reads them: in half precision, in a layout that t
 or 4 bits, or floats of 8.
 
 Decoding one token reads every weight once and computes little with it, so memory decides its speed: half the bytes take
-half the time. On a CPU with a C++ compiler the weights lie in the tiles of our own kernel (inference/tiled.py), but for
-bfloat16 on a CPU with AMX, which oneDNN uses. Without a compiler oneDNN's layout and PyTorch's kernels take their place.
+half the time. On a CPU with a C++ compiler the weights lie in the tiles of our own kernel (inference/tiled.py). Only
+bfloat16 on a CPU with AMX lies in oneDNN's layout, which uses AMX. Without a compiler oneDNN's layout and PyTorch's
+kernels take the place of ours.
 """
 
 import itertools

@@ -25,7 +25,7 @@ FLOORS = [
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
     "reporting.experiment foreign.hugging_face foreign.gguf_files foreign.templates foreign.chat_template",
-    "inference.calibration",
+    "inference.calibration inference.compiled",
     "training.guard training.tensor_parallel training.pipeline_parallel foreign.pretrained infer "
     "inference.long_context inference.chat_tasks inference.letters foreign.tokenizer_files reporting.history",
     "parallel eval export reporting.tables reporting.charts serving.worker serving.bodies serving.answers",
