@@ -179,6 +179,15 @@ def test_filters_keep_exactly_what_they_say_on_ties(weights, k, p, min_p):
     assert keep_nucleus(keep_top_k(row, options[0]), *options[1:])[0].tolist() == expected
 
 
+def test_top_p_of_one_drops_nothing_by_rounding():
+    """The most likely token alone is 1.0 in fp32, but the others are drawn now and then."""
+    weights = torch.tensor([[1e-9, 1.0, 1e-12, 0.0]])
+    options = [torch.tensor([[x]]) for x in (4.0, 1.0, 0.0)]
+    assert torch.equal(keep_candidates(weights, 4, *options), weights)
+    assert torch.equal(keep_nucleus(keep_top_k(weights, options[0]), *options[1:]), weights)
+    assert probabilities(weights[0].log(), top_k=3).count_nonzero() == 3
+
+
 def test_the_first_and_the_last_number_draw_a_token_that_has_weight():
     weights = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
     for u, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (BELOW, 4)):
