@@ -18,8 +18,7 @@ it. Read Engine.step first: it is the whole loop.
 
 import sys
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,10 +26,11 @@ import torch
 from checkpoint import CheckpointError, config_of, find, load_model, run_of
 from device import inference_kernels, pick_device, pick_dtype
 from inference import kernels
+from inference.batch import BatchPass
 from inference.calibration import static_scales
 from inference.compiled import compiled_step
+from inference.draws import Draws, variant
 from inference.kvcache import (
-    BatchPass,
     Blocks,
     BlockTable,
     Part,
@@ -42,7 +42,8 @@ from inference.kvcache import (
 )
 from inference.prompts import check_prompt, encode_prompt, is_one_prompt, plain_lists, token_ids
 from inference.quantize import computes_bfloat16, convert
-from inference.sampling import Chooser, Sampling, StopText, top_tokens
+from inference.requests import Request
+from inference.sampling import Chooser, Sampling, StopText
 from inference.tiled import MOST_ROWS
 from model import GPT, rope_tables
 from tokenizer import load_tokenizer
@@ -123,38 +124,6 @@ def stream(model, prompt, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0
 # The engine
 
 
-@dataclass(eq=False)
-class Request:
-    """A prompt and the text that follows it so far."""
-
-    ids: list  # the prompt's tokens, then the tokens that were drawn
-    prompt_tokens: int
-    sampling: Sampling
-    blocks_needed: int  # for the prompt and all new tokens
-    choose: Chooser  # logits -> the next token, with random numbers of its own
-    decode: Callable  # the next token -> text; None -> the rest
-    until: StopText  # holds back text that may begin a stop string
-    text: str = ""  # what follows the prompt, up to a stop string
-    logprobs: list = field(default_factory=list)  # of the tokens that were drawn
-    top_logprobs: list = field(default_factory=list)  # of each of them: [(most likely id, its logprob), ...]
-    prompt_logprobs: list = field(default_factory=list)  # the first is None: nothing comes before it
-    prompt_top_logprobs: list = field(default_factory=list)
-    finish: str = ""  # why it ended: length | eos | stop | cancelled; empty until then
-    cached: int = 0  # tokens whose keys and values are in the cache
-    cached_tokens: int = 0  # tokens of the prompt that were there already, and did not have to be read
-    digests: list | None = None  # of its full blocks so far; None: it slides, so its blocks change and are its own
-    table: BlockTable | None = None  # where they lie, once it runs
-
-    @property
-    def tokens(self):
-        """The ids that were drawn."""
-        return self.ids[self.prompt_tokens :]
-
-    @property
-    def blocks(self):
-        return self.table.blocks if self.table else []
-
-
 class Engine:
     """Requests in, tokens out: `submit` and `step`, or `generate` and `stream`, which call both.
 
@@ -166,11 +135,12 @@ class Engine:
     chunk: most tokens in one step.
     slide: past block_size, continue with the last block_size tokens (only with RoPE, whose positions are relative).
     Without it a request that would get there is refused.
-    batched: a step of one token for each request is one BatchPass; None: on CUDA.
+    batched: a step of one token for each request is one BatchPass; None: on CUDA, and on a CPU with a C++ compiler.
+    draws: such a step also draws the tokens, on the device; None: on CUDA.
     """
 
     def __init__(self, model, tokenizer=None, *, max_tokens=0, block=0, chunk=512, max_requests=32, slide=False,
-                 batched=None):
+                 batched=None, draws=None):
         config = model.config
         if slide and config.pos != "rope":
             raise ValueError("slide needs pos='rope': learned positions end with the context")
@@ -189,15 +159,19 @@ class Engine:
         # a CPU without bfloat16 would convert all keys and values for every token: fp32 takes half the time
         slow = self.dtype == torch.bfloat16 and on_cpu and not computes_bfloat16()
         kv_dtype = torch.float32 if slow else self.dtype
-        self.block = block or (16 if kernel in (None, "cpu") else 256)
+        self.block = block or (256 if callable(kernel) else 16)  # flash-attn needs 256
         count = -(-(max_tokens or 4 * config.block_size) // self.block)
         self.blocks = Blocks(count, in_a_row=on_cpu)
         self.pool = Pool(config, count, self.block, kv_dtype, self.device, kernel)
 
-        self.passes = {}  # (rows, blocks) -> BatchPass
+        self.passes = {}  # (rows, blocks, variant of the draws) -> BatchPass
         self.compiled = {}  # whether for several requests -> CompiledStep
         self.rope = None  # tables of all positions so far; a sliding window goes past the context
         self.extend_rope(config.block_size)
+        self.draws = None
+        self.rows = list(range(max_requests))  # of the draws, that no request has
+        if draws or draws is None and self.device.type == "cuda":
+            self.draws = Draws(max_requests, config.vocab_size, self.device)
         self.waiting = deque()
         self.running = []
         self.tokens_read = 0  # by the model, so far; those found in the cache do not count
@@ -303,23 +277,69 @@ class Engine:
     @torch.no_grad()
     def step(self):
         """One pass of the model over the next token, or the next piece of the prompt, of each running request. -> the
-        requests that got a token; some may have finished"""
+        requests that got a token; some may have finished
+
+        With draws on the device it is two passes: the next tokens in one, whose shapes do not change, and the pieces of
+        prompts in another. Otherwise one pass reads the weights once for all of them.
+        """
         self.admit()
         parts = self.next_parts()
         if not parts:
             return []
         self.extend_rope(max(request.cached + count for request, count in parts))
-        with inference_kernels(self.device):
-            logits = self.forward(parts)
         ready = []
-        for (request, count), rows in zip(parts, logits, strict=True):
+        with inference_kernels(self.device):
+            if self.draws is None:
+                return self.read(parts)
+            singles = [request for request, count in parts if count and request.reads_next_token]
+            pieces = [(request, count) for request, count in parts if not request.reads_next_token]
+            if singles:
+                ready += self.draw_next(singles)
+            if pieces:
+                ready += self.read(pieces)
+        return ready
+
+    def read(self, parts):
+        """A pass whose tokens are drawn on the host. -> the requests that got one"""
+        ready = []
+        for (request, count), logits in zip(parts, self.forward(parts), strict=True):
             self.publish(request, count)
             if request.sampling.prompt_logprobs:
-                self.score_prompt(request, rows)
+                request.score_prompt(logits)
             if request.cached == len(request.ids):
-                self.draw(request, rows[-1])
+                self.draw(request, logits[-1])
                 ready.append(request)
         return ready
+
+    def draw(self, request, logits):
+        """Choose the next token from `logits` (vocab_size,), fp32 on the CPU."""
+        self.take(request, request.choose(logits, request.ids), logits)
+
+    def draw_next(self, requests):
+        """A pass of one token of each request, whose next tokens are drawn on the device. -> the requests"""
+        for request in requests:
+            if request.row is None:
+                request.row = self.rows.pop()
+            if request.drawn != len(request.ids):  # its last token was drawn on the host
+                self.draws.load(request.row, request.sampling, request.ids, request.prompt_tokens)
+        parts = [Part(request.ids[-1:], request.cached, request.table, 1) for request in requests]
+        rows = [request.row for request in requests]
+        samplings = [request.sampling for request in requests]
+        self.draws.next_numbers(rows, [request.choose for request in requests])
+        batch = self.batch_pass(parts, variant(samplings, self.model.config.vocab_size))
+        tokens, logits = batch.draw(parts, rows)
+        for place, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+            self.publish(request, 1)
+            request.choose.count(token)
+            request.drawn = len(request.ids) + 1
+            self.take(request, token, logits[place].cpu() if request.wants_logprobs else None)
+        return requests
+
+    def take(self, request, token, logits):
+        """A token that was drawn: the request has it, and may end with it."""
+        eos = self.tokenizer.eos if self.tokenizer else None
+        if why := request.take(token, logits, eos):
+            self.finish(request, why)
 
     def next_parts(self):
         """The tokens that the next pass reads, at most `chunk` in all. -> [(request, how many of its tokens), ...]"""
@@ -347,25 +367,27 @@ class Engine:
                 wanted = count
             reads.append(Part(request.ids[first:end], first, request.table, wanted))
         if self.batched and all(part.wanted and len(part.tokens) == 1 for part in reads):
-            logits = self.batch_pass(reads)(reads)
+            logits = self.batch_pass(reads)(reads)[: len(reads)].cpu()
         else:
             idx = torch.tensor([[token for part in reads for token in part.tokens]], device=self.device)  # (1, N)
             logits = self.model(idx, cache=StepCache(self.pool, self.rope, reads))[0][0].float().cpu()
         return logits.split([part.wanted for part in reads])
 
-    def batch_pass(self, parts):
-        """The BatchPass that has room for these parts. Its sizes are powers of two: few passes serve all steps."""
+    def batch_pass(self, parts, variant=None):
+        """The BatchPass that has room for these parts, and draws as `variant` says. On CUDA its sizes are powers of
+        two: few graphs serve all steps."""
         rows = len(parts)
-        longest = max(-(-min(part.first + 1, part.table.window) // self.block) for part in parts)
         if self.pool.kernel == "cpu":
             blocks = -(-self.model.config.block_size // self.block)  # as many as a request can have
         else:
+            longest = max(-(-min(part.first + 1, part.table.window) // self.block) for part in parts)
             rows = 1 << (rows - 1).bit_length()
             blocks = 1 << (longest - 1).bit_length()
-        if (rows, blocks) not in self.passes:
+        if (rows, blocks, variant) not in self.passes:
             compiled = self.compiled.get(rows > 1) if rows <= MOST_ROWS else None
-            self.passes[rows, blocks] = BatchPass(self.model, self.pool, self.rope, rows, blocks, compiled)
-        return self.passes[rows, blocks]
+            self.passes[rows, blocks, variant] = BatchPass(self.model, self.pool, self.rope, rows, blocks, compiled,
+                                                           self.draws, variant)
+        return self.passes[rows, blocks, variant]
 
     def extend_rope(self, count):
         """Let the rotary tables reach `count` positions."""
@@ -391,41 +413,6 @@ class Engine:
                 request.digests.append(block_digest(parent, tokens))
             self.blocks.publish(request.digests[i], request.table.blocks[i])
 
-    def score_prompt(self, request, logits):
-        """Keep the log-probabilities of the prompt's tokens that follow from `logits` (rows, vocab_size)."""
-        top = request.sampling.prompt_logprobs
-        if not request.prompt_logprobs:
-            request.prompt_logprobs.append(None)
-            request.prompt_top_logprobs += [] if top is True else [None]
-        for row in logits:
-            place = len(request.prompt_logprobs)
-            if place == request.prompt_tokens:
-                return  # what follows the prompt is drawn
-            logprobs = torch.log_softmax(row, -1)
-            request.prompt_logprobs.append(float(logprobs[request.ids[place]]))
-            if top is not True:
-                request.prompt_top_logprobs.append(top_tokens(logprobs, top))
-
-    def draw(self, request, logits):
-        """Choose the next token from `logits` (vocab_size,), and finish the request if that ends it."""
-        sampling = request.sampling
-        token = request.choose(logits, request.ids)
-        if token in sampling.stop_tokens:
-            return self.finish(request, "stop")
-        if self.tokenizer and token == self.tokenizer.eos and not sampling.ignore_eos:
-            return self.finish(request, "eos")
-        request.ids.append(token)
-        if sampling.logprobs or sampling.top_logprobs:
-            logprobs = torch.log_softmax(logits, -1)
-            request.logprobs.append(float(logprobs[token]))
-            if sampling.top_logprobs:
-                request.top_logprobs.append(top_tokens(logprobs, sampling.top_logprobs))
-        request.text += request.until(request.decode(token))
-        if request.until.stopped:
-            self.finish(request, "stop")
-        elif len(request.ids) - request.prompt_tokens == sampling.max_new_tokens:
-            self.finish(request, "length")
-
     def finish(self, request, why):
         """End a request: complete its text, and free its blocks, which stay known while nobody needs their room."""
         request.finish = why
@@ -433,6 +420,8 @@ class Engine:
             request.text += request.until(request.decode(None), last=True)
         if request in self.running:
             self.running.remove(request)
+            if request.row is not None:
+                self.rows.append(request.row)
             self.blocks.release(request.blocks, (request.digests or [])[: request.cached // self.block])
         elif request in self.waiting:
             self.waiting.remove(request)

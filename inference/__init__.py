@@ -4,7 +4,9 @@ Under infer.py, sample.py, chat.py and eval.py:
     prompts       what a prompt may be
     sampling      logits to a token; where a text ends
     draws         the next tokens of many requests at once, on the device
+    requests      a request: its tokens, its text, its log-probabilities
     kvcache       keys and values in blocks of one pool, and attention over them
+    batch         a pass over one new token of each request, in fixed shapes
     paged         the same for one token of each request, as a Triton kernel
     kernels       kernels.cpp: fast products and attention on a CPU, compiled once
     compiled      a step of one token for each request, compiled and kept on disk

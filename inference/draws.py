@@ -18,6 +18,8 @@ import torch
 MOST_CANDIDATES = 1024  # top_k up to here: choose so many tokens first, then filter those
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = torch.finfo(torch.float32).tiny
+NO_NUMBERS = ("the model's logits are no numbers, so no token can be drawn: its weights are damaged, or too large for "
+              "this dtype (dtype=float32 holds more)")
 NEUTRAL = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # temperature, top_k, top_p, min_p, the three penalties
 
 

@@ -9,10 +9,12 @@ engine (infer.py) the model gets one of two caches:
   the blocks of a request are neighbours.
 - DecodeCache: one token of each request. Attention runs for all of them at once, over a table of blocks, in shapes that
   do not depend on the requests. So the pass can be compiled (inference/compiled.py), and on CUDA a graph of it be
-  replayed: BatchPass has the tensors for that, which are filled before each step.
+  replayed: inference/batch.py has the tensors for that, which are filled before each step.
 """
 
 import hashlib
+import importlib
+import importlib.util
 import itertools
 from array import array
 from collections import OrderedDict, deque
@@ -219,8 +221,7 @@ class BlockTable:
 class Pool:
     """The keys and values of all requests: `count` blocks of `size` tokens in each layer.
 
-    kernel: what reads keys and values through a table of blocks (paged_kernel): flash-attn's function, "cpu" for that
-    of inference/kernels.py, or None for a gather.
+    kernel: what reads keys and values through a table of blocks (paged_kernel).
     """
 
     def __init__(self, config, count, size, dtype, device, kernel=None):
@@ -249,11 +250,16 @@ def new_cache(config, slots, dtype, device):
 
 
 def paged_kernel(device, dtype, head_dim):
-    """What reads keys and values through a table of blocks here: flash-attn's kernel if it is installed, "cpu" for our
-    own where there is a C++ compiler, or None."""
+    """What reads keys and values through a table of blocks here: flash-attn's kernel if it is installed; "cpu" for our
+    own where there is a C++ compiler, "triton" on CUDA (inference/paged.py); or None: they are gathered."""
     if device.type == "cpu" and dtype in kernels.TYPES and kernels.available():
         return "cpu"
-    return flash_attn_with_kvcache if takes_flash(device, dtype, head_dim) else None
+    if takes_flash(device, dtype, head_dim) and flash_attn_with_kvcache is not None:
+        return flash_attn_with_kvcache
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        importlib.import_module("inference.paged")  # it defines the operator
+        return "triton"
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -333,75 +339,6 @@ class DecodeCache(NamedTuple):
         return y[None].to(q.dtype)
 
 
-class BatchPass:
-    """Steps of one token of each request, in fixed shapes.
-
-    rows: batch size of the graph; unused rows repeat the first request. blocks: length of the longest table.
-    rope: the tables of rope_tables, or None with learned positions. compiled: tokens and a DecodeCache -> logits, in
-    place of the model (inference/compiled.py).
-    """
-
-    def __init__(self, model, pool, rope, rows, blocks, compiled=None):
-        self.model = model
-        self.pool = pool
-        self.rope_tables = rope
-        self.compiled = compiled
-        self.graph = None
-        device = pool.device
-        self.tokens = torch.zeros(1, rows, dtype=torch.long, device=device)
-        self.positions = torch.zeros(rows, dtype=torch.long, device=device)
-        self.slots = torch.zeros(rows, dtype=torch.long, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # tokens that each row sees
-        self.table = torch.zeros(rows, blocks, dtype=torch.int32, device=device)
-
-    def __call__(self, parts):
-        """Parts of one token -> logits (len(parts), vocab_size) of what follows them, fp32 on the CPU."""
-        rows, blocks = self.table.shape
-        padded = parts + parts[:1] * (rows - len(parts))
-        self.fill(self.tokens, [[part.tokens[0] for part in padded]])
-        self.fill(self.positions, [part.first for part in padded])
-        self.fill(self.slots, [part.table.slot(part.first) for part in padded])
-        self.fill(self.lengths, [min(part.first + 1, part.table.window) for part in padded])
-        for row, part in enumerate(padded):
-            part.table.write(self.table[row])
-        if self.pool.device.type == "cuda":
-            with torch.cuda.device(self.pool.device):  # a graph is captured and replayed on the current device
-                if self.graph is None:
-                    self.capture()
-                self.graph.replay()
-        else:
-            self.logits = self.run()
-        return self.logits[: len(parts)].cpu()
-
-    def fill(self, buffer, values):
-        buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
-
-    def run(self):
-        rope = rope_at(self.rope_tables, self.positions)
-        cache = DecodeCache(self.pool.keys, self.pool.values, self.positions, self.slots, self.table, self.lengths,
-                            rope, self.pool.size, self.pool.kernel)
-        if self.compiled:
-            return self.compiled(self.tokens, cache)
-        return self.model(self.tokens, cache=cache)[0][0].float()
-
-    def capture(self):
-        """Record the pass as a graph, after two warm-up passes on another stream, as PyTorch asks.
-
-        All graphs share one pool of memory: they run one at a time, and their logits are copied before the next runs.
-        """
-        warmup = torch.cuda.Stream()
-        warmup.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warmup):
-            for _ in range(2):
-                self.run()
-        torch.cuda.current_stream().wait_stream(warmup)
-        self.graph = torch.cuda.CUDAGraph()
-        if self.pool.graph_memory is None:
-            self.pool.graph_memory = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(self.graph, pool=self.pool.graph_memory):
-            self.logits = self.run()
-
-
 def rope_at(rope, positions):
     """The rows of the rotary tables at `positions` (N,): cosines and sines (N, 1, D). None with learned positions."""
     if rope is None:
@@ -416,6 +353,8 @@ def rope_at(rope, positions):
 def attend_blocks(q, k, v, table, lengths, kernel=None):
     """Attention of q (B, n_q, D), one token of each request, over the first `lengths` (B,) tokens in the blocks that
     `table` (B, n) names; k and v (blocks, size, n_kv, D). -> (B, n_q, D)"""
+    if kernel == "triton":
+        return torch.ops.minichat.paged_attention(q, k, v, table, lengths)
     if kernel is not None:
         return kernel(q[:, None], k, v, cache_seqlens=lengths, block_table=table)[:, 0]
     k, v = (t[table].flatten(1, 2).transpose(1, 2) for t in (k, v))  # (B, n_kv, n * size, D)

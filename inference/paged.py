@@ -89,3 +89,14 @@ def paged_attention(q, keys, values, table, lengths):
     if shares == 1:
         return out[:, :, 0].to(q.dtype)
     return (torch.softmax(sums, -1)[..., None] * out).sum(2).to(q.dtype)
+
+
+# An operator of PyTorch, so that a compiled step keeps it as it is
+OPERATORS = torch.library.Library("minichat", "FRAGMENT")
+OPERATORS.define("paged_attention(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor lengths) -> Tensor")
+OPERATORS.impl("paged_attention", paged_attention, "CUDA")
+
+
+@torch.library.register_fake("minichat::paged_attention", lib=OPERATORS)
+def paged_attention_shape(q, keys, values, table, lengths):
+    return q.new_empty(q.shape)

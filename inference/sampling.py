@@ -9,10 +9,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from inference.draws import NO_NUMBERS
 from inference.prompts import is_id
 
-NO_NUMBERS = ("the model's logits are no numbers, so no token can be drawn: its weights are damaged, or too large for "
-              "this dtype (dtype=float32 holds more)")
 MOST_TOP = 20  # most tokens whose log-probabilities are kept for each place, as in OpenAI's interface
 
 

@@ -25,7 +25,7 @@ FLOORS = [
     "loader optim checkpoint plan training.probe training.track training.monitor training.profiler "
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
     "reporting.experiment foreign.hugging_face foreign.gguf_files foreign.templates foreign.chat_template",
-    "inference.calibration inference.compiled",
+    "inference.calibration inference.compiled inference.batch inference.requests",
     "training.guard training.tensor_parallel training.pipeline_parallel foreign.pretrained infer "
     "inference.long_context inference.chat_tasks inference.letters foreign.tokenizer_files reporting.history",
     "parallel eval export reporting.tables reporting.charts serving.worker serving.bodies serving.answers",
@@ -56,6 +56,7 @@ LONGER = {  # file: why it is one file all the same
     "doctor.py": "one machine, and the ranks on many: one report",
     "dataset.py": "how a dataset is found, its files checked, its tokens and bits read: each relies on the others",
     "tokenizer.py": "text to ids and back, and every file that a tokenizer is read from",
+    "infer.py": "a model is loaded and generates: the engine's whole loop, and the plain way that it is compared with",
     "plan.py": "memory, time and the layouts there are, each formula beside its source",
 }
 

@@ -14,8 +14,8 @@ import attention as attention_file
 import infer
 from infer import Engine, stream
 from inference import kvcache
+from inference.batch import BatchPass
 from inference.kvcache import (
-    BatchPass,
     Blocks,
     BlockTable,
     Part,
