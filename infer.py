@@ -40,8 +40,11 @@ from inference.kvcache import (
 from inference.prompts import check_prompt, encode_prompt, is_one_prompt, plain_lists, token_ids
 from inference.quantize import computes_bfloat16, convert
 from inference.sampling import Chooser, Sampling, StopText, top_tokens
+from inference.speculation import speculation
 from model import GPT, rope_tables
 from tokenizer import load_tokenizer
+
+MOST_ROWS = 64  # of one pass of single tokens, unless there are more requests
 
 
 def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0):
@@ -140,6 +143,7 @@ class Request:
     cached_tokens: int = 0  # tokens of the prompt that were there already, and did not have to be read
     digests: list | None = None  # of its full blocks so far; None: it slides, so its blocks change and are its own
     table: BlockTable | None = None  # where they lie, once it runs
+    proposals: list = field(default_factory=list)  # tokens that may follow, which the pass reads behind the last one
 
     @property
     def tokens(self):
@@ -163,10 +167,12 @@ class Engine:
     slide: past block_size, continue with the last block_size tokens (only with RoPE, whose positions are relative).
     Without it a request that would get there is refused.
     batched: a step of one token for each request is one BatchPass; None: on CUDA.
+    speculate: who proposes tokens to read ahead (inference/speculation.py): "lookup", the folder of a draft run, or a
+    Speculation; empty: nobody. It does not change what is drawn.
     """
 
     def __init__(self, model, tokenizer=None, *, max_tokens=0, block=0, chunk=512, max_requests=32, slide=False,
-                 batched=None):
+                 batched=None, speculate=""):
         config = model.config
         if slide and config.pos != "rope":
             raise ValueError("slide needs pos='rope': learned positions end with the context")
@@ -194,6 +200,7 @@ class Engine:
         self.extend_rope(config.block_size)
         self.waiting = deque()
         self.running = []
+        self.speculation = speculation(speculate, self, Engine.load)
         self.tokens_read = 0  # by the model, so far; those found in the cache do not count
 
     @classmethod
@@ -293,7 +300,7 @@ class Engine:
             if request.sampling.prompt_logprobs:
                 self.score_prompt(request, rows)
             if request.cached == len(request.ids):
-                self.draw(request, rows[-1])
+                self.accept(request, rows[-1 - len(request.proposals) :])
                 ready.append(request)
         return ready
 
@@ -308,12 +315,14 @@ class Engine:
             if count:
                 parts.append((request, count))
                 room -= count
+        if self.speculation:
+            self.speculation.propose(parts, room, self.model.config.block_size)
         return parts
 
     def forward(self, parts):
         """Logits (rows, vocab_size), fp32 on the CPU, of each of the `parts`: of its last token if that is the last of
-        the request, and with prompt_logprobs of each token of the prompt. -> tuple, in the order of `parts`; their keys
-        and values are in the cache afterwards"""
+        the request, of its proposals, and with prompt_logprobs of each token of the prompt. -> tuple, in the order of
+        `parts`; their keys and values are in the cache afterwards"""
         reads = []
         for request, count in parts:
             first = request.cached
@@ -321,9 +330,20 @@ class Engine:
             wanted = int(end == len(request.ids))  # the last token is read, so its logits are wanted
             if request.sampling.prompt_logprobs and first < request.prompt_tokens:
                 wanted = count
-            reads.append(Part(request.ids[first:end], first, request.table, wanted))
-        if self.batched and all(part.wanted and len(part.tokens) == 1 for part in reads):
-            logits = self.batch_pass(reads)(reads)
+            wanted += len(request.proposals)
+            reads.append(Part(request.ids[first:end] + request.proposals, first, request.table, wanted))
+        return self.read(reads)
+
+    def read(self, reads):
+        """One pass over a list of Part. -> a tuple of the logits that each wants, (wanted, vocab_size), fp32 on the CPU
+        """
+        rows = sum(len(part.tokens) for part in reads)
+        all_wanted = all(part.wanted == len(part.tokens) for part in reads)
+        if self.batched and all_wanted and rows <= max(len(reads), MOST_ROWS):
+            # a token and its proposals are rows like those of several requests: each sees what lies before it
+            singles = [Part([token], part.first + i, part.table, 1)
+                       for part in reads for i, token in enumerate(part.tokens)]
+            logits = self.batch_pass(singles)(singles)
         else:
             idx = torch.tensor([[token for part in reads for token in part.tokens]], device=self.device)  # (1, N)
             logits = self.model(idx, cache=StepCache(self.pool, self.rope, reads))[0][0].float().cpu()
@@ -375,6 +395,18 @@ class Engine:
             request.prompt_logprobs.append(float(logprobs[request.ids[place]]))
             if top is not True:
                 request.prompt_top_logprobs.append(top_tokens(logprobs, top))
+
+    def accept(self, request, logits):
+        """Draw tokens of a request from logits (1 + proposals, vocab_size) until one is not what was proposed: it is
+        kept like the others. Keys and values of an accepted proposal are in the cache already."""
+        proposals = request.proposals
+        request.proposals = []
+        self.draw(request, logits[0])
+        for token, row in zip(proposals, logits[1:], strict=True):
+            if request.finish or request.ids[-1] != token:
+                return
+            self.publish(request, 1)
+            self.draw(request, row)
 
     def draw(self, request, logits):
         """Choose the next token from `logits` (vocab_size,), and finish the request if that ends it."""

@@ -4,6 +4,7 @@ Under infer.py, sample.py, chat.py and eval.py:
     prompts       what a prompt may be
     sampling      logits to a token; where a text ends
     kvcache       keys and values in blocks of one pool, and attention over them
+    speculation   who proposes tokens that the model then reads at once, and how many
     quantize      weights as inference reads them: packed for the CPU, half precision, int8
     tasks         multiple choice and last words, by log-likelihood
     samples       samples of a bank of prompts, as Markdown

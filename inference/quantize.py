@@ -75,6 +75,7 @@ def convert(model, dtype=torch.float32, quantize=""):
     if quantize not in ("", "int8"):
         raise ValueError(f"quantize={quantize!r} is not int8; empty: no quantisation")
     model.to(dtype)
+    model.quantize = quantize  # a draft model is read in the same form
     if quantize:
         kind = Int8Linear
     elif can_pack(model):
