@@ -44,6 +44,7 @@ seed = 1337                 # of the answers, together with what was said; /retr
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
 quantize = ""               # int8: weights as 8-bit integers; empty: as dtype says
+speculate = ""              # read ahead what is proposed: lookup (from the text), or a draft run's folder; empty: no
 rope_scaling = ""           # for a longer context than the model's: none | linear | ntk | yarn; empty: the model's
 rope_factor = 1.0           # with rope_scaling: context as a multiple of the one first trained at
 # -----------------------------------------------------------------------------
@@ -297,7 +298,9 @@ def load_all(c):
     val_loss = f"val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else "not evaluated"
     note(f"{folder}: step {state['step']}, {val_loss}")
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")
-    return Engine(model, template.tokenizer, max_tokens=model.config.block_size, max_requests=1), template
+    engine = Engine(model, template.tokenizer, max_tokens=model.config.block_size, max_requests=1,
+                    speculate=c.speculate)
+    return engine, template
 
 
 def question_of(c):

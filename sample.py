@@ -44,6 +44,7 @@ seed = 1337                 # seed of the first sample; the next ones take seed 
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
 quantize = ""               # int8: weights as 8-bit integers; empty: as dtype says
+speculate = ""              # read ahead what is proposed: lookup (from the text), or a draft run's folder; empty: no
 rope_scaling = ""           # for a longer context than the model's: none | linear | ntk | yarn; empty: the model's
 rope_factor = 1.0           # with rope_scaling: context as a multiple of the one first trained at
 compile = False             # torch.compile the model
@@ -187,7 +188,10 @@ def main(c, given):
     window = model.config.block_size
     slide = model.config.pos == "rope"
     room = min(c.num_samples, AT_ONCE) * (window + 16)
-    engine = Engine(model, tokenizer, slide=slide, max_tokens=room, max_requests=AT_ONCE)
+    try:
+        engine = Engine(model, tokenizer, slide=slide, max_tokens=room, max_requests=AT_ONCE, speculate=c.speculate)
+    except (ValueError, OSError) as e:  # of the draft run
+        fail(e)
     if c.compile:
         trouble = can_compile(engine.device) or compile_trouble(engine, [0])
         if trouble:

@@ -48,6 +48,7 @@ access_log = False          # a line on stderr for each request, without its tex
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
 quantize = ""               # int8: weights as 8-bit integers; empty: as dtype says
+speculate = ""              # read ahead what is proposed: lookup (from the text), or a draft run's folder; empty: no
 # -----------------------------------------------------------------------------
 
 PAGE = Path(__file__).resolve().parent / "serving" / "chat.html"
@@ -76,7 +77,7 @@ def load_all(c):
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")
     chunk = c.chunk or default_chunk(device.type)
     engine = Engine(model, tokenizer, max_tokens=cache_tokens(c, model.config, device, dtype), chunk=chunk,
-                    max_requests=c.max_requests)
+                    max_requests=c.max_requests, speculate=c.speculate)
     served = Served(name=model_name(c), created=int(time.time()), tokenizer=tokenizer, template=template,
                     context=model.config.block_size, vocab_size=model.config.vocab_size, reply_tokens=c.reply_tokens,
                     most_choices=min(MOST_CHOICES, c.max_requests + c.max_queue))

@@ -150,14 +150,15 @@ class Speculation:
         self.accepted = 0
 
     def propose(self, parts, room, window):
-        """Set `proposals` of the requests in `parts`, [(request, how many of its own tokens are read), ...], which all
-        have none. room: rows that the pass has left for them. window: the context; past it nothing is proposed.
+        """Set `proposals` of the requests in `parts`, [(request, how many of its own tokens are read), ...].
+        room: rows that the pass has left for them. window: the context; past it nothing is proposed.
 
         No proposal reaches past max_new_tokens, so those read always fit into the blocks that a request has reserved.
         """
         self.count_finished()
         wants = []
         for request, count in parts:
+            request.proposals = []
             length = len(request.ids)
             is_next = request.cached + count == length > request.prompt_tokens
             if is_next and len(parts) <= self.at_once:
@@ -326,9 +327,9 @@ class DraftModel:
         for request, twin, _ in wants:
             behind = request.ids[twin.request.cached :]
             kept = min(common_length(twin.ahead, behind), len(behind) - 1)
-            self.engine.publish(twin.request, kept)
             twin.ahead = []
             twin.guesses = []
+            self.engine.publish(twin.request, kept)
             twin.choose = shadow(request.choose)
             parts.append((twin.request, min(len(behind) - kept, self.engine.chunk)))
         logits = self.engine.forward(parts) if parts else ()
