@@ -82,7 +82,7 @@ class Record:
 
     accepted: float = 1.0
     tried: float = 2.0  # those accepted and the first that was not: what stands behind that one was not tried
-    last: int = 0  # tokens of the request when it was last tried
+    last: int = -RETRY  # tokens of the request when it was last tried
 
     def count(self, cost, most, length):
         """How many tokens to propose now, at most `most`, when the request has `length` tokens."""
