@@ -255,7 +255,7 @@ def test_a_text_ends_within_accepted_proposals_as_it_does_without(end, model):
         elif end == "stop token":
             wanted["stop_tokens"] = (tokens[last],)
         elif end == "eos":
-            wanted["logit_bias"] = {19: 2.0}
+            wanted["logit_bias"] = {19: -1.0}
             wanted["seed"] = last
         else:
             wanted["max_new_tokens"] = last
