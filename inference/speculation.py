@@ -132,9 +132,9 @@ class Speculation:
 
     For each request, and each kind of proposal that the source tells apart, it estimates from the last few proposals
     how often one is accepted, and proposes as many tokens as give the most tokens per time. If that is none, it tries
-    one token again every RETRY (32) tokens; when this one is accepted, it begins as with a new request. So with each
-    kind, a text in which none is ever accepted costs about ten rows at its beginning and then one row in 32 tokens: with
-    look-up's three kinds and rows at a tenth of a pass, 1% of the time.
+    one token again every RETRY (32) tokens; when this one is accepted, it begins as with a new request. So a text in
+    which none is ever accepted costs, for each kind, about ten rows at its beginning and then one in 32 tokens. With
+    look-up's three kinds, and rows at a tenth of a pass, that is 1% of the time.
 
     source: PromptLookup or DraftModel, or anything with their `kind`, `propose` and `end`.
     most: most tokens proposed at once. cost: of a proposal, as a share of a pass of the model.
