@@ -44,10 +44,14 @@ repetition_penalty = 1.0    # above 1: tokens that were there before become less
 seed = 1337                 # of the answers, together with what was said; /retry takes the next one
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
-quantize = ""               # int8 | fp8 (float8.py): weights in 8 bits; empty: as dtype says
+quantize = ""               # int8 | int4 | int4_64 | int4_128 | fp8: weights in fewer bits; empty: as dtype says
+speculate = ""              # read ahead what is proposed: lookup (from the text), or a draft run's folder; empty: no
+compile: bool | None = None  # torch.compile the step of a token; none: where that pays
 rope_scaling = ""           # for a longer context than the model's: none | linear | ntk | yarn; empty: the model's
 rope_factor = 1.0           # with rope_scaling: context as a multiple of the one first trained at
 # -----------------------------------------------------------------------------
+
+STEPS = 1000  # of a talk, roughly: a compiled step is read from disk, but nothing is compiled for it
 
 HELP = """\
 /system TEXT   set the system message and begin a new talk; without TEXT, show it
@@ -298,7 +302,10 @@ def load_all(c):
     val_loss = f"val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else "not evaluated"
     note(f"{folder}: step {state['step']}, {val_loss}")
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")
-    return Engine(model, template.tokenizer, max_tokens=model.config.block_size, max_requests=1), template
+    engine = Engine(model, template.tokenizer, max_tokens=model.config.block_size, max_requests=1,
+                    speculate=c.speculate)
+    engine.try_to_compile(c.compile, STEPS, False, note)
+    return engine, template
 
 
 def question_of(c):

@@ -44,9 +44,12 @@ from inference.prompts import check_prompt, encode_prompt, is_one_prompt, plain_
 from inference.quantize import computes_bfloat16, convert
 from inference.requests import Request
 from inference.sampling import Chooser, Sampling, StopText
+from inference.speculation import speculation
 from inference.tiled import MOST_ROWS
 from model import GPT, rope_tables
 from tokenizer import load_tokenizer
+
+MOST_ROWS = 64  # of one pass of single tokens, unless there are more requests
 
 
 def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0):
@@ -137,10 +140,12 @@ class Engine:
     Without it a request that would get there is refused.
     batched: a step of one token for each request is one BatchPass; None: on CUDA, and on a CPU with a C++ compiler.
     draws: such a step also draws the tokens, on the device; None: on CUDA.
+    speculate: who proposes tokens to read ahead (inference/speculation.py): "lookup", the folder of a draft run, or a
+    Speculation; empty: nobody. It does not change what is drawn.
     """
 
     def __init__(self, model, tokenizer=None, *, max_tokens=0, block=0, chunk=512, max_requests=32, slide=False,
-                 batched=None, draws=None):
+                 batched=None, draws=None, speculate=""):
         config = model.config
         if slide and config.pos != "rope":
             raise ValueError("slide needs pos='rope': learned positions end with the context")
@@ -174,6 +179,7 @@ class Engine:
             self.draws = Draws(max_requests, config.vocab_size, self.device)
         self.waiting = deque()
         self.running = []
+        self.speculation = speculation(speculate, self, Engine.load)
         self.tokens_read = 0  # by the model, so far; those found in the cache do not count
 
     @classmethod
@@ -186,22 +192,35 @@ class Engine:
         scales = static_scales(quantize, out_dir, state)
         return cls(convert(model, dtype, quantize, scales), tokenizer, **options)
 
-    def compile(self, steps=None, several=True):
+    def compile(self, steps=None, several=True, say=None):
         """Compile the steps of one new token for each request (inference/compiled.py), or read them from disk.
 
-        steps: how many there will be, so that it is done only where it pays; None: in any case. several: also those
-        for more than one request. -> what was done, in words. Raises RuntimeError with the reason why it cannot be
-        done; the engine works all the same.
+        steps: how many there will be, so that it is done only where it pays; None: in any case. several: also the steps
+        of more than one request. say: is called with a line before something is compiled. -> whether the steps are
+        compiled now. Raises RuntimeError with the reason why that cannot be; the engine works all the same.
         """
         if not self.batched:
-            raise RuntimeError(f"one token of each request is not one pass here: {kernels.trouble() or self.device}")
+            raise RuntimeError(kernels.trouble() or f"on {self.device} in this dtype the requests of a step are apart")
         for many in (False, True) if several else (False,):
-            step = compiled_step(self.model, self.pool, many, steps)
+            step = compiled_step(self.model, self.pool, many, steps, say)
             if step is None:
-                return f"not compiled: {steps} steps are too few to pay"
+                return False
             self.compiled[many] = step
-        self.passes.clear()
-        return "compiled"
+            self.passes.clear()
+        return True
+
+    def try_to_compile(self, wish, steps, several, say):
+        """For a script: compile if `wish` is true, or if it is None and that pays for so many steps. What is done, and
+        why something is not, goes to `say` as a line."""
+        if self.device.type == "cpu" and kernels.trouble():
+            say(f"no fast kernels for this CPU, generation takes about twice as long: {kernels.trouble()}")
+        if wish is False:
+            return
+        try:
+            self.compile(None if wish else steps, several, say)
+        except RuntimeError as e:
+            if wish:
+                say(f"warning: the step of a token cannot be compiled here ({e}); running uncompiled")
 
     @property
     def keys(self):
@@ -290,16 +309,16 @@ class Engine:
         ready = []
         with inference_kernels(self.device):
             if self.draws is None:
-                return self.read(parts)
-            singles = [request for request, count in parts if count and request.reads_next_token]
+                return self.read_and_draw(parts)
+            singles = [request for request, _ in parts if request.reads_next_token]
             pieces = [(request, count) for request, count in parts if not request.reads_next_token]
             if singles:
                 ready += self.draw_next(singles)
             if pieces:
-                ready += self.read(pieces)
+                ready += self.read_and_draw(pieces)
         return ready
 
-    def read(self, parts):
+    def read_and_draw(self, parts):
         """A pass whose tokens are drawn on the host. -> the requests that got one"""
         ready = []
         for (request, count), logits in zip(parts, self.forward(parts), strict=True):
@@ -307,7 +326,7 @@ class Engine:
             if request.sampling.prompt_logprobs:
                 request.score_prompt(logits)
             if request.cached == len(request.ids):
-                self.draw(request, logits[-1])
+                self.accept(request, logits[-1 - len(request.proposals) :])
                 ready.append(request)
         return ready
 
@@ -352,12 +371,14 @@ class Engine:
             if count:
                 parts.append((request, count))
                 room -= count
+        if self.speculation:
+            self.speculation.propose(parts, room, self.model.config.block_size)
         return parts
 
     def forward(self, parts):
         """Logits (rows, vocab_size), fp32 on the CPU, of each of the `parts`: of its last token if that is the last of
-        the request, and with prompt_logprobs of each token of the prompt. -> tuple, in the order of `parts`; their keys
-        and values are in the cache afterwards"""
+        the request, of its proposals, and with prompt_logprobs of each token of the prompt. -> tuple, in the order of
+        `parts`; their keys and values are in the cache afterwards"""
         reads = []
         for request, count in parts:
             first = request.cached
@@ -365,9 +386,20 @@ class Engine:
             wanted = int(end == len(request.ids))  # the last token is read, so its logits are wanted
             if request.sampling.prompt_logprobs and first < request.prompt_tokens:
                 wanted = count
-            reads.append(Part(request.ids[first:end], first, request.table, wanted))
-        if self.batched and all(part.wanted and len(part.tokens) == 1 for part in reads):
-            logits = self.batch_pass(reads)(reads)[: len(reads)].cpu()
+            wanted += len(request.proposals)
+            reads.append(Part(request.ids[first:end] + request.proposals, first, request.table, wanted))
+        return self.read(reads)
+
+    def read(self, reads):
+        """One pass over a list of Part. -> a tuple of the logits that each wants, (wanted, vocab_size), fp32 on the CPU
+        """
+        rows = sum(len(part.tokens) for part in reads)
+        all_wanted = all(part.wanted == len(part.tokens) for part in reads)
+        if self.batched and all_wanted and rows <= max(len(reads), MOST_ROWS):
+            # a token and its proposals are rows like those of several requests: each sees what lies before it
+            singles = [Part([token], part.first + i, part.table, 1)
+                       for part in reads for i, token in enumerate(part.tokens)]
+            logits = self.batch_pass(singles)(singles)[: len(singles)].cpu()
         else:
             idx = torch.tensor([[token for part in reads for token in part.tokens]], device=self.device)  # (1, N)
             logits = self.model(idx, cache=StepCache(self.pool, self.rope, reads))[0][0].float().cpu()
@@ -412,6 +444,18 @@ class Engine:
                 tokens = request.ids[i * self.block : (i + 1) * self.block]
                 request.digests.append(block_digest(parent, tokens))
             self.blocks.publish(request.digests[i], request.table.blocks[i])
+
+    def accept(self, request, logits):
+        """Draw tokens of a request from logits (1 + proposals, vocab_size) until one is not what was proposed: it is
+        kept like the others. Keys and values of an accepted proposal are in the cache already."""
+        proposals = request.proposals
+        request.proposals = []
+        self.draw(request, logits[0])
+        for token, row in zip(proposals, logits[1:], strict=True):
+            if request.finish or request.ids[-1] != token:
+                return
+            self.publish(request, 1)
+            self.draw(request, row)
 
     def finish(self, request, why):
         """End a request: complete its text, and free its blocks, which stay known while nobody needs their room."""

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from configurator import Settings, configure, fail
-from device import can_compile, pick_device, pick_dtype, what_failed
+from device import pick_device, pick_dtype
 from files import decode_text, read_lines
 from infer import Engine, check_prompt, encode_prompt, load, stream
 from inference.calibration import static_scales
@@ -44,10 +44,11 @@ stop: tuple[str, ...] = ()  # strings that end a sample, and are not shown
 seed = 1337                 # seed of the first sample; the next ones take seed + 1, seed + 2, ...
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
-quantize = ""               # int8 | fp8 (float8.py): weights in 8 bits; empty: as dtype says
+quantize = ""               # int8 | int4 | int4_64 | int4_128 | fp8: weights in fewer bits; empty: as dtype says
+speculate = ""              # read ahead what is proposed: lookup (from the text), or a draft run's folder; empty: no
 rope_scaling = ""           # for a longer context than the model's: none | linear | ntk | yarn; empty: the model's
 rope_factor = 1.0           # with rope_scaling: context as a multiple of the one first trained at
-compile = False             # torch.compile the model
+compile: bool | None = None  # torch.compile the step of a token; none: where that pays
 # -----------------------------------------------------------------------------
 
 CUT = "---------------"  # printed after each sample
@@ -188,11 +189,12 @@ def main(c, given):
     window = model.config.block_size
     slide = model.config.pos == "rope"
     room = min(c.num_samples, AT_ONCE) * (window + 16)
-    engine = Engine(model, tokenizer, slide=slide, max_tokens=room, max_requests=AT_ONCE)
-    if c.compile:
-        trouble = can_compile(engine.device) or compile_trouble(engine, [0])
-        if trouble:
-            print(f"warning: torch.compile does not work here ({trouble}); running uncompiled", file=sys.stderr)
+    try:
+        engine = Engine(model, tokenizer, slide=slide, max_tokens=room, max_requests=AT_ONCE, speculate=c.speculate)
+    except (ValueError, OSError) as e:  # of the draft run
+        fail(e)
+    steps = c.max_new_tokens * -(-c.num_samples // AT_ONCE)
+    engine.try_to_compile(c.compile, steps, c.num_samples > 1, lambda line: print(line, file=sys.stderr))
 
     drawn = 0
     clock = time.perf_counter()
@@ -208,17 +210,6 @@ def main(c, given):
                 fail(e)
             print(f"error: {e}", file=sys.stderr)
     print(f"{drawn / (time.perf_counter() - clock):.1f} tokens/s", file=sys.stderr)
-
-
-def compile_trouble(engine, prompt):
-    """Compile the model in place and draw two tokens. -> None, or why that failed; then the model stays uncompiled"""
-    engine.model.compile(dynamic=True)
-    try:
-        engine.generate(prompt, max_new_tokens=2)
-    except Exception as e:
-        engine.model._compiled_call_impl = None  # what Module.compile sets
-        return what_failed(e)
-    return None
 
 
 if __name__ == "__main__":

@@ -48,11 +48,14 @@ chunk = 0                   # most tokens in one step; 0: 128 on a CPU, else 512
 access_log = False          # a line on stderr for each request, without its text
 device = "auto"             # auto | cpu | cuda | cuda:N | mps
 dtype = "auto"              # auto | float32 | bfloat16 | float16
-quantize = ""               # int8 | fp8 (float8.py): weights in 8 bits; empty: as dtype says
+quantize = ""               # int8 | int4 | int4_64 | int4_128 | fp8: weights in fewer bits; empty: as dtype says
+speculate = ""              # read ahead what is proposed: lookup (from the text), or a draft run's folder; empty: no
+compile: bool | None = None  # torch.compile the step of a token; none: where that pays
 # -----------------------------------------------------------------------------
 
 PAGE = Path(__file__).resolve().parent / "serving" / "chat.html"
 MIB = 2**20
+STEPS = 10**6  # of a server's life, roughly: compiling them pays
 MOST_CHOICES = 128  # in one answer, as OpenAI has it
 
 
@@ -78,7 +81,8 @@ def load_all(c):
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")
     chunk = c.chunk or default_chunk(device.type)
     engine = Engine(model, tokenizer, max_tokens=cache_tokens(c, model.config, device, dtype), chunk=chunk,
-                    max_requests=c.max_requests)
+                    max_requests=c.max_requests, speculate=c.speculate)
+    engine.try_to_compile(c.compile, STEPS, c.max_requests > 1, note)
     served = Served(name=model_name(c), created=int(time.time()), tokenizer=tokenizer, template=template,
                     context=model.config.block_size, vocab_size=model.config.vocab_size, reply_tokens=c.reply_tokens,
                     most_choices=min(MOST_CHOICES, c.max_requests + c.max_queue))

@@ -6,6 +6,7 @@ Under infer.py, sample.py, chat.py and eval.py:
     draws         the next tokens of many requests at once, on the device
     requests      a request: its tokens, its text, its log-probabilities
     kvcache       keys and values in blocks of one pool, and attention over them
+    speculation   who proposes tokens that the model then reads at once, and how many
     batch         a pass over one new token of each request, in fixed shapes
     paged         the same for one token of each request, as a Triton kernel
     kernels       kernels.cpp: fast products and attention on a CPU, compiled once

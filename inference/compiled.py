@@ -64,10 +64,11 @@ class CompiledStep:
         return logits[0] if isinstance(logits, (tuple, list)) else logits
 
 
-def compiled_step(model, pool, several, steps=None):
+def compiled_step(model, pool, several, steps=None, say=None):
     """The compiled step of `model` for one request or for `several`, read from disk or compiled now.
 
-    steps: how many steps it will serve. None: compile whatever it takes. -> CompiledStep, or None if it does not pay.
+    steps: how many steps it will serve. None: compile whatever it takes. say: is called with a line before that.
+    -> CompiledStep, or None if it does not pay.
     Raises RuntimeError with the reason if it cannot be compiled.
     """
     if missing := can_compile(pool.device):
@@ -78,6 +79,9 @@ def compiled_step(model, pool, several, steps=None):
         return None
     try:
         if not path.exists():
+            if say:
+                kind = "several requests" if several else "one request"
+                say(f"compiling the step of a token for {kind}, once: about a second for each layer")
             build(step, pool, several, path)
         return read(step, path)
     except Exception as error:  # the tracer and the compiler raise errors of many kinds

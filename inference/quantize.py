@@ -192,6 +192,7 @@ def convert(model, dtype=torch.float32, quantize="", calibration=None):
             if isinstance(layer, nn.Linear):
                 codes[name] = grouped(layer, *INTEGERS[quantize], name)
     model.to(dtype)
+    model.quantize = quantize  # a draft model is read in the same form
     packs = can_pack(model)
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear):

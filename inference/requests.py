@@ -32,6 +32,7 @@ class Request:
     cached_tokens: int = 0  # tokens of the prompt that were there already, and did not have to be read
     digests: list | None = None  # of its full blocks so far; None: it slides, so its blocks change and are its own
     table: BlockTable | None = None  # where they lie, once it runs
+    proposals: list = field(default_factory=list)  # tokens that may follow, which the pass reads behind the last one
     row: int | None = None  # its row in the draws on the device
     drawn: int = 0  # how many tokens it had after the last draw there
 
@@ -48,7 +49,7 @@ class Request:
     def reads_next_token(self):
         """Whether all that it has left to read is its last token, and only the logits after that are wanted."""
         scores = self.sampling.prompt_logprobs and self.cached < self.prompt_tokens
-        return self.cached + 1 == len(self.ids) and not scores
+        return self.cached + 1 == len(self.ids) and not self.proposals and not scores
 
     def score_prompt(self, logits):
         """Keep the log-probabilities of the prompt's tokens that follow from `logits` (rows, vocab_size)."""

@@ -26,6 +26,7 @@ FLOORS = [
     "inference.sampling inference.kvcache inference.quantize inference.tasks inference.samples inference.terminal "
     "reporting.experiment foreign.hugging_face foreign.gguf_files foreign.templates foreign.chat_template",
     "inference.calibration inference.compiled inference.batch inference.requests",
+    "inference.speculation",
     "training.guard training.tensor_parallel training.pipeline_parallel foreign.pretrained infer "
     "inference.long_context inference.chat_tasks inference.letters foreign.tokenizer_files reporting.history",
     "parallel eval export reporting.tables reporting.charts serving.worker serving.bodies serving.answers",
@@ -50,13 +51,13 @@ DATA_FLOOR = {name: floor for floor, names in enumerate(DATA_FLOORS) for name in
 
 MOST_LINES = 450
 LONGER = {  # file: why it is one file all the same
+    "infer.py": "a request from its prompt to its end, and the one loop that serves all of them",
     "model.py": "the whole architecture, every choice of it in sight of the others",
     "checkpoint.py": "how a checkpoint is written, verified, found, read and removed: each relies on the others",
     "device.py": "what a machine offers a run: device, precision, kernels, a compiler, its speed, its memory",
     "doctor.py": "one machine, and the ranks on many: one report",
     "dataset.py": "how a dataset is found, its files checked, its tokens and bits read: each relies on the others",
     "tokenizer.py": "text to ids and back, and every file that a tokenizer is read from",
-    "infer.py": "a model is loaded and generates: the engine's whole loop, and the plain way that it is compared with",
     "plan.py": "memory, time and the layouts there are, each formula beside its source",
 }
 
