@@ -22,7 +22,7 @@ from configurator import Settings, read_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 20  # seconds for the server to start or end; only a failing test waits so long
-SETTINGS = {"host": "127.0.0.1", "port": 0, "device": "cpu", "dtype": "float32"}
+SETTINGS = {"host": "127.0.0.1", "port": 0, "device": "cpu", "dtype": "float32", "compile": False}
 
 
 def settings(folder, **changes):
