@@ -128,7 +128,7 @@ def summarize(name, counts, amax):
     octaves = counts[:finite].view(-1, 128).sum(1)  # a power of two is 128 bins
     return {
         "largest": amax, "p99_99": min(float(middle[rank]), amax), "scale": best,
-        "error": least / power if power else 0.0,
+        "error": least / power if amax else 0.0,
         "octaves": {str(i - 127): int(n) for i, n in enumerate(octaves) if n},
     }
 

@@ -61,5 +61,5 @@ def test_every_linear_layer_is_converted_and_the_embedding_stays(model, quantize
 
 
 def test_another_word_is_refused(model):
-    with pytest.raises(ValueError, match="quantize='int4' is not int8"):
+    with pytest.raises(ValueError, match="quantize='int4' is not int8 or fp8"):
         convert(model, quantize="int4")
