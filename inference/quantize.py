@@ -112,9 +112,9 @@ def can_pack(model):
 
 def convert(model, dtype=torch.float32, quantize="", calibration=None):
     """Change `model` into its form for inference, in place: weights in `dtype`, linear layers packed on a CPU, or with
-    quantize="int8" or "fp8" in 8 bits. `calibration`: for fp8, name of a layer -> the static scale of its input
-    (inference/calibration.py). -> the model. Raises ValueError for any other value of quantize, and for fp8 on a device
-    that cannot multiply it."""
+    quantize="int8" or "fp8" in 8 bits. In fp8 the head stays, because its rounding does the most harm. `calibration`:
+    for fp8, name of a layer -> the static scale of its input (inference/calibration.py). -> the model. Raises
+    ValueError for any other value of quantize, and for fp8 on a device that cannot multiply it."""
     if quantize not in ("", "int8", "fp8"):
         raise ValueError(f"quantize={quantize!r} is not int8 or fp8; empty: no quantisation")
     if quantize == "fp8":
@@ -126,7 +126,7 @@ def convert(model, dtype=torch.float32, quantize="", calibration=None):
             continue
         if quantize == "int8":
             model.set_submodule(name, Int8Linear(module))
-        elif quantize == "fp8" and float8.fits(module):
+        elif quantize == "fp8" and float8.fits(module) and module is not model.lm_head:
             scale = calibration.get(name) if calibration else None
             model.set_submodule(name, Float8InferenceLinear(module, scale))
         elif packs:
