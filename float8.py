@@ -5,7 +5,7 @@ Each product takes two matrices of 8-bit floats, each with one fp32 scale, and s
 and activations are e4m3 (4 bits of exponent, 3 of mantissa, up to 448), gradients e5m2, which reaches further (57344)
 and is coarser (Micikevicius et al. 2022, arXiv:2209.05433). A tensor's scale is its largest magnitude divided by that
 of the format, computed anew for each product (tensorwise dynamic scaling, as in torchao.float8 and nanochat). A cast
-saturates: torch's own turns what is too large into NaN.
+saturates: torch's own gives infinity or NaN for what is too large, by format and version.
 
 A GPU needs compute capability 8.9 (Ada, Hopper, Blackwell). On a CPU the same values are multiplied in fp32: as exact,
 and slower than no FP8. torch has such an emulation too, a thousand times slower still; the tests compare with it.
@@ -84,7 +84,8 @@ def product(a8, b8, scale_a, scale_b, dtype, fast=False):
     the sums on Hopper, as torchao and nanochat do it in the forward pass. On a CPU either may be fp32 already.
     """
     if a8.device.type == "cpu":
-        return (torch.mm(values(a8), values(b8)) * (scale_a * scale_b)).to(dtype)
+        with torch.autocast("cpu", enabled=False):  # it would round the sums to its dtype before they are scaled
+            return (torch.mm(values(a8), values(b8)) * (scale_a * scale_b)).to(dtype)
     return torch._scaled_mm(a8, b8, scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast)
 
 

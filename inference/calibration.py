@@ -45,7 +45,7 @@ def magnitudes():
 
 @contextmanager
 def watch_inputs(model, noise=None):
-    """Within it, count what each linear layer of `model` that fits FP8 reads. Yields {name: (counts, largest)}, which
+    """Within it, count what each linear layer of `model` reads that FP8 takes. Yields {name: (counts, largest)}, which
     fills while the model runs. With `noise`, a CPU generator, it counts normal noise of the same shapes."""
     seen = {}
 
@@ -61,7 +61,7 @@ def watch_inputs(model, noise=None):
 
     hooks = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and float8.fits(module):
+        if isinstance(module, nn.Linear) and float8.fits(module) and module is not model.lm_head:
             hooks.append(module.register_forward_pre_hook(lambda module, inputs, name=name: look(name, inputs)))
     try:
         yield seen
@@ -128,7 +128,7 @@ def summarize(name, counts, amax):
     octaves = counts[:finite].view(-1, 128).sum(1)  # a power of two is 128 bins
     return {
         "largest": amax, "p99_99": min(float(middle[rank]), amax), "scale": best,
-        "error": least / power if power else 0.0,
+        "error": least / power if amax else 0.0,
         "octaves": {str(i - 127): int(n) for i, n in enumerate(octaves) if n},
     }
 

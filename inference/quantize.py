@@ -177,9 +177,9 @@ def convert(model, dtype=torch.float32, quantize="", calibration=None):
     """Change `model` into its form for inference, in place: weights in `dtype`, in a layout that a CPU reads fast, or
     with `quantize` in 8 or 4 bits. -> the model.
 
-    quantize: int8; int4 in groups of 32, int4_64, int4_128; or fp8, with `calibration`, name of a layer -> the static
-    scale of its input (inference/calibration.py). Raises ValueError for any other value, for a weight that cannot be
-    rounded, and for a device that cannot multiply the form.
+    quantize: int8; int4 in groups of 32, int4_64, int4_128, with a head of 8 bits; or fp8, except the head, with
+    `calibration`, name of a layer -> the static scale of its input (inference/calibration.py). Raises ValueError for
+    any other value, for a weight that cannot be rounded, and for a device that cannot multiply the form.
     """
     if quantize not in ("", *FORMS):
         raise ValueError(f"quantize={quantize!r} is not one of {', '.join(FORMS)}; empty: no quantisation")
@@ -197,7 +197,7 @@ def convert(model, dtype=torch.float32, quantize="", calibration=None):
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear):
             continue
-        if quantize == "fp8" and float8.fits(layer):
+        if quantize == "fp8" and float8.fits(layer) and layer is not model.lm_head:
             made = Float8InferenceLinear(layer, calibration.get(name) if calibration else None)
         elif name in codes:
             made = integer_layer(layer, INTEGERS[quantize][0], codes.pop(name))
