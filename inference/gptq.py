@@ -43,9 +43,11 @@ def save_codes(path, model, facts):
     tensors = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
-            codes, scale, _ = layer.packed.read()
+            codes, scale, minimum = layer.packed.read()
             tensors[f"{name}.nibbles"] = (codes[:, ::2] | codes[:, 1::2] << 4).cpu()
             tensors[f"{name}.scale"] = scale.cpu()
+            if minimum is not None:
+                tensors[f"{name}.minimum"] = minimum.cpu()
     write_whole(path, save(tensors, metadata=facts))
 
 
@@ -64,11 +66,11 @@ def load_codes(path, model, facts):
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
-        nibbles, scale = (tensors.get(f"{name}.{part}") for part in ("nibbles", "scale"))
+        nibbles, scale, minimum = (tensors.get(f"{name}.{part}") for part in ("nibbles", "scale", "minimum"))
         if nibbles is None or scale is None or len(nibbles) != layer.out_features:
             raise ValueError(f"{path} is another model's: it has no codes for {name}")
         codes = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(1)
-        layer.packed = Packed(4, codes.size(1) // scale.size(1), lambda parts=(codes, scale, None): parts)
+        layer.packed = Packed(4, codes.size(1) // scale.size(1), lambda parts=(codes, scale, minimum): parts)
 
 
 @torch.no_grad()
