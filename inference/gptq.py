@@ -17,20 +17,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from files import write_whole
-from inference.rounding import Packed, best_scale, check_finite, pad_inputs, to_steps
+from inference.rounding import Packed, best_scale, check_finite, pad_inputs, round_groups, to_steps
 
 DAMPING = 0.01  # of the mean square of an input, added to all: the paper's
 
 
-def calibrate(model, windows, group):
+def calibrate(model, windows, group, in_turn=True):
     """Round the weight of each linear layer of `model`, and keep the codes in its `packed`, from where quantize.convert
-    takes them. The weights stay. For each layer (in, in) float32 numbers are in memory. Raises ValueError naming a
+    takes them. The weights stay. in_turn=False: each weight to its nearest step, with scales for which inputs count by
+    their mean square. For each layer (in, in) float32 numbers are in memory. Raises ValueError naming a
     weight that cannot be rounded."""
     moments = second_moments(model, windows)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
-            codes, scale = round_in_turn(layer.weight, moments.pop(layer), group, f"{name}.weight")
-            layer.packed = Packed(4, group, lambda parts=(codes, scale, None): parts)
+            moment = moments.pop(layer)
+            if in_turn:
+                parts = *round_in_turn(layer.weight, moment, group, f"{name}.weight"), None
+            else:
+                parts = round_groups(layer.weight, 4, group, moment.diagonal(), f"{name}.weight")
+            layer.packed = Packed(4, group, lambda parts=parts: parts)
 
 
 def save_codes(path, model, facts):
@@ -38,9 +43,11 @@ def save_codes(path, model, facts):
     tensors = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
-            codes, scale, _ = layer.packed.read()
+            codes, scale, minimum = layer.packed.read()
             tensors[f"{name}.nibbles"] = (codes[:, ::2] | codes[:, 1::2] << 4).cpu()
             tensors[f"{name}.scale"] = scale.cpu()
+            if minimum is not None:
+                tensors[f"{name}.minimum"] = minimum.cpu()
     write_whole(path, save(tensors, metadata=facts))
 
 
@@ -59,11 +66,11 @@ def load_codes(path, model, facts):
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
-        nibbles, scale = (tensors.get(f"{name}.{part}") for part in ("nibbles", "scale"))
+        nibbles, scale, minimum = (tensors.get(f"{name}.{part}") for part in ("nibbles", "scale", "minimum"))
         if nibbles is None or scale is None or len(nibbles) != layer.out_features:
             raise ValueError(f"{path} is another model's: it has no codes for {name}")
         codes = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(1)
-        layer.packed = Packed(4, codes.size(1) // scale.size(1), lambda parts=(codes, scale, None): parts)
+        layer.packed = Packed(4, codes.size(1) // scale.size(1), lambda parts=(codes, scale, minimum): parts)
 
 
 @torch.no_grad()

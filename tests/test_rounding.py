@@ -191,6 +191,10 @@ def test_convert_takes_the_codes_of_a_calibration(model):
     errors = [(other - logits[0]).square().mean() for other in logits[1:]]
     assert 0 < errors[1] < 0.9 * errors[0]
 
+    moment = gptq.second_moments(model, windows)[model.lm_head].diagonal()
+    gptq.calibrate(model, windows, 64, in_turn=False)
+    assert torch.equal(model.lm_head.packed.read()[0], round_groups(model.lm_head.weight, 4, 64, moment)[0])
+
 
 def test_codes_of_a_calibration_come_back_from_their_file(model, tmp_path):
     idx = torch.randint(100, (4, 32))
