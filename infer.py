@@ -49,8 +49,6 @@ from inference.tiled import MOST_ROWS
 from model import GPT, rope_tables
 from tokenizer import load_tokenizer
 
-MOST_ROWS = 64  # of one pass of single tokens, unless there are more requests
-
 
 def load(out_dir, which="latest", device="cpu", rope_scaling="", rope_factor=1.0):
     """-> (a run's model, in eval mode and fp32 on `device`; its tokenizer; the checkpoint's state; its folder)

@@ -187,10 +187,11 @@ def convert(model, dtype=torch.float32, quantize="", calibration=None):
     if quantize == "fp8":
         float8.check_device(device)
     codes = {}
-    if quantize.startswith("int4") or quantize == "int8" and has_kernels(device, dtype):
-        for name, layer in model.named_modules():  # of the weights as they are, before dtype rounds them
-            if isinstance(layer, nn.Linear):
-                codes[name] = grouped(layer, *INTEGERS[quantize], name)
+    for name, layer in model.named_modules() if quantize in INTEGERS else ():
+        bits, group = INTEGERS["int8" if layer is model.lm_head else quantize]
+        if isinstance(layer, nn.Linear) and (bits == 4 or has_kernels(device, dtype)):
+            # of the weights as they are, before dtype rounds them
+            codes[name] = bits, grouped(layer, bits, group, name)
     model.to(dtype)
     model.quantize = quantize  # a draft model is read in the same form
     packs = can_pack(model)
@@ -200,8 +201,8 @@ def convert(model, dtype=torch.float32, quantize="", calibration=None):
         if quantize == "fp8" and float8.fits(layer) and layer is not model.lm_head:
             made = Float8InferenceLinear(layer, calibration.get(name) if calibration else None)
         elif name in codes:
-            made = integer_layer(layer, INTEGERS[quantize][0], codes.pop(name))
-        elif quantize == "int8":
+            made = integer_layer(layer, *codes.pop(name))
+        elif quantize in INTEGERS:
             made = Int8Linear(layer)
         elif has_kernels(device, dtype) and not (dtype == torch.bfloat16 and has_amx()):
             made = TiledLinear.of_floats(layer)
