@@ -36,6 +36,7 @@ from benchmarks.serving import bench_serve
 from benchmarks.training import bench_monitor, bench_scaling, bench_train
 from configurator import Settings, configure, fail
 from device import DTYPES, pick_device
+from inference.quantize import FORMS
 from model import GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -64,13 +65,14 @@ workers = (1, 2)            # numbers of processes
 rounds = 3                  # scaling, data, loader, infer, turns, sft, monitor: times each is measured, in turns
 
 # infer; turns and sft, which also read forms and models
-forms = ("float32", "bfloat16", "int8")  # forms of the weights
+forms = ("float32", "bfloat16", "int8", "int4")  # forms of the weights: a dtype, or one of sample.py's quantize
+compiled = (False, True)    # infer: the step of a token as it is, and compiled
 kv_heads = (12,)            # key and value heads of 12; 1 is multi-query attention
 models: tuple[str, ...] = ()  # measure only these run folders instead of GPT-2's size
 batches = (1, 4, 8, 16)     # requests at once; scaling: sequences in a micro-batch
 prompts = (16, 512)         # tokens of each prompt; turns: of the talk before the second message
 new_tokens = 24             # tokens drawn after the first
-peers = True                # also the plain way without a cache; transformers and llama.cpp where installed
+peers = True                # also the plain way without a cache, transformers where installed, llama.cpp (peer_llama)
 crowd = 32                  # requests of mixed lengths, all at once and one after another; 0: none
 device = "auto"             # infer, activations, zero, gpu, serve: auto | cpu | cuda | cuda:N | mps
 
@@ -95,7 +97,7 @@ answer_lengths = (16, 64)   # tokens of an answer: fewest and most
 seconds = 20.0              # load, overload: in which calls arrive
 requests = 10000            # mixed: calls
 aborts = 1000               # aborts: calls
-peer_llama = ""             # peers: the Python in which llama-cpp-python[server] is installed
+peer_llama = ""             # infer, peers: the Python in which llama-cpp-python[server] is installed
 peer_transformers = ""      # peers: the Python in which transformers[serving] and accelerate are installed
 # -----------------------------------------------------------------------------
 
@@ -119,9 +121,9 @@ def check_settings(c):
     """End for a setting that makes no sense. A benchmark checks the settings that only it reads."""
     if c.what in ("train", "scaling", "loader", "monitor") and not Path(c.config).exists():
         fail(f"no config file {c.config}")
-    unknown = [form for form in c.forms if form not in (*DTYPES, "int8")]
+    unknown = [form for form in c.forms if form not in (*DTYPES, *FORMS)]
     if unknown:
-        fail(f"--forms={','.join(unknown)}: it takes {', '.join(DTYPES)}, int8")
+        fail(f"--forms={','.join(unknown)}: it takes {', '.join((*DTYPES, *FORMS))}")
     if c.dtype not in DTYPES:
         fail(f"--dtype={c.dtype}: it takes {', '.join(DTYPES)}")
     if len(c.shape) != 3:

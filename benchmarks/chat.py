@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import in_processes, machine, new_folder, read_run, run_script, table, timed
+from benchmarks.common import form_of, in_processes, machine, new_folder, read_run, run_script, table, timed
 from configurator import fail
 from conversation import Template
 from dataset import DataError, Tokens, find_dataset
@@ -54,7 +54,7 @@ def bench_turns(c):
             if model.config.block_size < needed:
                 fail(f"--prompts={max(c.prompts)}: {folder} has a context of {model.config.block_size}, and the talk "
                      f"takes {needed} tokens")
-            convert(model, torch.float32 if form == "int8" else getattr(torch, form), "int8" if form == "int8" else "")
+            convert(model, *form_of(form, device))
             engine = Engine(model)
             for history in c.prompts:
                 pairs = [second_turn(engine, history, i) for i in range(c.rounds)]

@@ -199,3 +199,10 @@ def cell(value):
     if isinstance(value, float):
         return f"{value:.1f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def form_of(form, device):
+    """-> (the dtype of everything that is not a weight, what convert's quantize takes)"""
+    if hasattr(torch, form):
+        return getattr(torch, form), ""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16, form

@@ -1,40 +1,42 @@
 """
 How fast GPT-2's size generates text: bench.py's `infer`.
 
-The engine of infer.py decodes with random weights in each form (fp32, bf16, int8), for each number of key and value
-heads, batch size and prompt length. Decoding reads all weights for each token, so it cannot be faster than the machine
-reads memory: `bandwidth` is the share of that speed which decoding reaches.
+The engine of infer.py decodes with random weights in each form (fp32, bf16, int8, int4), for each number of key and
+value heads, batch size and prompt length, with the step of a token compiled and not. Decoding reads all weights for
+each token, so it cannot be faster than the machine reads memory: `bandwidth` is the share of that speed which decoding
+reaches, and `linear_bandwidth` the share which the matrices alone reach, one after another.
 
-Beside the engine, on the same weights: the plain way, which computes the whole context for each token, llama.cpp
-(llama-cpp-python) and transformers where they are installed. A crowd of requests of mixed lengths shows what batching
-gains over one request after another. With run folders as models, only these are measured, without any peer.
+Beside the engine, on the same weights: the plain way, which computes the whole context for each token, llama.cpp in a
+process of its own (peer_llama names its Python) and transformers where it is installed. A crowd of requests of mixed
+lengths shows what batching gains over one request after another. Beside run folders as models only llama.cpp is timed.
 
 All measurements take turns for several rounds, and a figure is the median of its rounds.
 """
 
-import contextlib
 import copy
-import importlib.util
-import multiprocessing
+import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import forget_peak, machine, table, timed
+from benchmarks.common import forget_peak, form_of, machine, table, timed
 from configurator import fail
 from device import memory_gb, pick_device
 from export import write_gguf
 from infer import Engine, load, stream
+from inference import kernels
 from inference.quantize import convert
 from model import GPT, GPTConfig
 from training.monitor import cpu_name
+
+LLAMA = {"int8": "q8_0", "int4": "q4_0"}  # form -> llama.cpp's; others have the same name
 
 
 @torch.no_grad()
@@ -63,13 +65,13 @@ def bench_infer(c):
     subject = "checkpoints" if c.models else "GPT-2 124M, random weights"
     print(f"{subject}, {device} ({cpu_name()}, {torch.get_num_threads()} threads), which reads "
           f"{read_speed / 1e9:.1f} GB/s; median of {c.rounds} rounds of {c.new_tokens} tokens")
-    columns = ["form", "kv_heads", "batch", "prompt", "first_ms", "token_ms", "tok_per_s",
+    columns = ["form", "compiled", "kv_heads", "batch", "prompt", "first_ms", "token_ms", "tok_per_s",
                "bandwidth", "kv_mb", "peak_mb"]
     if c.models:
         columns.insert(0, "model")
     table(rows, columns)
     for other in others:
-        parts = [f"{key}: {value:.1f}" if isinstance(value, float) else f"{key}: {value}"
+        parts = [f"{key}: {value:.2f}" if isinstance(value, float) else f"{key}: {value}"
                  for key, value in other.items()]
         print(", ".join(parts))
     return {
@@ -95,37 +97,53 @@ def load_checkpoint(c, folder):
     return model
 
 
+def engines_of(c, model):
+    """{compiled or not: an Engine of the converted model} for each way of c.compiled that works here."""
+    engines = {}
+    room = max(c.batches) * (max(c.prompts) + c.new_tokens + 16)
+    for compiled in c.compiled:
+        engine = Engine(model, max_tokens=room, max_requests=max(c.batches))
+        try:
+            if compiled:
+                engine.compile(several=max(c.batches) > 1)
+        except RuntimeError as error:
+            print(f"warning: not compiled: {error}", file=sys.stderr)
+            continue
+        engines[compiled] = engine
+    return engines
+
+
 def measure_model(c, model, form, label, device, read_speed):
-    """Measure one fp32 model in one form. -> (a row for each batch and prompt, a dict of the other figures)
+    """Measure one fp32 model in one form. -> (a row for each way, batch and prompt, a dict of the other figures)
 
     The rows and the dict begin with `label`. The model is converted in place.
     """
-    if form == "int8":  # the dtype of everything that is not a weight
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    else:
-        dtype = getattr(torch, form)
+    dtype, quantize = form_of(form, device)
     peers = peers_of(c, model, form, dtype, device)
-    convert(model, dtype, "int8" if form == "int8" else "")
+    convert(model, dtype, quantize)
     layers = [module for module in model.modules() if hasattr(module, "in_features")]
-    engine = Engine(model, max_tokens=max(c.batches) * (max(c.prompts) + c.new_tokens + 16))
+    weights = sum(map(weight_bytes, layers))
+    engines = engines_of(c, model)
 
-    cases = [(batch, length) for length in c.prompts for batch in c.batches]
+    cases = [(compiled, batch, length) for length in c.prompts for batch in c.batches for compiled in engines]
     decode_s = {case: [] for case in cases}  # pairs, as decode returns them
     peak_mb = {}
     linear_s = []
+    read_s = []
     peer_s = {name: [] for name in peers}
     for _ in range(c.rounds):
         linear_s += linear_times(layers, device, dtype)
-        for case in cases:
+        read_s.append(weights / read_bytes_per_s(device, 2**25))
+        for compiled, batch, length in cases:
             forget_peak(device)
-            decode_s[case].append(decode(engine, *case, c.new_tokens))
-            peak_mb[case] = memory_gb(device) * 1e3
-        for name, seconds_per_token in peers.items():
-            peer_s[name].append(seconds_per_token())
+            decode_s[compiled, batch, length].append(decode(engines[compiled], batch, length, c.new_tokens))
+            peak_mb[compiled, batch, length] = memory_gb(device) * 1e3
+        for name, measure in peers.items():
+            peer_s[name].append(measure())
 
     rows = []
-    weights = sum(map(weight_bytes, layers))
-    for (batch, length), rounds in decode_s.items():
+    engine = engines[cases[0][0]]
+    for (compiled, batch, length), rounds in decode_s.items():
         first_s = statistics.median(first for first, _ in rounds)
         token_s = statistics.median(token for _, token in rounds)
         # a step reads all weights, and the keys and values of half of the new tokens on average
@@ -133,6 +151,7 @@ def measure_model(c, model, form, label, device, read_speed):
         kv_bytes = model.kv_cache_bytes(batch * (length + c.new_tokens), engine.kv_dtype)
         rows.append({
             **label,
+            "compiled": compiled,
             "batch": batch,
             "prompt": length,
             "first_ms": 1000 * first_s,
@@ -140,17 +159,25 @@ def measure_model(c, model, form, label, device, read_speed):
             "tok_per_s": batch / token_s,
             "bandwidth": read / token_s / read_speed,
             "weights_mb": weights / 1e6,
-            "peak_mb": peak_mb[batch, length],
+            "peak_mb": peak_mb[compiled, batch, length],
             "kv_mb": kv_bytes / 1e6,
         })
     other = dict(label)
     if c.crowd and not c.models:
-        other |= crowd_times(model, c.crowd)
+        other |= crowd_times(model, c.crowd, any(engines))
+    other["read_ms"] = 1000 * statistics.median(read_s)  # of the weights, as fast as the machine reads
     other["linear_ms"] = 1000 * statistics.median(linear_s)
+    other["linear_bandwidth"] = other["read_ms"] / other["linear_ms"]
+    alone = min(row["token_ms"] for row in rows if row["batch"] == 1) if 1 in c.batches else None
+    if alone:
+        other["linear_share"] = other["linear_ms"] / alone  # of the fastest step of one request
     other["kv_pool_mb"] = engine.kv_bytes / 1e6
     other["kv_pool_formula_mb"] = model.kv_cache_bytes(len(engine.keys[0]), engine.kv_dtype) / 1e6
-    for name, seconds in peer_s.items():
-        other[f"{name}, ms"] = 1000 * statistics.median(seconds)
+    for name, figures in peer_s.items():
+        firsts, tokens = zip(*figures, strict=True)
+        other[f"{name}, ms"] = 1000 * statistics.median(tokens)
+        if all(firsts):
+            other[f"{name}, first ms"] = 1000 * statistics.median(firsts)
     return rows, other
 
 
@@ -159,8 +186,10 @@ def measure_model(c, model, form, label, device, read_speed):
 
 
 def read_bytes_per_s(device, size=2**28):
-    """Bytes per second that a device reads, summing `size` floats: the most that decoding could use."""
+    """Bytes per second that a device reads, of `size` floats: the most that decoding could use."""
     data = torch.ones(size, device=device)
+    if device.type == "cpu" and kernels.available():
+        return data.nbytes / min(timed(lambda: kernels.read_all(data)) for _ in range(5))
     return data.nbytes / min(timed(lambda: data.sum().item()) for _ in range(5))
 
 
@@ -199,13 +228,17 @@ def linear_times(layers, device, dtype):
 
 def weight_bytes(layer):
     """Bytes that a linear layer reads for one row."""
+    if hasattr(layer, "weight_bytes"):
+        return layer.weight_bytes
     weight = layer.packed if hasattr(layer, "packed") else layer.weight
     return weight.numel() * weight.element_size()
 
 
-def crowd_times(model, crowd):
+def crowd_times(model, crowd, compiled):
     """Requests of mixed lengths, one after another and all at once. -> their figures, as a dict"""
     engine = Engine(model, max_tokens=crowd * 112, max_requests=crowd)
+    if compiled:
+        engine.compile()
     rng = random.Random(0)
     requests = []
     for _ in range(crowd):
@@ -238,14 +271,16 @@ def crowd_times(model, crowd):
 
 
 def peers_of(c, model, form, dtype, device):
-    """{name: a function that generates and returns the seconds of a token} for GPT-2's own number of heads, else {}."""
-    if not c.peers or c.models or model.config.kv_heads != 12:
+    """{name: a function that generates and returns (seconds to the first token or None, seconds of a token)}"""
+    if not c.peers:
         return {}
-    shortest = min(c.prompts)
-    longest = max(c.prompts)
-    peers = llama_cpp_of(model, form, shortest, c.new_tokens)
-    if form != "int8":  # only llama.cpp has int8
+    peers = llama_cpp_of(c, model, form)
+    if c.models or model.config.kv_heads != 12:
+        return peers
+    if hasattr(torch, form):  # the integers are only llama.cpp's
         model = copy.deepcopy(model).to(dtype)
+        shortest = min(c.prompts)
+        longest = max(c.prompts)
         peers["plain"] = partial(plain_s, model, shortest)
         peers |= transformers_of(c, shortest, dtype, device)
         peers[f"plain, prompt of {longest}"] = partial(plain_s, model, longest)
@@ -253,12 +288,12 @@ def peers_of(c, model, form, dtype, device):
 
 
 def plain_s(model, length):
-    """Seconds for each token of the plain way, without a cache."""
+    """(None, seconds for each token of the plain way, without a cache)"""
     new_tokens = 3 if length > 100 else 8  # a token takes long
     prompt = random_prompts(1, length)[0].tolist()
     tokens = stream(model, prompt, new_tokens + 1, temperature=0)
     next(tokens)
-    return timed(lambda: list(tokens)) / new_tokens
+    return None, timed(lambda: list(tokens)) / new_tokens
 
 
 def transformers_of(c, length, dtype, device):
@@ -277,57 +312,43 @@ def transformers_of(c, length, dtype, device):
                    "attention_mask": torch.ones_like(prompts)}
         return timed(lambda: model.generate(prompts, **options))
 
-    def seconds_per_token(prompts):  # the first token, which also reads the prompt, does not count
-        return (generate_s(prompts, c.new_tokens + 1) - generate_s(prompts, 1)) / c.new_tokens
+    def seconds(prompts):  # the first token also reads the prompt
+        first_s = generate_s(prompts, 1)
+        return first_s, (generate_s(prompts, c.new_tokens + 1) - first_s) / c.new_tokens
 
     peers = {}
     for batch in sorted({1, max(c.batches)}):
         prompts = prompt.expand(batch, -1).to(device)
-        peers[f"transformers, batch {batch}"] = partial(seconds_per_token, prompts)
+        peers[f"transformers, batch {batch}"] = partial(seconds, prompts)
     return peers
 
 
-def llama_cpp_of(model, form, length, new_tokens):
-    """As peers_of: llama.cpp on the same weights, through GGUF; int8 is its q8_0. {} if it is not installed or fails.
-
-    It runs in a process of its own, so that its crash does not end the benchmark: its q8_0 faults on a Xeon with AMX.
-    """
-    if not importlib.util.find_spec("llama_cpp"):
+def llama_cpp_of(c, model, form):
+    """As peers_of: llama.cpp on the same weights, through GGUF, for each length of prompt. {} if peer_llama names no
+    Python that has llama-cpp-python, if the form is not one of its, or if it fails."""
+    name = LLAMA.get(form, form)
+    if not c.peer_llama or name not in ("float32", "bfloat16", *LLAMA.values()):
         return {}
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-
-    def seconds_per_token():
-        ours.send(None)
-        return ours.recv()
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_gguf(model, None, path, {"int8": "q8_0"}.get(form, form))
-        args = (theirs, str(path), length, new_tokens, torch.get_num_threads())
-        spawn.Process(target=serve_llama_cpp, args=args, daemon=True).start()
-        theirs.close()  # so that the pipe ends when the child dies
         try:
-            seconds_per_token()  # it has read the file when this returns
-        except (EOFError, OSError):
+            write_gguf(model, None, path, name)
+        except ValueError as error:
+            print(f"warning: without llama.cpp: {error}", file=sys.stderr)
+            return {}
+        prompts = {length: random_prompts(1, length, model.config.vocab_size)[0].tolist() for length in c.prompts}
+        script = Path(__file__).with_name("llama_cpp_peer.py")
+        command = [c.peer_llama, str(script), str(path), str(torch.get_num_threads()), str(c.new_tokens)]
+        peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+        def seconds(length):
+            peer.stdin.write(json.dumps(prompts[length]) + "\n")
+            peer.stdin.flush()
+            return json.loads(peer.stdout.readline())
+
+        try:
+            seconds(min(c.prompts))  # it has read the file when this returns
+        except (OSError, ValueError):
             print(f"warning: llama.cpp ended without a figure for {form}", file=sys.stderr)
             return {}
-    return {"llama.cpp": seconds_per_token}
-
-
-def serve_llama_cpp(pipe, path, length, new_tokens, threads):
-    """The child of llama_cpp_of: it answers each message with the seconds of a token."""
-    import llama_cpp
-
-    model = llama_cpp.Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads,
-                            use_mmap=False, verbose=False)
-    prompt = random_prompts(1, length)[0].tolist()
-    with contextlib.suppress(EOFError):  # the parent has ended
-        while True:
-            pipe.recv()
-            model.reset()
-            tokens = model.generate(prompt, temp=0.0, repeat_penalty=1.0)
-            next(tokens)
-            seconds = timed(lambda tokens=tokens: list(islice(tokens, new_tokens)))
-            pipe.send(seconds / new_tokens)
-    model.close()
+    return {f"llama.cpp, prompt of {length}": partial(seconds, length) for length in c.prompts}

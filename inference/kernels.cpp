@@ -480,3 +480,21 @@ extern "C" void attend(const Batch *b, const void *q, const void *k, const void 
     else if (cache_type == FLOAT32) ATTEND(uint16_t, float);
     else ATTEND(uint16_t, uint16_t);
 }
+
+// Reads all of some memory and returns a number that depends on it: the speed that decoding could reach at most
+extern "C" int64_t read_all(const void *from, int64_t bytes, int64_t threads) {
+    int64_t vectors = bytes / sizeof(Ints), total = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : total)
+    for (int64_t piece = 0; piece < vectors / 64; piece++) {
+        const char *at = (const char *)from + piece * 64 * sizeof(Ints);
+        Ints sums[4] = {};
+        for (int i = 0; i < 64; i++) {
+            __builtin_prefetch(at + AHEAD);
+            sums[i % 4] ^= load<Ints>(at);
+            at += sizeof(Ints);
+        }
+        Ints sum = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
+        total += sum[0] ^ sum[7] ^ sum[15];
+    }
+    return total;
+}

@@ -109,6 +109,8 @@ def find_library():
     library.linear.argtypes = [Pointer, Pointer, Int, Pointer, Pointer, Int, Int]
     library.unpack.argtypes = [Pointer, Pointer, Int, Int]
     library.attend.argtypes = [Pointer] * 7 + [Int] * 3 + [ctypes.c_double] + [Int] * 3
+    library.read_all.argtypes = [Pointer, Int, Int]
+    library.read_all.restype = Int
     for function in (library.linear, library.unpack, library.attend):
         function.restype = None
     return library, ""
@@ -154,6 +156,11 @@ def unpack(codes, scales, minimum, outputs, inputs, bits, group, dtype):
     matrix = matrix_of(codes, scales, minimum, outputs, inputs, bits, group)
     find_library()[0].unpack(ctypes.byref(matrix), weight.data_ptr(), TYPES[dtype], torch.get_num_threads())
     return weight
+
+
+def read_all(tensor):
+    """Read all of a tensor's memory, and nothing else."""
+    return find_library()[0].read_all(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
 
 
 def rows_of(x):

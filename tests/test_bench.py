@@ -3,6 +3,7 @@
 import json
 import random
 import statistics
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from benchmarks import common
 from benchmarks.common import timed
 from benchmarks.inference import llama_cpp_of
 from benchmarks.training import typical
+from configurator import Settings
 from model import GPT, GPTConfig
 
 pytest_plugins = ["runs"]
@@ -114,7 +116,7 @@ def test_a_part_that_was_not_recorded_is_not_known():
         (["zero", "--worlds=()"], "worlds must be at least 1"),
         (["zero", "--shape=2,3,64"], "64"),
         (["activations", "--device=tpu"], "device='tpu'"),
-        (["infer", "--forms=float32,fp8"], "--forms=fp8"),
+        (["infer", "--forms=float32,fp4"], "--forms=fp4"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(call_script, bench, tmp_path, words, named):
@@ -254,7 +256,8 @@ def test_inference_of_checkpoints(run_script, call_script, tiny, tmp_path):
     for name, heads in (("all", 0), ("one", 1)):
         done = tiny(tmp_path / name, max_iters=1, warmup_iters=0, n_kv_head=heads)
         assert done.code == 0, done.err
-    words = ["--forms=float32", "--batches=2", "--prompts=4", "--new_tokens=2", "--rounds=1", "--device=cpu"]
+    words = ["--forms=float32", "--batches=2", "--prompts=4", "--new_tokens=2", "--rounds=1", "--device=cpu",
+             "--compiled=false"]
     done = run_script("bench.py", "infer", *words, f"--models={tmp_path / 'all'},{tmp_path / 'one'}")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -282,18 +285,22 @@ class Llama:
         {life}
         return itertools.count()
 """, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8, vocab_size=50257))
-    found = llama_cpp_of(model, "float32", 5, new_tokens=24)
+    c = Settings({"peer_llama": sys.executable, "prompts": (5,), "new_tokens": 24})
+    peers = llama_cpp_of(c, model, "float32")
     if life == "pass":
-        assert found["llama.cpp"]() > 0
+        first_s, token_s = peers["llama.cpp, prompt of 5"]()
+        assert first_s > 0 and token_s > 0
     else:
-        assert found == {} and "warning: llama.cpp ended without a figure for float32" in capfd.readouterr().err
+        assert peers == {} and "warning: llama.cpp ended without a figure for float32" in capfd.readouterr().err
+    assert llama_cpp_of(c.changed(peer_llama=""), model, "float32") == {}
 
 
 @pytest.mark.slow
 def test_inference_is_timed_beside_the_plain_way(run_script):
-    words = ["--forms=float32,int8", "--kv_heads=12,1", "--batches=1,2", "--prompts=4,8", "--new_tokens=2"]
+    words = ["--forms=float32,int8", "--kv_heads=12,1", "--batches=1,2", "--prompts=4,8", "--new_tokens=2",
+             "--compiled=false"]
     done = run_script("bench.py", "infer", *words, "--rounds=1", "--crowd=3")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
