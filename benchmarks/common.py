@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from configurator import fail
-from device import use_sdpa
+from device import DTYPES, use_sdpa
 from files import read_lines
 from training.monitor import cpu_name, git
 from training.ranks import all_fail_together
@@ -203,6 +203,6 @@ def cell(value):
 
 def form_of(form, device):
     """-> (the dtype of everything that is not a weight, what convert's quantize takes)"""
-    if hasattr(torch, form):
-        return getattr(torch, form), ""
+    if form in DTYPES:
+        return DTYPES[form], ""
     return torch.float32 if device.type == "cpu" else torch.bfloat16, form

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.common import forget_peak, form_of, machine, table, timed
 from configurator import fail
-from device import memory_gb, pick_device
+from device import DTYPES, memory_gb, pick_device
 from export import write_gguf
 from infer import Engine, load, stream
 from inference import kernels
@@ -277,7 +277,7 @@ def peers_of(c, model, form, dtype, device):
     peers = llama_cpp_of(c, model, form)
     if c.models or model.config.kv_heads != 12:
         return peers
-    if hasattr(torch, form):  # the integers are only llama.cpp's
+    if form in DTYPES:  # the integers are only llama.cpp's
         model = copy.deepcopy(model).to(dtype)
         shortest = min(c.prompts)
         longest = max(c.prompts)
