@@ -17,6 +17,10 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 constexpr int TILE = 16;   // rows of a tile
 constexpr int GROUP = 32;  // activations that share a scale
@@ -238,6 +242,97 @@ static inline void tile_of_floats(const Matrix &w, const Rows &rows, int64_t til
     }
 }
 
+template <class Y>
+static void put(Floats sums, const float *bias, Y *y, int64_t first, int64_t outputs) {
+    for (int i = 0; i < TILE && first + i < outputs; i++) narrow(sums[i] + (bias ? bias[first + i] : 0.0f), y + first + i);
+}
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define HAS_AMX 1
+
+// Whether this process may use AMX: Linux wants to be asked, once for all threads
+static bool may_use_amx() {
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool may = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return may;
+}
+
+// One column of a tile whose codes have 8 or 4 bits, as floats
+static inline Floats column_of(const Matrix &w, const uint8_t *codes, int k, Floats scale, Floats minimum) {
+    int fours = w.bits == 8 ? k / 4 : k / 8;
+    int shift = w.bits == 8 ? k % 4 * 8 : k % 4 * 8 + k % 8 / 4 * 4;
+    Words bits = load<Words>(codes + fours * 64) >> shift & (w.bits == 8 ? 255u : 15u);
+    Floats values = __builtin_convertvector((Ints)bits, Floats);
+    return w.minimum ? values * scale + minimum : (values - float(1 << (w.bits - 1))) * scale;
+}
+
+static inline Words narrow_all(Floats x) {  // to bfloat16, in the low halves
+    Words bits = load<Words>(&x);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// A tile of 8 or 4 bits as pairs of bfloat16, in the order of a matrix of 16 bits
+static void widen_tile(const Matrix &w, int64_t tile, int width, uint32_t *pairs) {
+    const uint8_t *codes = (const uint8_t *)w.codes + tile * width * TILE * w.bits / 8;
+    Floats scale = {}, minimum = {};
+    for (int k = 0; k < width; k += 2, pairs += TILE) {
+        if (k % w.group == 0) {
+            int64_t at = (tile * (width / w.group) + k / w.group) * TILE;
+            scale = load16_half(w.scales + at);
+            if (w.minimum) minimum = load16_half(w.minimum + at);
+        }
+        Words low = narrow_all(column_of(w, codes, k, scale, minimum));
+        Words high = narrow_all(column_of(w, codes, k + 1, scale, minimum));
+        Words both = low | high << 16;
+        memcpy(pairs, &both, sizeof(both));
+    }
+}
+
+// Products of bfloat16 with AMX: 32 inputs, 16 outputs and 16 rows at once. A tile of the weights is what AMX loads as
+// it is. However many rows there are, the weights are read once.
+template <class Y>
+static void all_tiles_amx(const Matrix &w, const Rows &rows, const float *bias, Y *y) {
+    int64_t tiles = (w.outputs + TILE - 1) / TILE;
+    int M = rows.count, K = rows.width;
+    struct alignas(64) {
+        uint8_t palette = 1, start = 0, zeros[14] = {};
+        uint16_t bytes[16] = {64, 64, 64};
+        uint8_t rows[16] = {};
+    } shapes;  // registers: 0 sums (rows, 16), 1 activations (rows, 32), 2 weights (32, 16)
+    shapes.rows[0] = shapes.rows[1] = M < MOST ? M : MOST;
+    shapes.rows[2] = TILE;
+    _tile_loadconfig(&shapes);
+    std::vector<uint32_t> widened(w.bits < 16 ? K / 2 * TILE : 0);
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        const char *weights = (const char *)w.codes + tile * K * TILE * 2;
+        if (w.bits < 16) {
+            widen_tile(w, tile, K, widened.data());
+            weights = (const char *)widened.data();
+        }
+        for (int first = 0; first < M; first += MOST) {
+            const char *codes = weights, *x = (const char *)&rows.pairs[int64_t(first) * (K / 2)];
+            _tile_zero(0);
+            for (int k = 0; k < K; k += 32, codes += 1024, x += 64) {
+                if (first == 0)
+                    for (int line = 0; line < 1024; line += 64) __builtin_prefetch(codes + AHEAD + line);
+                _tile_loadd(1, x, K * 2);
+                _tile_loadd(2, codes, 64);
+                _tile_dpbf16ps(0, 1, 2);
+            }
+            alignas(64) float sums[MOST][TILE];
+            _tile_stored(0, sums, 64);
+            for (int m = first; m < M && m < first + MOST; m++)
+                put(load<Floats>(sums[m - first]), bias, y + m * w.outputs, tile * TILE, w.outputs);
+        }
+    }
+    _tile_release();
+}
+#else
+#define HAS_AMX 0
+static bool may_use_amx() { return false; }
+#endif
+
 template <int M, class Y>
 static void all_tiles(const Matrix &w, const Rows &rows, const float *bias, Y *y) {
     int64_t tiles = (w.outputs + TILE - 1) / TILE;
@@ -248,11 +343,7 @@ static void all_tiles(const Matrix &w, const Rows &rows, const float *bias, Y *y
         else if (w.bits == 4) tile_of_bytes<M, 4>(w, rows, tile, out);
         else if (w.bits == 16) tile_of_bfloat16<M>(w, rows, tile, out);
         else tile_of_floats<M>(w, rows, tile, out);
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < TILE && tile * TILE + i < w.outputs; i++) {
-                int64_t n = tile * TILE + i;
-                narrow(out[m][i] + (bias ? bias[n] : 0.0f), y + m * w.outputs + n);
-            }
+        for (int m = 0; m < M; m++) put(out[m], bias, y + m * w.outputs, tile * TILE, w.outputs);
     }
 }
 
@@ -262,18 +353,21 @@ static void tiles_for(const Matrix &w, const Rows &rows, const float *bias, Y *y
     else if constexpr (M > 1) tiles_for<M - 1>(w, rows, bias, y);
 }
 
+// The activations of one call, as its product reads them
 template <class X>
-static void linear_rows(const Matrix &w, const X *x, int M, const float *bias, X *y, int threads) {
+static void linear_rows(const Matrix &w, const X *x, int M, const float *bias, X *y, bool amx, int threads) {
     int K = w.inputs;
+    bool bytes = w.bits <= 8 && !amx, pairs = w.bits == 16 || amx;
     static thread_local Rows rows;  // its memory is used again by the next call
     rows.count = M;
     rows.width = w.bits <= 8 ? (K + w.group - 1) / w.group * w.group : w.bits == 16 ? K + K % 2 : K;
-    if (w.bits <= 8) {
+    int64_t padded = amx ? (M + MOST - 1) / MOST * MOST : M;
+    if (bytes) {
         rows.fours.resize(int64_t(M) * rows.width / 4);
         rows.scales.resize(int64_t(M) * rows.width / GROUP);
         rows.sums.resize(int64_t(M) * rows.width / GROUP);
-    } else if (w.bits == 16) {
-        rows.pairs.resize(int64_t(M) * rows.width / 2);
+    } else if (pairs) {
+        rows.pairs.resize(padded * rows.width / 2);
     } else {
         rows.floats.resize(int64_t(M) * K);
     }
@@ -283,29 +377,45 @@ static void linear_rows(const Matrix &w, const X *x, int M, const float *bias, X
 #pragma omp for schedule(static)
         for (int m = 0; m < M; m++) {
             const X *row = x + int64_t(m) * K;
-            if (w.bits <= 8) {
+            if (bytes) {
                 round_row(row, K, m, shared);
-            } else if (w.bits == 16) {
+            } else if (pairs) {
                 uint16_t *to = (uint16_t *)&shared.pairs[int64_t(m) * shared.width / 2];
                 for (int k = 0; k < K; k++) narrow(widen(row[k]), to + k);
-                if (K % 2) to[K] = 0;
+                for (int k = K; k < shared.width; k++) to[k] = 0;
             } else {
                 for (int k = 0; k < K; k++) shared.floats[int64_t(m) * K + k] = widen(row[k]);
             }
         }
-        tiles_for<MOST>(w, shared, bias, y);
+#if HAS_AMX
+        if (amx) all_tiles_amx(w, shared, bias, y);
+        else
+#endif
+            tiles_for<MOST>(w, shared, bias, y);
+    }
+}
+
+constexpr int AMX_FROM = 4;        // rows; for fewer, memory decides either way
+constexpr int AMX_FROM_BYTES = 65;  // rows, one more than tiled.py's MOST_ROWS: fewer multiply as bytes
+
+extern "C" int64_t has_amx() { return may_use_amx(); }
+
+template <class X>
+static void linear_of(const Matrix &w, const X *x, int64_t M, const float *bias, X *y, int threads) {
+    bool whole = w.bits == 16 ? w.inputs % 32 == 0 : w.bits <= 8;
+    if (whole && M >= (w.bits == 16 ? AMX_FROM : AMX_FROM_BYTES) && may_use_amx())
+        return linear_rows(w, x, M, bias, y, true, threads);
+    for (int64_t first = 0; first < M; first += MOST) {
+        int rows = M - first < MOST ? M - first : MOST;
+        linear_rows(w, x + first * w.inputs, rows, bias, y + first * w.outputs, false, threads);
     }
 }
 
 // y (M, N) = x (M, K) times the transposed matrix, plus bias (N,) fp32 or null; x and y are fp32 or bfloat16
-extern "C" void linear(const Matrix *w, const void *x, int64_t M, const float *bias, void *y, int64_t type, int64_t threads) {
-    for (int64_t first = 0; first < M; first += MOST) {
-        int rows = M - first < MOST ? M - first : MOST;
-        if (type == FLOAT32)
-            linear_rows(*w, (const float *)x + first * w->inputs, rows, bias, (float *)y + first * w->outputs, threads);
-        else
-            linear_rows(*w, (const uint16_t *)x + first * w->inputs, rows, bias, (uint16_t *)y + first * w->outputs, threads);
-    }
+extern "C" void linear(const Matrix *w, const void *x, int64_t M, const float *bias, void *y, int64_t type,
+                       int64_t threads) {
+    if (type == FLOAT32) linear_of(*w, (const float *)x, M, bias, (float *)y, threads);
+    else linear_of(*w, (const uint16_t *)x, M, bias, (uint16_t *)y, threads);
 }
 
 // The weight (N, K) row after row, fp32 or bfloat16: a prompt's many rows are quicker as a product of floats

@@ -111,6 +111,7 @@ def find_library():
     library.attend.argtypes = [Pointer] * 7 + [Int] * 3 + [ctypes.c_double] + [Int] * 3
     library.read_all.argtypes = [Pointer, Int, Int]
     library.read_all.restype = Int
+    library.has_amx.restype = Int
     for function in (library.linear, library.unpack, library.attend):
         function.restype = None
     return library, ""
@@ -124,6 +125,11 @@ def available():
 def trouble():
     """Why they do not, in words; empty if they do."""
     return find_library()[1]
+
+
+def has_amx():
+    """Whether the kernels multiply bfloat16 with AMX: then many rows at once are theirs too."""
+    return available() and bool(find_library()[0].has_amx())
 
 
 # -----------------------------------------------------------------------------

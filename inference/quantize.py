@@ -3,9 +3,8 @@ A model's weights as inference reads them: in half precision, in a layout that t
 or 4 bits, or floats of 8.
 
 Decoding one token reads every weight once and computes little with it, so memory decides its speed: half the bytes take
-half the time. On a CPU with a C++ compiler the weights lie in the tiles of our own kernel (inference/tiled.py). Only
-bfloat16 on a CPU with AMX lies in oneDNN's layout, which uses AMX. Without a compiler oneDNN's layout and PyTorch's
-kernels take the place of ours.
+half the time. On a CPU with a C++ compiler the weights lie in the tiles of our own kernel (inference/tiled.py). Without
+a compiler oneDNN's layout and PyTorch's kernels take its place.
 """
 
 import itertools
@@ -158,12 +157,6 @@ def can_pack(model):
     return weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and computes_bfloat16()
 
 
-def has_amx():
-    """Whether this CPU multiplies tiles of bfloat16 numbers (AMX), which oneDNN uses."""
-    is_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: a torch may lack it
-    return computes_bfloat16() and is_supported is not None and is_supported()
-
-
 def has_kernels(device, dtype):
     """Whether our own kernels for a CPU (inference/kernels.py) serve this device and dtype."""
     return device.type == "cpu" and dtype in kernels.TYPES and kernels.available()
@@ -204,7 +197,7 @@ def convert(model, dtype=torch.float32, quantize="", calibration=None):
             made = integer_layer(layer, *codes.pop(name))
         elif quantize in INTEGERS:
             made = Int8Linear(layer)
-        elif has_kernels(device, dtype) and not (dtype == torch.bfloat16 and has_amx()):
+        elif has_kernels(device, dtype):
             made = TiledLinear.of_floats(layer)
         elif packs:
             made = PackedLinear(layer)

@@ -72,7 +72,7 @@ class TiledLinear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, self.in_features)  # (N, inputs)
-        if rows.size(0) > MOST_ROWS:
+        if rows.size(0) > MOST_ROWS and not (self.bits < 32 and kernels.has_amx()):
             y = F.linear(rows.to(self.products), self.weight(self.products)).to(x.dtype)
             if self.bias is not None:
                 y += self.bias.to(x.dtype)
