@@ -257,34 +257,33 @@ static bool may_use_amx() {
     return may;
 }
 
-// One column of a tile whose codes have 8 or 4 bits, as floats
-static inline Floats column_of(const Matrix &w, const uint8_t *codes, int k, Floats scale, Floats minimum) {
-    int fours = w.bits == 8 ? k / 4 : k / 8;
-    int shift = w.bits == 8 ? k % 4 * 8 : k % 4 * 8 + k % 8 / 4 * 4;
-    Words bits = load<Words>(codes + fours * 64) >> shift & (w.bits == 8 ? 255u : 15u);
-    Floats values = __builtin_convertvector((Ints)bits, Floats);
-    return w.minimum ? values * scale + minimum : (values - float(1 << (w.bits - 1))) * scale;
-}
-
 static inline Words narrow_all(Floats x) {  // to bfloat16, in the low halves
     Words bits = load<Words>(&x);
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 // A tile of 8 or 4 bits as pairs of bfloat16, in the order of a matrix of 16 bits
+template <int BITS>
 static void widen_tile(const Matrix &w, int64_t tile, int width, uint32_t *pairs) {
-    const uint8_t *codes = (const uint8_t *)w.codes + tile * width * TILE * w.bits / 8;
+    constexpr int COLUMNS = 32 / BITS;  // that 64 bytes hold: a lane has as many codes of its output
+    const uint8_t *codes = (const uint8_t *)w.codes + tile * width * TILE * BITS / 8;
     Floats scale = {}, minimum = {};
-    for (int k = 0; k < width; k += 2, pairs += TILE) {
+    for (int k = 0; k < width; k += COLUMNS, codes += 64) {
         if (k % w.group == 0) {
             int64_t at = (tile * (width / w.group) + k / w.group) * TILE;
             scale = load16_half(w.scales + at);
-            if (w.minimum) minimum = load16_half(w.minimum + at);
+            minimum = w.minimum ? load16_half(w.minimum + at) : scale * -float(1 << (BITS - 1));
         }
-        Words low = narrow_all(column_of(w, codes, k, scale, minimum));
-        Words high = narrow_all(column_of(w, codes, k + 1, scale, minimum));
-        Words both = low | high << 16;
-        memcpy(pairs, &both, sizeof(both));
+        Words bits = load<Words>(codes), columns[COLUMNS];
+        for (int i = 0; i < COLUMNS; i++) {  // with 4 bits the low halves of the bytes come first
+            int shift = BITS == 8 ? 8 * i : i % 4 * 8 + i / 4 * 4;
+            Ints values = (Ints)(bits >> shift & ((1 << BITS) - 1));
+            columns[i] = narrow_all(__builtin_convertvector(values, Floats) * scale + minimum);
+        }
+        for (int i = 0; i < COLUMNS; i += 2, pairs += TILE) {
+            Words both = columns[i] | columns[i + 1] << 16;
+            memcpy(pairs, &both, sizeof(both));
+        }
     }
 }
 
@@ -296,33 +295,57 @@ static void all_tiles_amx(const Matrix &w, const Rows &rows, const float *bias, 
     int M = rows.count, K = rows.width;
     struct alignas(64) {
         uint8_t palette = 1, start = 0, zeros[14] = {};
-        uint16_t bytes[16] = {64, 64, 64};
+        uint16_t bytes[16] = {};
         uint8_t rows[16] = {};
-    } shapes;  // registers: 0 sums (rows, 16), 1 activations (rows, 32), 2 weights (32, 16)
-    shapes.rows[0] = shapes.rows[1] = M < MOST ? M : MOST;
-    shapes.rows[2] = TILE;
+    } shapes;  // registers: 0 to 3 sums (rows, 16), 4 and 6 activations (rows, 32), 5 weights (32, 16)
+    for (int i = 0; i < 7; i++) {
+        shapes.bytes[i] = 64;
+        shapes.rows[i] = i != 5 && M < MOST ? M : MOST;
+    }
     _tile_loadconfig(&shapes);
     std::vector<uint32_t> widened(w.bits < 16 ? K / 2 * TILE : 0);
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < tiles; tile++) {
         const char *weights = (const char *)w.codes + tile * K * TILE * 2;
         if (w.bits < 16) {
-            widen_tile(w, tile, K, widened.data());
+            if (w.bits == 8) widen_tile<8>(w, tile, K, widened.data());
+            else widen_tile<4>(w, tile, K, widened.data());
             weights = (const char *)widened.data();
         }
-        for (int first = 0; first < M; first += MOST) {
+        for (int first = 0; first < M; first += 4 * MOST) {
+            // up to four times 16 rows for each loading of the weights, as AMX is slow to finish a single product
+            int parts = (M - first + MOST - 1) / MOST;
             const char *codes = weights, *x = (const char *)&rows.pairs[int64_t(first) * (K / 2)];
+            int64_t stride = K * 2, part = MOST * stride;
             _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
             for (int k = 0; k < K; k += 32, codes += 1024, x += 64) {
-                if (first == 0)
+                if (first == 0 && w.bits == 16)
                     for (int line = 0; line < 1024; line += 64) __builtin_prefetch(codes + AHEAD + line);
-                _tile_loadd(1, x, K * 2);
-                _tile_loadd(2, codes, 64);
-                _tile_dpbf16ps(0, 1, 2);
+                _tile_loadd(5, codes, 64);
+                _tile_loadd(4, x, stride);
+                _tile_dpbf16ps(0, 4, 5);
+                if (parts > 1) {
+                    _tile_loadd(6, x + part, stride);
+                    _tile_dpbf16ps(1, 6, 5);
+                }
+                if (parts > 2) {
+                    _tile_loadd(4, x + 2 * part, stride);
+                    _tile_dpbf16ps(2, 4, 5);
+                }
+                if (parts > 3) {
+                    _tile_loadd(6, x + 3 * part, stride);
+                    _tile_dpbf16ps(3, 6, 5);
+                }
             }
-            alignas(64) float sums[MOST][TILE];
+            alignas(64) float sums[4 * MOST][TILE];
             _tile_stored(0, sums, 64);
-            for (int m = first; m < M && m < first + MOST; m++)
+            _tile_stored(1, sums + MOST, 64);
+            _tile_stored(2, sums + 2 * MOST, 64);
+            _tile_stored(3, sums + 3 * MOST, 64);
+            for (int m = first; m < M && m < first + 4 * MOST; m++)
                 put(load<Floats>(sums[m - first]), bias, y + m * w.outputs, tile * TILE, w.outputs);
         }
     }
