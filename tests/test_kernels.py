@@ -19,12 +19,14 @@ from inference.tiled import MOST_ROWS, TiledLinear
 FP32, BF16 = torch.float32, torch.bfloat16
 FLOATS = [(32, 1, False), (16, 1, False)]  # bits, group, with a minimum
 CODES = [(bits, group, lowest) for bits in (8, 4) for group in (32, 64, 128) for lowest in (False, True)]
-SIZES = [(1, 1), (17, 33), (50, 48), (96, 200), (33, 300)]  # outputs, inputs
+SIZES = [(1, 1), (17, 33), (50, 48), (96, 200), (33, 300), (48, 128)]  # outputs, inputs
 ROWS = [*range(1, 18), 33, MOST_ROWS, MOST_ROWS + 1, 80]
 HALF_STEP = 2.0**-8  # of a number in bfloat16, relative
 
 NATIVE = kernels.FLAGS
-MARCHES = {"x86-64-v2": "sse4_2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}  # what /proc/cpuinfo calls it
+# Flags of other CPUs, and the word in /proc/cpuinfo that says that this one has their instructions
+OTHERS = {"-march=x86-64-v2": "sse4_2", "-march=x86-64-v3": "avx2", "-march=x86-64-v4": "avx512bw",
+          "-march=native -mno-amx-bf16": "avx512_bf16"}
 
 
 @pytest.fixture
@@ -69,15 +71,17 @@ def check_products(form, outputs, inputs, rows, dtype, bias=True):
     layer, weight, largest = layer_of(form, outputs, inputs, bias)
     x = torch.randn(rows, inputs).to(dtype)
     read = x.float()
-    if rows <= MOST_ROWS and form in CODES:
+    many = rows > MOST_ROWS
+    if not many and form in CODES:
         read = rounded_activations(read)
-    elif form[0] == 16:
+    elif form[0] == 16 or many and form in CODES and kernels.has_amx():
         read = read.to(BF16).float()
+        weight = weight.to(BF16).float()
     offsets = layer.bias if bias else torch.zeros(outputs)
     exact = read.double() @ weight.double().T + offsets.double()
     # the most that sums of this many terms in fp32 can be off, and what a result in bfloat16 is rounded by
     bound = (inputs + 8) * 2.0**-24 * (read.abs() @ largest.T + offsets.abs())
-    if dtype == BF16 or rows > MOST_ROWS and form[0] == 16:
+    if dtype == BF16 or many and form[0] == 16:
         bound += 3 * HALF_STEP * (exact.abs() + offsets.abs())
     y = layer(x)
     assert y.dtype == dtype and y.shape == (rows, outputs)
@@ -90,7 +94,7 @@ def test_a_product_is_that_of_its_weights(library, form):
     """Outputs and inputs that fill no tile and no group; every number of rows that one reading of the weights serves,
     and more of them, until it is a product of floats."""
     for outputs, inputs in SIZES:
-        for rows in ROWS if (outputs, inputs) == (50, 48) else (1, 3, 16, 21, 80):
+        for rows in ROWS if (outputs, inputs) == (50, 48) else (1, 3, 4, 16, 21, 64, 65, 80):
             check_products(form, outputs, inputs, rows, FP32)
     for rows in (1, 5, 64, 65):
         check_products(form, 50, 48, rows, BF16)
@@ -134,13 +138,14 @@ def test_zeros_give_the_bias(library, form):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_no_number_stays_none_and_in_its_row(library, form, bad):
     """Rounded to 8 bits it could become a number like any other, and nobody would learn that the model broke."""
-    layer, _, _ = layer_of(form, 50, 100)
-    for dtype in (FP32, BF16):
-        x = torch.randn(5, 100).to(dtype)
+    for rows, inputs, dtype in ((5, 100, FP32), (5, 100, BF16), (5, 128, FP32), (80, 128, BF16)):
+        layer, _, _ = layer_of(form, 50, inputs)
+        x = torch.randn(rows, inputs).to(dtype)
         expected = layer(x)
         x[2, 40] = bad
         y = layer(x)
-        assert not y[2].isfinite().any() and torch.equal(y[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
+        others = torch.arange(rows) != 2
+        assert not y[2].isfinite().any() and torch.equal(y[others], expected[others])
 
 
 def test_the_smallest_and_the_largest_activations(library):
@@ -162,16 +167,27 @@ def test_bytes_that_a_product_reads():
 
 @pytest.mark.parametrize("form", FLOATS + CODES, ids=str)
 def test_another_number_of_threads_gives_the_same_bits(library, form, monkeypatch):
-    layer, _, _ = layer_of(form, 96, 200)
-    x = torch.randn(21, 200)
-    results = []
-    for threads in (1, 2, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        results.append(layer(x))
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    for rows, inputs in ((21, 200), (80, 256)):
+        layer, _, _ = layer_of(form, 96, inputs)
+        x = torch.randn(rows, inputs)
+        results = []
+        for threads in (1, 2, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            results.append(layer(x))
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_two_threads_of_python_do_not_disturb_each_other(library):
+def test_products_of_pytorch_between_ours(library):
+    """oneDNN uses AMX too, in shapes of its own, and would be stopped if it found ours."""
+    layer, _, _ = layer_of((16, 1, False), 96, 256)
+    x = torch.randn(80, 256).to(BF16)
+    plain = nn.Linear(256, 200, dtype=BF16)
+    expected = layer(x), plain(x)
+    for _ in range(5):
+        assert torch.equal(layer(x), expected[0]) and torch.equal(plain(x), expected[1])
+
+
+def test_threads_of_python_do_not_disturb_each_other(library):
     layers = [layer_of(form, 200, 300)[0] for form in ((8, 32, False), (4, 64, True), (32, 1, False), (16, 1, False))]
     inputs = [torch.randn(rows, 300) for rows in (1, 2, 5, 16)]
     expected = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
@@ -260,20 +276,20 @@ def test_nothing_past_a_requests_length_is_seen(library):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("march", MARCHES)
+@pytest.mark.parametrize("march", OTHERS)
 def test_the_ways_of_other_cpus_give_the_same(march, tmp_path, monkeypatch):
-    """Without VNNI and bfloat16's instructions, without 512-bit vectors, and with nothing but plain loops."""
-    words = kernels.cpu_features().split()
-    if kernels.compiler() is None or MARCHES[march] not in words:
-        pytest.skip(f"no compiler, or not on {march}")
+    """Without AMX, without instructions for bytes and bfloat16, without 512-bit vectors, and with nothing but loops."""
+    if kernels.compiler() is None or OTHERS[march] not in kernels.cpu_features().split():
+        pytest.skip(f"no compiler, or no CPU for {march}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "FLAGS", [f.replace("native", march).replace("-O3", "-O1") for f in NATIVE])
+    others = [flag for flag in NATIVE if not flag.startswith(("-O", "-march"))]
+    monkeypatch.setattr(kernels, "FLAGS", ["-O1", *march.split(), *others])  # -O3 takes a minute for all of them
     found = kernels.find_library.__wrapped__()
     assert found[0] is not None, found[1]
     monkeypatch.setattr(kernels, "find_library", lambda: found)
     for form in FLOATS + CODES:
         for outputs, inputs in SIZES:
-            for rows in (1, 2, 7, 16, 21):
+            for rows in (1, 2, 7, 16, 21, 65):
                 check_products(form, outputs, inputs, rows, FP32)
             check_products(form, outputs, inputs, 3, BF16)
             layer, weight, _ = layer_of(form, outputs, inputs)
