@@ -1,6 +1,6 @@
 // The two products that decide how fast a CPU generates: a few rows times a matrix of weights, and the attention of one
 // new token for each request. inference/kernels.py compiles this file once for the CPU at hand and calls it; the same
-// results in PyTorch, which the tests compare, are in inference/grouped.py and inference/kvcache.py.
+// results in PyTorch, which the tests compare, are in inference/rounding.py and inference/kvcache.py.
 //
 // Decoding reads every weight once for each step, so memory decides its speed. The weights therefore lie in exactly the
 // order in which they are read: tiles of 16 rows of the matrix (16 outputs), and within a tile one column after another.
@@ -75,6 +75,9 @@ static inline Floats load16(const uint16_t *from) {
 static inline Floats load16_half(const uint16_t *from) {  // IEEE half precision
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps(load<__m256i>(from));
+#elif defined(__AVX2__) && defined(__F16C__)
+    __m256 eights[2] = {_mm256_cvtph_ps(load<__m128i>(from)), _mm256_cvtph_ps(load<__m128i>(from + 8))};
+    return load<Floats>(eights);
 #else
     Floats v;
     for (int i = 0; i < TILE; i++) {
@@ -98,22 +101,27 @@ static inline Ints dot4(Ints sums, Bytes weights, int32_t x) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(x));
 #elif defined(__AVX2__)
     // without VNNI: even and odd bytes as 16-bit numbers, whose products are added in pairs without overflow
-    int16_t x0 = int8_t(x), x1 = int8_t(x >> 8), x2 = int8_t(x >> 16), x3 = int8_t(x >> 24);
-    __m256i even_x = _mm256_set1_epi32(int32_t(uint16_t(x0)) | int32_t(uint32_t(uint16_t(x2)) << 16));
-    __m256i odd_x = _mm256_set1_epi32(int32_t(uint16_t(x1)) | int32_t(uint32_t(uint16_t(x3)) << 16));
+    int32_t even_x = uint16_t(int8_t(x)) | uint32_t(int8_t(x >> 16)) << 16;
+    int32_t odd_x = uint16_t(int8_t(x >> 8)) | uint32_t(int8_t(x >> 24)) << 16;
+#if defined(__AVX512BW__)
+    __m512i even = _mm512_and_si512((__m512i)weights, _mm512_set1_epi16(0xff));
+    __m512i odd = _mm512_srli_epi16((__m512i)weights, 8);
+    sums += (Ints)_mm512_madd_epi16(even, _mm512_set1_epi32(even_x));
+    sums += (Ints)_mm512_madd_epi16(odd, _mm512_set1_epi32(odd_x));
+#else
     for (int half = 0; half < 2; half++) {
         __m256i w = load<__m256i>((char *)&weights + 32 * half);
         __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(0xff));
         __m256i odd = _mm256_srli_epi16(w, 8);
         __m256i sum = load<__m256i>((char *)&sums + 32 * half);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, even_x));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd, odd_x));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_set1_epi32(even_x)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_set1_epi32(odd_x)));
         memcpy((char *)&sums + 32 * half, &sum, 32);
     }
+#endif
     return sums;
 #else
-    for (int i = 0; i < TILE; i++)
-        for (int j = 0; j < 4; j++) sums[i] += int32_t(weights[4 * i + j]) * int8_t(x >> 8 * j);
+    for (int j = 0; j < 4; j++) sums += (Ints)((Words)weights >> (8 * j) & 255) * int8_t(x >> 8 * j);
     return sums;
 #endif
 }
@@ -136,9 +144,11 @@ static void round_row(const X *x, int K, int row, Rows &rows) {
     for (int g = 0; g < groups; g++) {
         float values[GROUP] = {};
         float largest = 0;
+        float zero = 0;  // not a number if one of the values is none, or is infinite: then the results are none either
         for (int i = 0; i < GROUP && g * GROUP + i < K; i++) {
             values[i] = widen(x[g * GROUP + i]);
             largest = fmaxf(largest, fabsf(values[i]));
+            zero += values[i] * 0.0f;
         }
         float inverse = largest > 0 ? 127.0f / largest : 0.0f;
         int8_t bytes[GROUP];
@@ -148,7 +158,7 @@ static void round_row(const X *x, int K, int row, Rows &rows) {
             sum += bytes[i];
         }
         memcpy(&rows.fours[(int64_t(row) * groups + g) * (GROUP / 4)], bytes, GROUP);
-        rows.scales[row * groups + g] = largest / 127.0f;
+        rows.scales[row * groups + g] = largest / 127.0f + zero;
         rows.sums[row * groups + g] = sum;
     }
 }

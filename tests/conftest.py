@@ -106,3 +106,11 @@ def call_script(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call_script
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """A CPU without a C++ compiler, as far as inference is concerned."""
+    from inference import kernels
+
+    monkeypatch.setattr(kernels, "find_library", lambda: (None, "no C++ compiler: apt install g++"))

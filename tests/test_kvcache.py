@@ -13,18 +13,27 @@ from test_engine import greedy, make, some_prompts
 import attention as attention_file
 import infer
 from infer import Engine, stream
-from inference import kvcache
+from inference import kernels, kvcache
 from inference.batch import BatchPass
 from inference.kvcache import (
     Blocks,
     BlockTable,
+    DecodeCache,
     Part,
+    Pool,
+    StepCache,
     attend_blocks,
     attend_one,
     block_digest,
     block_digests,
     paged_kernel,
 )
+from model import GPTConfig
+
+
+def skip_without_kernels():
+    if not kernels.available():
+        pytest.skip(kernels.trouble())
 
 
 def test_blocks_are_neighbours_where_they_can_be():
@@ -346,15 +355,44 @@ def test_flash_attns_kernel_is_asked_in_its_own_terms(monkeypatch):
     assert engine.block == 256 and set(calls) == {4}
 
 
-def test_a_pass_is_made_once_for_all_steps_of_its_shape():
+def test_a_pass_is_made_once_for_all_steps_of_its_shape(no_kernels):
     """Requests of three lengths that come and go: few shapes; and sliding, whose tables of rotations grow."""
     model = make(pos="rope")
     engine = Engine(model, block=4, batched=True)
     engine.generate(some_prompts((1, 2, 3)), max_new_tokens=12, temperature=0)
-    assert set(engine.passes) == {(4, 1), (4, 2), (4, 4)}
+    assert set(engine.passes) == {(4, 1, None), (4, 2, None), (4, 4, None)}
+    check_sliding(model)
+
+
+def check_sliding(model):
     plain, batched = (Engine(model, slide=True, batched=way).generate(some_prompts(), max_new_tokens=70, temperature=0)
                       for way in (False, True))
     assert [r.tokens for r in batched] == [r.tokens for r in plain]
+
+
+def test_a_cpus_kernel_reads_what_each_request_has_so_a_pass_is_made_for_each_number_of_requests():
+    skip_without_kernels()
+    model = make(pos="rope")
+    engine = Engine(model, block=4)
+    prompts = some_prompts((1, 2, 3))
+    for i, prompt in enumerate(prompts):
+        engine.submit(prompt, max_new_tokens=9 + i, temperature=0)
+    while engine.step():
+        pass
+    assert set(engine.passes) == {(rows, 6, None) for rows in (1, 2, 3)}
+    check_sliding(model)
+
+
+@pytest.mark.parametrize("toggles", [{}, {"pos": "rope", "n_kv_head": 2, "qk_norm": "rms"}, {"n_kv_head": 1}], ids=str)
+@pytest.mark.parametrize("batched", [False, True, None])
+def test_without_kernels_the_tokens_are_the_same(no_kernels, toggles, batched):
+    """One request after another, which is the way of a CPU then; and gathered, as on CUDA without Triton."""
+    model, prompts = make(**toggles), some_prompts()
+    engine = Engine(model, block=5, batched=batched)
+    assert engine.pool.kernel is None and engine.batched == bool(batched)
+    expected = [greedy(model, prompt, 12) for prompt in prompts]
+    assert [r.tokens for r in engine.generate(prompts, max_new_tokens=12, temperature=0)] == expected
+    assert bool(engine.passes) == bool(batched)
 
 
 @pytest.mark.parametrize("way", ["engine", "batched", "stream"])
@@ -363,12 +401,12 @@ def test_tokens_are_made_within_the_kernels_of_inference(monkeypatch, way):
     model, inside, seen = make(), [], []
 
     @contextlib.contextmanager
-    def kernels(device):
+    def entered(device):
         inside.append(device)
         yield
         inside.pop()
 
-    monkeypatch.setattr(infer, "inference_kernels", kernels)
+    monkeypatch.setattr(infer, "inference_kernels", entered)
     model.register_forward_pre_hook(lambda *args: seen.append(list(inside)))
     if way == "stream":
         list(stream(model, [1, 2, 3], 4))
@@ -377,8 +415,48 @@ def test_tokens_are_made_within_the_kernels_of_inference(monkeypatch, way):
     assert len(seen) == 4 and all(devices == [torch.device("cpu")] for devices in seen) and not inside
 
 
-def test_no_kernel_on_a_cpu():
+def test_the_kernel_of_a_cpu():
+    """Ours, in the dtypes that it knows."""
+    skip_without_kernels()
+    assert paged_kernel(torch.device("cpu"), torch.bfloat16, 64) == "cpu"
+    assert paged_kernel(torch.device("cpu"), torch.float32, 33) == "cpu"
+    assert paged_kernel(torch.device("cpu"), torch.float16, 64) is None
+
+
+def test_no_kernel_on_a_cpu_without_a_compiler(no_kernels):
     assert paged_kernel(torch.device("cpu"), torch.bfloat16, 64) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_gets_the_same_from_both_caches(dtype):
+    """DecodeCache with a CPU's kernel, with the gather, and StepCache, over the same scattered blocks: what attention
+    says, and what lies in the pool afterwards."""
+    skip_without_kernels()
+    config = GPTConfig(block_size=24, vocab_size=20, n_layer=1, n_head=4, n_kv_head=2, n_embd=32)
+    cpu = torch.device("cpu")
+    pools = [Pool(config, 12, 4, dtype, cpu, kernel) for kernel in ("cpu", None, None)]
+    for pool in pools:
+        torch.manual_seed(0)
+        pool.keys[0].normal_()
+        pool.values[0].normal_()
+    tables = [BlockTable(blocks, 4, 24) for blocks in ([7, 2, 3], [0, 9, 11], [5, 6, 4])]
+    parts = [Part([1], first, table, 1) for first, table in zip((0, 7, 11), tables, strict=True)]
+    qkv = torch.randn(1, 3, 8, 8).to(dtype)
+    q, k, v = qkv.split((4, 2, 2), dim=2)
+    outputs = []
+    for pool in pools[:2]:
+        batch = BatchPass(None, pool, None, 3, 3)
+        for i, part in enumerate(parts):
+            part.table.write(batch.table[i])
+        slots = torch.tensor([part.table.slot(part.first) for part in parts])
+        lengths = torch.tensor([part.first + 1 for part in parts], dtype=torch.int32)
+        cache = DecodeCache(pool.keys, pool.values, None, slots, batch.table, lengths, None, 4, pool.kernel)
+        outputs.append(cache.attend(0, q, k, v))
+    outputs.append(StepCache(pools[2], None, parts).attend(0, q, k, v))
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5  # PyTorch rounds the shares to bfloat16 too
+    for pool, y in zip(pools[1:], outputs[1:], strict=True):
+        assert torch.equal(pool.keys[0], pools[0].keys[0]) and torch.equal(pool.values[0], pools[0].values[0])
+        torch.testing.assert_close(y, outputs[0], rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("capability, dtype, head_dim, there", [

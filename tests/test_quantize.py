@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn as nn
 
+from inference import kernels
 from inference.int4 import Int4Linear
-from inference.quantize import Int8Linear, PackedLinear, can_pack, convert
+from inference.quantize import INTEGERS, Int8Linear, PackedLinear, can_pack, convert
 from inference.rounding import round_groups, ungroup
+from inference.tiled import TiledLinear
 from model import GPT, GPTConfig
 
 
@@ -16,6 +18,11 @@ from model import GPT, GPTConfig
 def model():
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=32, vocab_size=100, n_layer=2, n_head=2, n_embd=64)).eval()
+
+
+def skip_without_kernels():
+    if not kernels.available():
+        pytest.skip(kernels.trouble())
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 200])
@@ -105,30 +112,62 @@ def test_int4_takes_a_byte_for_each_weight():
     assert sizes["packed"] == sizes["nibbles"] == 256 * 64 // 2 and sum(sizes.values()) < 1.2 * 256 * 64
 
 
-KINDS = {"": "PackedLinear", "int8": "Int8Linear", "int4": "Int4Linear", "int4_64": "Int4Linear",
-         "int4_128": "Int4Linear"}
+# Without our own kernels
+KINDS = {"": {"PackedLinear"}, "int8": {"Int8Linear"}, "int4": {"Int4Linear", "Int8Linear"},
+         "int4_64": {"Int4Linear", "Int8Linear"}, "int4_128": {"Int4Linear", "Int8Linear"}}
+GROUPS = {"int4": 32, "int4_64": 64, "int4_128": 128}
 
 
-@pytest.mark.parametrize("quantize", KINDS)
-def test_every_linear_layer_is_converted_and_the_embedding_stays(model, quantize):
+def check_conversion(model, quantize):
+    """-> the names of the layers' classes"""
     plain = copy.deepcopy(model)
     idx = torch.randint(100, (1, 20))
     embedding = model.transformer.wte.weight.clone()
     convert(model, torch.float32, quantize)
-    kinds = {type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__}
-    assert kinds == {KINDS[quantize] if quantize or can_pack(plain) else "Linear"}
-    assert torch.equal(model.transformer.wte.weight, embedding)
-    difference = (model(idx)[0] - plain(idx)[0]).abs().max()
-    assert difference < (0.2 if "int4" in quantize else 0.05 if quantize else 1e-5)
+    assert torch.equal(model.transformer.wte.weight, embedding) and model.quantize == quantize
+    for rows in (20, 1):
+        difference = (model(idx[:, :rows])[0] - plain(idx[:, :rows])[0]).abs().max()
+        assert difference < (0.2 if "int4" in quantize else 0.05 if quantize else 1e-5)
     if "int4" in quantize:
-        assert model.lm_head.group == {"int4": 32, "int4_64": 64, "int4_128": 128}[quantize]
+        assert model.transformer.h[1].mlp.c_fc.group == GROUPS[quantize]
+    return {type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__}
 
 
-def test_int4_rounds_the_weights_as_they_are(model):
-    """Not those that dtype has rounded before."""
-    codes, _, _ = round_groups(model.lm_head.weight, 4, 32)
+@pytest.mark.parametrize("quantize", KINDS)
+def test_every_linear_layer_is_converted_and_the_embedding_stays(model, quantize):
+    skip_without_kernels()
+    assert check_conversion(model, quantize) == {"TiledLinear"}
+    if quantize:  # the head's rounding does the most harm
+        assert (model.lm_head.bits, model.lm_head.group) == (8, 32)
+        assert model.transformer.h[0].attn.c_attn.bits == (8 if quantize == "int8" else 4)
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+def test_without_kernels_the_layers_are_those_of_pytorch(no_kernels, model, quantize):
+    packs = can_pack(model)
+    assert check_conversion(model, quantize) == (KINDS[quantize] if quantize or packs else {"Linear"})
+
+
+def test_a_dtype_that_the_kernels_do_not_know_is_left_to_pytorch(model):
+    convert(model, torch.float16)
+    assert not any(isinstance(m, TiledLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_the_weights_are_rounded_as_they_are(model, quantize):
+    """Not those that dtype has rounded before; they need no more than the kernel's rounding to bfloat16."""
+    skip_without_kernels()
+    layer = model.transformer.h[0].mlp.c_fc
+    rounded = ungroup(*round_groups(layer.weight, *INTEGERS[quantize]), INTEGERS[quantize][0])
+    convert(model, torch.bfloat16, quantize)
+    assert torch.equal(model.transformer.h[0].mlp.c_fc.weight(torch.float32), rounded)
+    assert model(torch.zeros(1, 4, dtype=torch.long))[0].dtype == torch.bfloat16
+
+
+def test_without_kernels_int4_rounds_the_weights_as_they_are(no_kernels, model):
+    codes, _, _ = round_groups(model.transformer.h[0].mlp.c_fc.weight, 4, 32)
     convert(model, torch.bfloat16, "int4")
-    assert torch.equal(model.lm_head.nibbles, codes[:, ::2] | codes[:, 1::2] << 4)
+    assert torch.equal(model.transformer.h[0].mlp.c_fc.nibbles, codes[:, ::2] | codes[:, 1::2] << 4)
     assert model(torch.zeros(1, 4, dtype=torch.long))[0].dtype == torch.bfloat16
 
 
