@@ -86,6 +86,7 @@ def build(folder):
     target = folder / f"kernels_{name}.so"
     if target.exists():
         return target
+    print("compiling inference/kernels.cpp for this CPU, once: some ten seconds", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder) as beside:
         made = Path(beside) / "kernels.so"
         command = [program, *FLAGS, str(SOURCE), "-o", str(made)]

@@ -84,6 +84,52 @@ def test_greedy_with_a_cache_is_greedy_without(toggles, monkeypatch):
         torch.testing.assert_close(logits, exact, rtol=1e-5, atol=1e-5)
 
 
+DRAWN = [Sampling(max_new_tokens=10, temperature=0.9, seed=1), Sampling(max_new_tokens=9, temperature=0),
+         Sampling(max_new_tokens=8, top_k=5, seed=4, logprobs=True), Sampling(max_new_tokens=11, min_p=0.1, seed=9),
+         Sampling(max_new_tokens=9, top_p=0.8, seed=4, frequency_penalty=0.5, logit_bias={3: 2.0}),
+         Sampling(max_new_tokens=10, repetition_penalty=1.3, seed=2, top_logprobs=3)]
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 8, "max_requests": 3}, {"batched": True, "block": 3}],
+                         ids=["at once", "in chunks", "batched"])
+def test_the_device_draws_what_the_host_draws(options, model):
+    """Requests of all kinds beside each other, prompts that are read in pieces, rows that are taken again."""
+    prompts = some_prompts()
+    prompts = [prompts[i % len(prompts)] for i in range(len(DRAWN))]
+    hosts = Engine(model).generate(prompts, DRAWN)
+    engine = Engine(model, draws=True, **options)
+    for _ in range(2):  # the second time in rows of requests that have ended
+        devices = engine.generate(prompts, DRAWN)
+        assert [r.tokens for r in devices] == [r.tokens for r in hosts]
+        for device, host in zip(devices, hosts, strict=True):
+            assert device.logprobs == pytest.approx(host.logprobs, abs=1e-5)
+            for top, expected in zip(device.top_logprobs, host.top_logprobs, strict=True):
+                assert [token for token, _ in top] == [token for token, _ in expected]
+        assert sorted(engine.rows) == list(range(engine.max_requests))
+
+
+def test_next_tokens_and_pieces_of_prompts_are_two_passes_with_draws_on_the_device(model, monkeypatch):
+    passes = []
+    for name in ("draw_next", "read_and_draw"):
+        plain = getattr(Engine, name)
+        monkeypatch.setattr(Engine, name, lambda self, parts, name=name, plain=plain: (
+            passes.append((name, len(parts))), plain(self, parts))[1])
+    engine = Engine(model, draws=True, chunk=6)
+    first = engine.submit([1, 2, 3], max_new_tokens=6)
+    engine.step()
+    engine.submit(list(range(12)), max_new_tokens=2)
+    engine.step()
+    assert passes == [("read_and_draw", 1), ("draw_next", 1), ("read_and_draw", 1)] and len(first.tokens) == 2
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_logits_that_are_no_numbers_are_an_error(draws):
+    broken = make()
+    broken.transformer.ln_f.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="logits are no numbers"):
+        Engine(broken, draws=draws).generate([1, 2], max_new_tokens=3, seed=1)
+
+
 def test_what_is_drawn_does_not_depend_on_what_is_beside(model):
     wants = [Sampling(max_new_tokens=10, seed=seed, temperature=t, top_k=k, top_p=p)
              for seed, t, k, p in ((1, 1.0, 0, 1.0), (2, 0.7, 5, 1.0), (3, 1.3, 0, 0.8), (3, 1.0, 0, 1.0))]
@@ -176,7 +222,8 @@ def test_the_most_likely_tokens_are_those_before_any_penalty(count, model):
 
 @pytest.mark.parametrize("options", [
     {}, {"block": 4, "chunk": 3, "max_requests": 2}, {"batched": True, "chunk": 1, "max_requests": 1},
-], ids=["at once", "in chunks", "batched"])
+    {"batched": False}, {"draws": True, "chunk": 5},
+], ids=["at once", "in chunks", "batched", "apart", "drawn on the device"])
 def test_log_probabilities_of_a_prompt_are_exact_though_parts_of_it_are_known(options, model):
     prompts = [*some_prompts((12, 1, 9)), some_prompts((12,))[0][:8] + [7, 7]]
     engine = Engine(model, max_tokens=200, **options)
@@ -320,7 +367,8 @@ def talker():
     return make(pos="rope", n_kv_head=2, block_size=1024, n_layer=1)
 
 
-@pytest.mark.parametrize("options", [{}, {"slide": True}, {"batched": True}], ids=["plain", "slide", "batched"])
+@pytest.mark.parametrize("options", [{}, {"slide": True}, {"batched": False}, {"draws": True}],
+                         ids=["plain", "slide", "apart", "drawn on the device"])
 def test_the_next_turn_of_a_talk_reads_only_what_is_new(options, talker):
     """800 tokens of prompt and answer, then a message of 20, and one of 30."""
     engine = Engine(talker, **options)
