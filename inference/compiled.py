@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 
 from device import can_compile, what_failed
 from inference import kernels
@@ -110,7 +112,9 @@ def build(step, pool, several, path):
         program = torch.export.export(step, arguments, dynamic_shapes=shapes, strict=False)
         graph = program.graph_module
         fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        artifact = torch._inductor.standalone_compile(graph, fakes, dynamic_shapes="from_graph")
+        mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
+        with tracing(TracingContext(mode)):  # the sizes that vary are the tracer's
+            artifact = torch._inductor.standalone_compile(graph, fakes, dynamic_shapes="from_tracing_context")
     names = [spec.target for spec in program.graph_signature.input_specs if spec.target is not None]
     with tempfile.TemporaryDirectory(dir=path.parent) as beside:
         made = Path(beside) / "made"
