@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: sever
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process that compiles starts others
 
 from data.common import write_dataset  # noqa: E402
+from inference import kernels  # noqa: E402
 from tokenizer import CharTokenizer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,11 @@ TINY_TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in 
 hypothesis.settings.register_profile("any machine", deadline=None,
                                      suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("any machine")
+
+
+def pytest_sessionstart():
+    """Compile the kernels of a CPU before the tests, which look at what a script prints."""
+    kernels.available()
 
 
 @pytest.hookimpl(optionalhook=True)
