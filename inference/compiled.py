@@ -13,6 +13,7 @@ The uncompiled step stays the reference. Where tracing or compiling fails, the e
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import astuple
 from pathlib import Path
@@ -76,10 +77,11 @@ def compiled_step(model, pool, several, steps=None, say=None):
     if missing := can_compile(pool.device):
         raise RuntimeError(missing)
     step = Step(model, pool.size, pool.kernel)
-    path = kept_at(step, pool, several)
-    if steps is not None and steps < (STEPS_TO_READ if path.exists() else STEPS_TO_COMPILE):
-        return None
+    path = None
     try:
+        path = kept_at(step, pool, several)
+        if steps is not None and steps < (STEPS_TO_READ if path.exists() else STEPS_TO_COMPILE):
+            return None
         if not path.exists():
             if say:
                 kind = "several requests" if several else "one request"
@@ -87,13 +89,16 @@ def compiled_step(model, pool, several, steps=None, say=None):
             build(step, pool, several, path)
         return read(step, path)
     except Exception as error:  # the tracer and the compiler raise errors of many kinds
+        if path is not None:
+            shutil.rmtree(path, ignore_errors=True)  # what cannot be read is compiled again by the next run
         raise RuntimeError(what_failed(error)) from None
 
 
 def kept_at(step, pool, several):
     """The file of a compiled step. Its name is a digest of everything that decides what is in it."""
     root = Path(__file__).parents[1]
-    facts = [torch.__version__, kernels.cpu_features(), torch.get_num_threads(), several, pool.size, str(pool.kernel),
+    kernel = getattr(pool.kernel, "__name__", str(pool.kernel))  # a function's own text holds its address
+    facts = [torch.__version__, kernels.cpu_features(), torch.get_num_threads(), several, pool.size, kernel,
              str(pool.dtype), str(pool.device), torch.cuda.get_device_name() if pool.device.type == "cuda" else ""]
     facts += [(root / name).read_text(encoding="utf-8") for name in SOURCES]
     facts.append(repr(astuple(step.model.config)))
@@ -121,8 +126,11 @@ def build(step, pool, several, path):
         made.mkdir()
         artifact.save(path=str(made / "code"), format="binary")
         (made / "names.json").write_text(json.dumps(names), encoding="utf-8")
-        if not path.exists():
-            os.replace(made, path)
+        try:
+            os.replace(made, path)  # whole or not at all
+        except OSError:
+            if not path.exists():  # another process was faster
+                raise
 
 
 def read(step, path):
