@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from device import can_compile, what_failed
 from inference import kernels
-from inference.kvcache import DecodeCache
+from inference.kvcache import DecodeCache, new_cache
 from inference.tiled import MOST_ROWS
 
 # Sources that decide what is compiled
@@ -87,7 +87,9 @@ def compiled_step(model, pool, several, steps=None, say=None):
                 kind = "several requests" if several else "one request"
                 say(f"compiling the step of a token for {kind}, once: about a second for each layer")
             build(step, pool, several, path)
-        return read(step, path)
+        compiled = read(step, path)
+        compare(step, compiled, pool, several)
+        return compiled
     except Exception as error:  # the tracer and the compiler raise errors of many kinds
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)  # what cannot be read is compiled again by the next run
@@ -141,9 +143,28 @@ def read(step, path):
     return CompiledStep(torch._inductor.CompiledArtifact.load(path=str(path / "code"), format="binary"), weights)
 
 
-def examples(step, pool, several):
+@torch.no_grad()
+def compare(step, compiled, pool, several):
+    """Raises RuntimeError if the compiled step computes something else than the step. Its arguments are not those that
+    it was traced with: three requests or one, and a small cache of their own."""
+    config = step.model.config
+    (tokens, _, _, *rest, rope), _ = examples(step, pool, several, 3 if several else 1)
+    rest[2] = rest[2] + torch.arange(len(rest[2]), dtype=torch.int32, device=pool.device)[:, None]  # a block for each
+    rest[1] = rest[1] + pool.size * torch.arange(len(rest[1]), device=pool.device)
+    rope = tuple(torch.ones_like(table) for table in rope)
+    results = []
+    for run in (step, lambda *args: compiled(args[0], DecodeCache(*args[1:], step.size, step.kernel))):
+        caches = [[new_cache(config, 4 * pool.size, pool.dtype, pool.device) for _ in pool.keys] for _ in range(2)]
+        results.append(run(tokens, *caches, *rest, rope).float())
+    plain, other = results
+    apart = (plain - other).abs().max() / plain.abs().max().clamp(min=1e-6)
+    if not apart < 0.1:  # rounding in bfloat16 or in 8 bits is far less
+        raise RuntimeError(f"the compiled step differs from the plain one by {float(apart):.0%} of the largest logit")
+
+
+def examples(step, pool, several, requests=4):
     """-> (arguments to trace with, which of their sizes vary)"""
-    requests = 4 if several else 1
+    requests = requests if several else 1
     config = step.model.config
     device = pool.device
     positions = torch.zeros(requests, dtype=torch.long, device=device)

@@ -7,9 +7,6 @@ half the time. On a CPU with a C++ compiler the weights lie in the tiles of our 
 a compiler oneDNN's layout and PyTorch's kernels take its place.
 """
 
-import itertools
-import weakref
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -21,9 +18,6 @@ from inference.int4 import Int4Linear
 from inference.rounding import round_groups
 from inference.tiled import MOST_ROWS, TiledLinear
 
-PACKED = {}  # number -> a weight in oneDNN's layout, which torch.compile cannot take as an argument
-NUMBERS = itertools.count()
-
 
 class PackedLinear(nn.Module):
     """nn.Linear on a CPU with its weight in oneDNN's own layout. (..., in) -> (..., out), in the weight's dtype."""
@@ -33,15 +27,7 @@ class PackedLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
-        number = next(NUMBERS)
-        PACKED[number] = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)  # for one row
-        weakref.finalize(self, PACKED.pop, number)
-        # a tensor, so that a compiled step does not depend on the number
-        self.register_buffer("number", torch.tensor(number), persistent=False)
-
-    @property
-    def packed(self):
-        return PACKED[int(self.number)]
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)  # for one row
 
     @property
     def weight_bytes(self):
@@ -49,21 +35,7 @@ class PackedLinear(nn.Module):
         return self.packed.numel() * self.packed.element_size()
 
     def forward(self, x):
-        return torch.ops.minichat.packed_linear(x, self.number, self.bias, self.out_features)
-
-
-def packed_linear(x, number, bias, outputs):
-    return torch.ops.mkldnn._linear_pointwise(x, PACKED[int(number)], bias, "none", [], "")
-
-
-OPERATORS = torch.library.Library("minichat", "FRAGMENT")
-OPERATORS.define("packed_linear(Tensor x, Tensor number, Tensor? bias, int outputs) -> Tensor")
-OPERATORS.impl("packed_linear", packed_linear, "CPU")
-
-
-@torch.library.register_fake("minichat::packed_linear", lib=OPERATORS)
-def packed_linear_shape(x, number, bias, outputs):
-    return x.new_empty(*x.shape[:-1], outputs)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class Int8Linear(nn.Module):
