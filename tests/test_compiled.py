@@ -21,7 +21,8 @@ CASES = {
                       qk_norm="rms", norm_embed=True, logit_softcap=4.0), "bfloat16", "", (True,)),
     "multi-query": (dict(n_kv_head=1, logit_softcap=9.0), "float32", "int4", (False,)),
 }
-TOLERANCES = {"": 1e-4, "int8": 2e-2, "int4": 2e-2}  # of logits; a rounding can move an activation by one of 127 steps
+# Of logits: the steps between numbers in bfloat16; and with codes, one step more or less of 127 of an activation
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "int8": 2e-2, "int4": 2e-2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,14 +50,27 @@ def compiled_engine(case, seed=0, **options):
 
 
 def generate(engine, prompts, monkeypatch, **changes):
-    """-> (the greedy tokens of all prompts, the logits of all steps after the prompts)"""
-    seen = []
+    """-> (the greedy tokens of all prompts, text so far -> the logits of the token that follows)"""
+    seen = {}
     draw = Engine.draw
-    monkeypatch.setattr(Engine, "draw", lambda self, request, logits: seen.append(logits) or draw(self, request, logits))
+
+    def drawn(self, request, logits):
+        seen[tuple(request.ids)] = logits
+        draw(self, request, logits)
+
+    monkeypatch.setattr(Engine, "draw", drawn)
     options = {"max_new_tokens": 13, "temperature": 0, **changes}
     found = [request.tokens for request in engine.generate(prompts, **options)]
     monkeypatch.setattr(Engine, "draw", draw)
-    return found, torch.stack(seen)
+    return found, seen
+
+
+def compare(logits, exact, tolerance):
+    """Of each text that both have, and they have most of them."""
+    texts = logits.keys() & exact.keys()
+    assert len(texts) > 0.5 * len(exact)
+    for text in texts:
+        torch.testing.assert_close(logits[text], exact[text], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.slow
@@ -70,13 +84,8 @@ def test_a_compiled_step_is_the_uncompiled_one(case, monkeypatch):
         batch = prompts if several else prompts[2:3]
         found, logits = generate(engine, batch, monkeypatch)
         expected, exact = generate(plain, batch, monkeypatch)
-        tolerance = 0.1 if dtype == "bfloat16" else TOLERANCES[quantize]
-        if dtype == "bfloat16":  # where two tokens are about as likely, the texts part
-            first = len(batch) * 3
-            logits, exact = logits[:first], exact[:first]
-        else:
-            assert found == expected
-        torch.testing.assert_close(logits, exact, rtol=tolerance, atol=tolerance)
+        assert found == expected or dtype == "bfloat16", "where two tokens are as likely, texts in bfloat16 part"
+        compare(logits, exact, TOLERANCES[quantize or dtype])
     used = {rows > 1 for (rows, _, _), batch_pass in engine.passes.items() if batch_pass.compiled}
     assert used == set(ways) and not any(batch_pass.compiled for batch_pass in plain.passes.values())
 
@@ -93,7 +102,7 @@ def test_the_next_run_reads_it_from_disk(monkeypatch):
         found, logits = generate(engine, prompts, monkeypatch, **changes)
         expected, exact = generate(plain, prompts, monkeypatch, **changes)
         assert found == expected and set(engine.compiled) == {False, True}
-        torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-4)
+        compare(logits, exact, TOLERANCES["float32"])
     assert engine.compile(steps=compiled.STEPS_TO_READ)
     assert not engine.compile(steps=compiled.STEPS_TO_READ - 1)
 
