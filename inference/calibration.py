@@ -230,8 +230,7 @@ def make_codes(model, quantize, batches, context, folder, state, about, loss):
         path.unlink(missing_ok=True)  # one from before is no better, or of other weights
         print(f"the nearest steps are best, so there is no {path.name}")
         return {"file": None, **about}
-    facts = {"format": CODES_FORMAT, "weights_sha256": weights_sha256(state), **about}
-    gptq.save_codes(path, codes, {key: str(value) for key, value in facts.items()})
+    gptq.save_codes(path, codes, {"format": CODES_FORMAT, "weights_sha256": weights_sha256(state), **about})
     print(f"{path}: codes of {len(codes)} layers, from {count:,} tokens of {about['dataset']}")
     return {"file": str(path), **about, "layers": len(codes)}
 
@@ -320,7 +319,7 @@ def describe(quantize, found, out_dir, state):
     codes = quantize in CODES
     if found:
         facts, layers = found
-        source = "noise, as a control" if facts.get("noise") is True else facts.get("dataset", "an unknown dataset")
+        source = "noise, as a control" if facts.get("noise") else facts.get("dataset", "an unknown dataset")
         return f"{quantize}: {'codes' if codes else 'static scales'} of {len(layers)} layers, calibrated on {source}"
     line = f"{quantize}: not calibrated" if codes else "fp8: dynamic scales, one a token"
     if folder_of(out_dir, state) is None:  # no run of ours, so there is no place for a calibration

@@ -13,6 +13,7 @@ moments of the layer's inputs over the windows tell.
 """
 
 import hashlib
+import json
 
 import torch
 import torch.nn as nn
@@ -64,7 +65,7 @@ def use_codes(model, codes):
 
 
 def save_codes(path, codes, facts):
-    """Write {name: Packed} to a file. facts: {str: str}, such as the sha256 of the weights and the data."""
+    """Write {name: Packed} to a file. facts: a dict for JSON, such as the sha256 of the weights and the data."""
     tensors = {}
     for name, packed in codes.items():
         steps, scale, minimum = packed.read()
@@ -72,14 +73,16 @@ def save_codes(path, codes, facts):
         tensors[f"{name}.scale"] = scale.cpu()
         if minimum is not None:
             tensors[f"{name}.minimum"] = minimum.cpu()
-    write_whole(path, save(tensors, metadata={**facts, "codes_sha256": tensors_sha256(tensors)}))
+    facts = {**facts, "codes_sha256": tensors_sha256(tensors)}
+    # safetensors would write several entries in any order
+    write_whole(path, save(tensors, metadata={"facts": json.dumps(facts)}))
 
 
 def read_codes(path):
     """-> (facts, {name: Packed}) of a file of save_codes. Raises OSError, and ValueError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(str(error)) from None
