@@ -22,8 +22,7 @@ from device import pick_device, pick_dtype
 from files import decode_text, sha256, write_whole
 from infer import Engine
 from infer import load as load_run
-from inference.calibration import static_scales
-from inference.quantize import convert
+from inference.calibration import convert_run
 from inference.sampling import Sampling, sampling_from
 from inference.terminal import Keyboard, complain, ends_in_one_line, is_terminal, note, show
 from keys import nearest
@@ -298,7 +297,7 @@ def load_all(c):
         raise ValueError(f"the tokenizer of {c.out_dir} has no chat template: fine-tune the run on conversations, "
                          "which data/chat/prepare.py prepares, or name the one that the model was trained with, "
                          f"--template={'|'.join(TEMPLATES)}")
-    convert(model, dtype, c.quantize, static_scales(c.quantize, c.out_dir, state))
+    convert_run(model, dtype, c.quantize, c.out_dir, state)
     val_loss = f"val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else "not evaluated"
     note(f"{folder}: step {state['step']}, {val_loss}")
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")

@@ -10,6 +10,7 @@ Evaluate a checkpoint: loss over the fixed windows of a split, samples, tasks, l
     python eval.py chat --out_dir=RUN                                      # loss of held-out answers; do answers end?
     python eval.py chat --out_dir=RUN --task=puzzles                       # are answers right? Or --data=FILE
     python eval.py calibrate --out_dir=RUN                                 # static scales for --quantize=fp8
+    python eval.py calibrate --out_dir=RUN --quantize=int4                 # codes by what layers read, for int4
     python eval.py letters --out_dir=RUN --task=mmlu                       # a chat model's choice, by its letter
 
 The last line is one JSON object.
@@ -52,7 +53,7 @@ batch_size = 64     # windows in a batch; fewer if they are longer than the mode
 eval_iters = 0      # batches of windows; 0: the whole split, in calibrate 8 batches
 device = "auto"     # auto | cpu | cuda | cuda:N | mps
 dtype = "float32"   # float32 | bfloat16 | float16 | auto; float32 compares between machines
-quantize = ""       # int8 | fp8, as in sample.py; empty: weights as they are
+quantize = ""       # int8 | int4 | int4_64 | int4_128 | fp8, as in sample.py; empty: as they are, in calibrate fp8
 noise = False       # calibrate: a negative control, scales that fit normal noise instead of the model's activations
 seed = 1337         # for samples, answers, puzzles, hidden keys and noise
 
@@ -195,6 +196,16 @@ def open_split(c, model, tokenizer, state, folder):
     return tokens, dataset_sha256
 
 
+def window_size(c, model, tokens):
+    """The tokens of a window. Raises ValueError for a block_size that the model or the dataset does not have."""
+    if not 0 <= c.block_size <= model.config.block_size:
+        raise ValueError(f"--block_size={c.block_size}: the model sees at most {model.config.block_size} tokens")
+    block_size = c.block_size or tokens.row_size or model.config.block_size
+    if tokens.row_size not in (0, block_size):
+        raise ValueError(f"--block_size={block_size}: {tokens.folder} has rows of {tokens.row_size} tokens")
+    return block_size
+
+
 # -----------------------------------------------------------------------------
 # The verbs: each prints its results, and returns them for the last line
 
@@ -202,11 +213,7 @@ def open_split(c, model, tokenizer, state, folder):
 def whole_split(c, model, tokenizer, state, folder, context):
     """The loss over the whole split."""
     tokens, dataset_sha256 = open_split(c, model, tokenizer, state, folder)
-    if not 0 <= c.block_size <= model.config.block_size:
-        raise ValueError(f"--block_size={c.block_size}: the model sees at most {model.config.block_size} tokens")
-    block_size = c.block_size or tokens.row_size or model.config.block_size
-    if tokens.row_size not in (0, block_size):
-        raise ValueError(f"--block_size={block_size}: {tokens.folder} has rows of {tokens.row_size} tokens")
+    block_size = window_size(c, model, tokens)
     result = evaluate(model, tokens, block_size, c.batch_size, c.eval_iters, context, tokenizer=tokenizer)
     print(f"{folder} on {result['tokens']:,} tokens of {tokens.folder}, split {c.split}:")
     figures = [f"loss {result['loss']:.4f}", f"perplexity {result['perplexity']:.3f}"]
@@ -371,18 +378,22 @@ def hidden_key(c, model, tokenizer, state, folder, context):
 
 
 def calibrate(c, model, tokenizer, state, folder, context):
-    """Static scales for FP8 from fixed windows of the split, written beside the weights."""
-    if c.quantize:
-        raise ValueError(f"--quantize={c.quantize}: calibrate watches the model as it is; leave quantize out")
+    """Static scales for FP8, or codes of 4 bits, written beside the weights."""
+    form = c.quantize or "fp8"
+    calibration.check(form, c.split, c.noise)
     tokens, dataset_sha256 = open_split(c, model, tokenizer, state, folder)
-    noise_seed = c.seed if c.noise else None
-    layers, count = calibration.watch(model, tokens, c.block_size, c.batch_size, c.eval_iters or 8, context, noise_seed)
-    about = {"dataset": str(tokens.folder), "dataset_sha256": dataset_sha256, "split": c.split, "tokens": count,
-             "noise": c.noise}
-    path = calibration.write(folder, state, layers, about)
-    print(*calibration.table(layers), sep="\n")
-    print(f"{path}: static scales of {len(layers)} layers, from {count:,} tokens of {tokens.folder}")
-    return {"file": str(path), **about, "layers": len(layers)}
+    size, most = window_size(c, model, tokens), c.eval_iters or 8
+    about = {"dataset": str(tokens.folder), "dataset_sha256": dataset_sha256, "split": c.split}
+    if form == "fp8":
+        batches = calibration.windows(tokens, size, c.batch_size, most)
+        return calibration.make_scales(model, batches, context, folder, state, about, c.seed if c.noise else None)
+    training, _ = open_split(c.changed(split="train"), model, tokenizer, state, folder)
+    batches = calibration.windows(training, size, c.batch_size, most)
+
+    def loss(rounded):
+        return evaluate(rounded, tokens, size, c.batch_size, most, context)["loss"]
+
+    return calibration.make_codes(model, form, batches, context, folder, state, {**about, "split": "train"}, loss)
 
 
 VERBS = {"loss": whole_split, "prompts": write_samples, "choice": score_task, "lastword": score_task,
@@ -417,11 +428,9 @@ def main(c):
         model, tokenizer, state, folder = load(c.out_dir, c.ckpt, device, scaling, c.rope_factor)
         if tokenizer is None and c.what not in ("loss", "context", "calibrate"):
             raise ValueError(f"{c.out_dir} has no tokenizer, so no text can be turned into its tokens")
-        if c.what == "prompts":
-            convert(model, dtype, c.quantize, calibration.static_scales(c.quantize, c.out_dir, state))
-        elif c.quantize and c.what != "calibrate":
-            scales = calibration.static_scales(c.quantize, c.out_dir, state)
-            convert(model, torch.float32, c.quantize, scales)
+        if c.what == "prompts" or c.quantize and c.what != "calibrate":
+            weights = dtype if c.what == "prompts" else torch.float32
+            calibration.convert_run(model, weights, c.quantize, c.out_dir, state)
         with inference_kernels(device):
             result = VERBS[c.what](c, model, tokenizer, state, folder, autocast(device, dtype))
     except (ValueError, OSError) as e:  # CheckpointError and DataError are ValueErrors

@@ -27,7 +27,7 @@ from checkpoint import CheckpointError, config_of, find, load_model, run_of
 from device import inference_kernels, pick_device, pick_dtype
 from inference import kernels
 from inference.batch import BatchPass
-from inference.calibration import static_scales
+from inference.calibration import convert_run
 from inference.compiled import compiled_step
 from inference.draws import Draws, variant
 from inference.kvcache import (
@@ -41,7 +41,7 @@ from inference.kvcache import (
     paged_kernel,
 )
 from inference.prompts import check_prompt, encode_prompt, is_one_prompt, plain_lists, token_ids
-from inference.quantize import computes_bfloat16, convert
+from inference.quantize import computes_bfloat16
 from inference.requests import Request
 from inference.sampling import Chooser, Sampling, StopText
 from inference.speculation import speculation
@@ -187,8 +187,7 @@ class Engine:
         device, _ = pick_device(device)
         dtype, _ = pick_dtype(dtype, device)
         model, tokenizer, state, _ = load(out_dir, which, device, rope_scaling, rope_factor)
-        scales = static_scales(quantize, out_dir, state)
-        return cls(convert(model, dtype, quantize, scales), tokenizer, **options)
+        return cls(convert_run(model, dtype, quantize, out_dir, state), tokenizer, **options)
 
     def compile(self, steps=None, several=True, say=None):
         """Compile the steps of one new token for each request (inference/compiled.py), or read them from disk.

@@ -17,8 +17,7 @@ from configurator import Settings, configure, fail
 from device import pick_device, pick_dtype
 from files import decode_text, read_lines
 from infer import Engine, check_prompt, encode_prompt, load, stream
-from inference.calibration import static_scales
-from inference.quantize import convert
+from inference.calibration import convert_run
 from inference.sampling import StopText, sampling_from
 from inference.terminal import ends_in_one_line
 from tokenizer import load_tokenizer
@@ -170,7 +169,7 @@ def load_all(c, given):
     if texts == [c.start] and "start" not in given:
         texts = [default_prompt(c, tokenizer)]
     check_prompts(c, model, tokenizer, texts)
-    convert(model, dtype, c.quantize, static_scales(c.quantize, c.out_dir, state))
+    convert_run(model, dtype, c.quantize, c.out_dir, state)
     val_loss = f"val loss {state['val_loss']:.4f}" if state["val_loss"] is not None else "not evaluated"
     print(f"{folder}: step {state['step']}, {val_loss}", file=sys.stderr)
     print(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})", file=sys.stderr)

@@ -21,8 +21,8 @@ from conversation import TEMPLATES, template_of
 from device import memory_is_full, pick_device, pick_dtype
 from foreign.pretrained import read_model
 from infer import Engine
-from inference.calibration import static_scales
-from inference.quantize import computes_bfloat16, convert
+from inference.calibration import convert_run
+from inference.quantize import computes_bfloat16
 from inference.terminal import note
 from serving.worker import default_chunk
 
@@ -76,8 +76,7 @@ def load_all(c):
     template = template_of(tokenizer, c.template, c.out_dir)
     if template:
         tokenizer = template.tokenizer
-    scales = static_scales(c.quantize, c.out_dir, state)
-    model = convert(model.to(device).eval(), dtype, c.quantize, scales)
+    model = convert_run(model.to(device).eval(), dtype, c.quantize, c.out_dir, state)
     note(f"{device} ({device_why}), {str(dtype).removeprefix('torch.')} ({dtype_why})")
     chunk = c.chunk or default_chunk(device.type)
     engine = Engine(model, tokenizer, max_tokens=cache_tokens(c, model.config, device, dtype), chunk=chunk,

@@ -16,7 +16,7 @@ Under infer.py, sample.py, chat.py and eval.py:
     tiled         a linear layer in the order in which the CPU's kernel reads it
     int4          a linear layer with 4-bit weights over PyTorch's kernels
     gptq          4-bit codes that make up for each other's errors, from windows of text
-    calibration   static scales of activations for fp8, from fixed windows of text
+    calibration   what windows of text teach fp8 (static scales) and int4 (codes), and where that lies
     tasks         multiple choice and last words, by log-likelihood
     samples       samples of a bank of prompts, as Markdown
     terminal      what chat.py reads and prints; how scripts end whose output is their product

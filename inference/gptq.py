@@ -1,14 +1,19 @@
 """
 4-bit weights by what a layer does to real text: GPTQ (Frantar et al. 2022, arXiv:2210.17323).
 
-    calibrate(model, windows, group=32)      # windows: (B, T) ids each
+    moments, tokens = calibration.second_moments(model, batches, context)
+    codes = round_layers(model, moments, group=32)
+    save_codes("codes.safetensors", codes, facts)
+    use_codes(model, codes)
     convert(model, dtype, "int4")            # takes these codes instead of the nearest ones
-    save_codes("codes.safetensors", model, facts)
 
 The inputs of a layer are rounded one after another. What the rounding of one input changes in the layer's outputs, the
 inputs that are still to come make up for as well as they can: which of them carry the same information, the second
 moments of the layer's inputs over the windows tell.
 """
+
+import hashlib
+import json
 
 import torch
 import torch.nn as nn
@@ -22,76 +27,85 @@ from inference.rounding import Packed, best_scale, check_finite, pad_inputs, rou
 DAMPING = 0.01  # of the mean square of an input, added to all: the paper's
 
 
-def calibrate(model, windows, group, in_turn=True):
-    """Round the weight of each linear layer of `model`, and keep the codes in its `packed`, from where quantize.convert
-    takes them. The weights stay. in_turn=False: each weight to its nearest step, with scales for which inputs count by
-    their mean square. For each layer (in, in) float32 numbers are in memory. Raises ValueError naming a
-    weight that cannot be rounded."""
-    moments = second_moments(model, windows)
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-            moment = moments.pop(layer)
-            if in_turn:
-                parts = *round_in_turn(layer.weight, moment, group, f"{name}.weight"), None
-            else:
-                parts = round_groups(layer.weight, 4, group, moment.diagonal(), f"{name}.weight")
-            layer.packed = Packed(4, group, lambda parts=parts: parts)
+def linear_layers(model):
+    """{name: linear layer} of all but the head, which keeps 8 bits or more."""
+    return {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, nn.Linear) and layer is not model.lm_head}
 
 
-def save_codes(path, model, facts):
-    """Write the codes of a calibration to a file. facts: {str: str}, such as the sha256 of the weights and the data."""
+def round_layers(model, moments, group, in_turn=True):
+    """-> {name: Packed}, 4-bit codes of the layers in `moments`, {name: the second moments (in, in) of what it reads}.
+    in_turn=False: each weight to its nearest step, with scales for which inputs count by their mean square. Raises
+    ValueError naming a weight that cannot be rounded."""
+    layers = linear_layers(model)
+    codes = {}
+    for name, moment in moments.items():
+        weight = layers[name].weight
+        if in_turn:
+            parts = *round_in_turn(weight, moment, group, f"{name}.weight"), None
+        else:
+            parts = round_groups(weight, 4, group, moment.diagonal(), f"{name}.weight")
+        codes[name] = Packed(4, group, lambda parts=parts: parts)
+    return codes
+
+
+def use_codes(model, codes):
+    """Keep {name: Packed} in the layers' `packed`, from where quantize.convert takes them. The weights stay. Raises
+    ValueError if they are not those of this model's layers."""
+    layers = linear_layers(model)
+    if codes.keys() != layers.keys():
+        raise ValueError(f"the codes are another model's: only one of the two has {min(codes.keys() ^ layers.keys())}")
+    for name, layer in layers.items():
+        found = tuple(codes[name].read()[0].shape)
+        inputs = layer.in_features + -layer.in_features % codes[name].group
+        if found != (layer.out_features, inputs):
+            raise ValueError(f"the codes are another model's: {name} has codes for a weight of {found}")
+    for name, layer in layers.items():
+        layer.packed = codes[name]
+
+
+def save_codes(path, codes, facts):
+    """Write {name: Packed} to a file. facts: a dict for JSON, such as the sha256 of the weights and the data."""
     tensors = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-            codes, scale, minimum = layer.packed.read()
-            tensors[f"{name}.nibbles"] = (codes[:, ::2] | codes[:, 1::2] << 4).cpu()
-            tensors[f"{name}.scale"] = scale.cpu()
-            if minimum is not None:
-                tensors[f"{name}.minimum"] = minimum.cpu()
-    write_whole(path, save(tensors, metadata=facts))
+    for name, packed in codes.items():
+        steps, scale, minimum = packed.read()
+        tensors[f"{name}.nibbles"] = (steps[:, ::2] | steps[:, 1::2] << 4).cpu()
+        tensors[f"{name}.scale"] = scale.cpu()
+        if minimum is not None:
+            tensors[f"{name}.minimum"] = minimum.cpu()
+    facts = {**facts, "codes_sha256": tensors_sha256(tensors)}
+    # safetensors would write several entries in any order
+    write_whole(path, save(tensors, metadata={"facts": json.dumps(facts)}))
 
 
-def load_codes(path, model, facts):
-    """Give the linear layers of `model` the codes of a file. Raises OSError, and ValueError for a damaged file, for one
-    whose facts are not `facts` (those that only the file has do not count), and for another model's."""
+def read_codes(path):
+    """-> (facts, {name: Packed}) of a file of save_codes. Raises OSError, and ValueError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
-            written = file.metadata() or {}
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    for key, value in facts.items():
-        if written.get(key) != value:
-            raise ValueError(f"{path} was made with {key} {written.get(key)}, and here it is {value}: calibrate again")
-    for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear):
-            continue
-        nibbles, scale, minimum = (tensors.get(f"{name}.{part}") for part in ("nibbles", "scale", "minimum"))
-        if nibbles is None or scale is None or len(nibbles) != layer.out_features:
-            raise ValueError(f"{path} is another model's: it has no codes for {name}")
-        codes = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(1)
-        layer.packed = Packed(4, codes.size(1) // scale.size(1), lambda parts=(codes, scale, minimum): parts)
+        raise ValueError(str(error)) from None
+    if facts.get("codes_sha256") != tensors_sha256(tensors):
+        raise ValueError("its sha256 is not what it was when it was written")
+    codes = {}
+    for key in tensors:
+        name, _, part = key.rpartition(".")
+        if part == "nibbles":
+            nibbles, scale = tensors[key], tensors[f"{name}.scale"]
+            steps = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(1)
+            parts = steps, scale, tensors.get(f"{name}.minimum")
+            codes[name] = Packed(4, steps.size(1) // scale.size(1), lambda parts=parts: parts)
+    return facts, codes
 
 
-@torch.no_grad()
-def second_moments(model, windows):
-    """{linear layer: the mean of x x^T (in, in) over the inputs x that the windows give it}"""
-    sums = {layer: 0 for layer in model.modules() if isinstance(layer, nn.Linear)}
-    rows = 0
-
-    def add(layer, inputs):
-        x = inputs[0].flatten(0, -2).float()
-        sums[layer] = sums[layer] + x.T @ x
-
-    hooks = [layer.register_forward_pre_hook(add) for layer in sums]
-    try:
-        for idx in windows:
-            rows += idx.numel()
-            model(idx)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {layer: total / rows for layer, total in sums.items()}
+def tensors_sha256(tensors):
+    """The sha256 of {name: a tensor on the CPU}, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def round_in_turn(weight, moment, group, name="the weight"):

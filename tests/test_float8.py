@@ -1,8 +1,6 @@
-"""FP8: casts that saturate, products equal to their fp32 reference, training from outside, calibrated inference."""
+"""FP8: casts that saturate, products equal to their fp32 reference, training from outside, inference."""
 
 import copy
-import json
-import shutil
 
 import pytest
 import torch
@@ -23,12 +21,10 @@ from float8 import (
     to_float8,
     values,
 )
-from inference import calibration
 from inference.quantize import Float8InferenceLinear, convert
 from model import GPT, GPTConfig
 
 pytest_plugins = ["runs"]
-SIZES = dict(n_layer=2, n_embd=64, block_size=32, batch_size=8, activation="relu2")
 
 
 def gpt(**changes):
@@ -306,36 +302,6 @@ def test_compiled_it_computes_the_same():
 # Inference
 
 
-@pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    """A run that has learned its text. Copy it; do not change it."""
-    folder = tmp_path_factory.mktemp("fp8") / "run"
-    done = tiny(folder, **SIZES, max_iters=200, eval_interval=200)
-    assert done.code == 0, done.err
-    return folder
-
-
-@pytest.fixture
-def copied(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def evaluated(call_script):
-    """evaluated("calibrate", folder, ...) runs eval.py. -> (its last line, stderr)"""
-    def run(verb, folder, *args):
-        code, out, err = call_script("eval.py", verb, f"--out_dir={folder}", "--device=cpu", *args)
-        assert code == 0, err
-        return json.loads(out.splitlines()[-1]), err
-
-    return run
-
-
-def file_of(folder):
-    return max(steps(folder).values()) / calibration.FILE
-
-
 @pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("scale", [None, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -374,78 +340,3 @@ def test_convert_leaves_layers_that_do_not_fit():
     static = {name: float(module.scale) for name, module in found.items() if module.scale is not None}
     assert static == {"transformer.h.1.attn.c_proj": 0.5}
     assert model(torch.randint(100, (1, 8)))[0].isfinite().all()
-
-
-def test_the_scale_has_the_least_squared_error():
-    """Against the error of real casts of the numbers themselves, for every scale that is tried."""
-    torch.manual_seed(0)
-    x = torch.randn(20000)
-    x[7] = 30.0  # an outlier
-    record = calibration.summarize("it", calibration.magnitude_counts(x), x.abs().max())
-    assert record["largest"] == 30.0 and 3.5 < record["p99_99"] < 5
-    assert sum(record["octaves"].values()) == 20000
-
-    def error(scale):
-        scale = torch.tensor(scale)
-        return float((cast(x, scale, E4M3).float() * scale - x).double().square().sum())
-
-    errors = [error(30 / 448 * 2 ** (-step / 16)) for step in range(96)]
-    assert error(record["scale"]) < 1.02 * min(errors)  # counts know a number to 1/128
-    assert max(errors) > 10 * min(errors)
-
-
-def test_zeros_have_a_scale_and_infinity_is_refused():
-    zeros = torch.zeros(100)
-    record = calibration.summarize("it", calibration.magnitude_counts(zeros), zeros.max())
-    assert record["scale"] > 0 and record["error"] == 0.0
-    x = torch.tensor([1.0, torch.inf])
-    with pytest.raises(ValueError, match="what it reads is not finite"):
-        calibration.summarize("it", calibration.magnitude_counts(x), x.max())
-
-
-def test_perplexity_dynamic_static_and_on_noise(copied, evaluated):
-    plain, _ = evaluated("loss", copied, "--dtype=bfloat16")
-    dynamic, err = evaluated("loss", copied, "--quantize=fp8")
-    assert "fp8: dynamic scales" in err
-    made, _ = evaluated("calibrate", copied)
-    assert made["layers"] == 8 and file_of(copied).exists()
-    static, err = evaluated("loss", copied, "--quantize=fp8")
-    assert "fp8: static scales of 8 layers" in err and err.count("\n") == 1
-    assert plain["perplexity"] < 5  # it has learned something that can be lost
-    assert 0 < abs(dynamic["perplexity"] / plain["perplexity"] - 1) < 0.01
-    assert 0 < abs(static["perplexity"] / dynamic["perplexity"] - 1) < 0.01
-    evaluated("calibrate", copied, "--noise")
-    noise, err = evaluated("loss", copied, "--quantize=fp8")
-    assert "noise, as a control" in err and noise["perplexity"] > 1.02 * static["perplexity"]
-
-
-def test_a_calibration_is_the_same_every_time_and_names_what_it_was_made_of(copied, evaluated):
-    made, _ = evaluated("calibrate", copied, "--eval_iters=1", "--batch_size=4")
-    first = file_of(copied).read_bytes()
-    evaluated("calibrate", copied, "--eval_iters=1", "--batch_size=4")
-    assert file_of(copied).read_bytes() == first
-    found = json.loads(first)
-    state = json.loads((file_of(copied).parent / "state.json").read_text())
-    assert found["weights_sha256"] == state["files"]["model.safetensors"]
-    assert found["dataset_sha256"] == state["dataset_sha256"] == made["dataset_sha256"]
-    assert found["tokens"] == 4 * 32
-
-
-@pytest.mark.parametrize("script", ["eval.py", "sample.py"])
-def test_a_stale_or_damaged_calibration_is_refused(copied, evaluated, call_script, script):
-    evaluated("calibrate", copied, "--eval_iters=1")
-    found = json.loads(file_of(copied).read_text())
-    few = ["--num_samples=1", "--max_new_tokens=2"]
-    for content, match in [(json.dumps({**found, "weights_sha256": "0" * 64}), "was made for other weights"),
-                           ("{", "cannot be read"), (json.dumps({**found, "layers": 3}), "cannot be read")]:
-        file_of(copied).write_text(content)
-        code, _, err = call_script(script, f"--out_dir={copied}", "--device=cpu", "--quantize=fp8", *few)
-        assert code == 2 and err.count("\n") == 1 and match in err
-        assert "python eval.py calibrate" in err and "without the file, scales are dynamic" in err
-        code, _, err = call_script(script, f"--out_dir={copied}", "--device=cpu", "--quantize=int8", *few)
-        assert code == 0, err  # int8 does not read it
-
-
-def test_calibrate_refuses_a_quantized_model(copied, call_script):
-    code, _, err = call_script("eval.py", "calibrate", f"--out_dir={copied}", "--device=cpu", "--quantize=int8")
-    assert code == 2 and "leave quantize out" in err and not file_of(copied).exists()

@@ -1,14 +1,11 @@
 """Weights as 4- and 8-bit codes: the numbers that llama.cpp's formats have, and the scale of least squared error."""
 
-import copy
 
 import pytest
 import torch
 
 from inference import gptq
-from inference.quantize import convert
 from inference.rounding import GROUPS, round_groups, ungroup
-from model import GPT, GPTConfig
 
 torch.manual_seed(0)
 WEIGHT = torch.randn(48, 256) * 0.02
@@ -167,55 +164,6 @@ def test_the_outputs_are_nearer_though_the_weights_are_farther(group):
         change = ungroup(codes, scale, None, 4)[:, :200] - weight
         errors.append(((x @ change.T).square().mean(), change.square().mean()))
     assert errors[0][0] < 0.5 * errors[1][0] and errors[0][1] > errors[1][1]
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=100, n_layer=2, n_head=2, n_embd=64)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(3)
-    return model
-
-
-def test_convert_takes_the_codes_of_a_calibration(model):
-    windows = [torch.randint(100, (8, 32)) for _ in range(8)]
-    nearest = convert(copy.deepcopy(model), quantize="int4_64")
-    calibrated = copy.deepcopy(model)
-    gptq.calibrate(calibrated, windows, 64)
-    assert all(torch.equal(p, q) for p, q in zip(calibrated.parameters(), model.parameters(), strict=True))
-    convert(calibrated, quantize="int4_64")
-    with torch.no_grad():
-        logits = [m(windows[0])[0] for m in (model, nearest, calibrated)]
-    errors = [(other - logits[0]).square().mean() for other in logits[1:]]
-    assert 0 < errors[1] < 0.9 * errors[0]
-
-    moment = gptq.second_moments(model, windows)[model.lm_head].diagonal()
-    gptq.calibrate(model, windows, 64, in_turn=False)
-    assert torch.equal(model.lm_head.packed.read()[0], round_groups(model.lm_head.weight, 4, 64, moment)[0])
-
-
-def test_codes_of_a_calibration_come_back_from_their_file(model, tmp_path):
-    idx = torch.randint(100, (4, 32))
-    gptq.calibrate(model, [idx], 32)
-    path = tmp_path / "codes.safetensors"
-    gptq.save_codes(path, model, {"weights": "abc", "data": "def"})
-    again = copy.deepcopy(model)
-    for layer in again.modules():
-        vars(layer).pop("packed", None)
-    gptq.load_codes(path, again, {"weights": "abc"})
-    logits = [convert(copy.deepcopy(m), quantize="int4")(idx)[0] for m in (model, again)]
-    assert torch.equal(*logits)
-
-    with pytest.raises(ValueError, match="was made with weights abc, and here it is xyz: calibrate again"):
-        gptq.load_codes(path, again, {"weights": "xyz"})
-    other = GPT(GPTConfig(block_size=32, vocab_size=100, n_layer=3, n_head=2, n_embd=64))
-    with pytest.raises(ValueError, match="another model's: it has no codes for transformer.h.2"):
-        gptq.load_codes(path, other, {})
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="codes.safetensors is damaged"):
-        gptq.load_codes(path, again, {})
 
 
 def test_a_calibration_names_a_weight_that_is_not_finite():
