@@ -2,7 +2,7 @@
 A linear layer with 4-bit weights, multiplied by PyTorch's own kernels.
 
 The kernels compute in bfloat16, and the scales are rounded to it. The layout that a kernel reads differs between
-machines. Where a C compiler is there, inference/grouped.py has a faster kernel for a CPU.
+machines. Where a C++ compiler is there, inference/tiled.py has a faster kernel for a CPU.
 """
 
 import torch

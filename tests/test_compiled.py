@@ -255,3 +255,33 @@ def test_of_two_processes_that_compile_at_once_one_wins(tmp_path, monkeypatch):
     monkeypatch.setattr(torch._inductor, "standalone_compile", lambda *args, **options: Artifact())
     compiled.build(step, engine.pool, False, path)
     assert os.listdir(path.parent) == [path.name] and sorted(os.listdir(path)) == ["code", "names.json"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("factor, reason", [(1.0, ""), (1.01, ""), (1.3, "differs from the plain one by 30% of the"),
+                                            (torch.nan, "differs from the plain one by nan%")])
+def test_a_step_that_was_compiled_wrongly_does_not_serve(factor, reason, several, monkeypatch):
+    """A compiler can be wrong, and a file can be another one's: each step is compared before it serves."""
+    engine = Engine(model_of("multi-query"))
+    kept = []
+
+    def build(step, pool, several, path):
+        path.mkdir()
+        kept.append(path)
+
+    def run(tokens, cache):
+        cache = cache._replace(rope=cache.rope or None)
+        return factor * engine.model(tokens, cache=cache)[0][0].float()
+
+    monkeypatch.setattr(compiled, "build", build)
+    monkeypatch.setattr(compiled, "read", lambda step, path: run)
+    monkeypatch.setattr(compiled, "kept_at", lambda *args: kernels.cache_folder() / "a_step")
+    before = [t.clone() for t in (*engine.pool.keys, *engine.pool.values)]
+    if reason:
+        with pytest.raises(RuntimeError, match=reason):
+            compiled.compiled_step(engine.model, engine.pool, several)
+        assert not kept[0].exists()
+    else:
+        assert compiled.compiled_step(engine.model, engine.pool, several)
+        kept[0].rmdir()
+    assert all(map(torch.equal, before, (*engine.pool.keys, *engine.pool.values))), "requests may be running"
