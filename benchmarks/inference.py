@@ -133,7 +133,7 @@ def measure_model(c, model, form, label, device, read_speed):
     peer_s = {name: [] for name in peers}
     for _ in range(c.rounds):
         linear_s += linear_times(layers, device, dtype)
-        read_s.append(weights / read_bytes_per_s(device, 2**25))
+        read_s.append(weights / read_bytes_per_s(device))
         for compiled, batch, length in cases:
             forget_peak(device)
             decode_s[compiled, batch, length].append(decode(engines[compiled], batch, length, c.new_tokens))
@@ -185,12 +185,12 @@ def measure_model(c, model, form, label, device, read_speed):
 # The engine and the machine
 
 
-def read_bytes_per_s(device, size=2**28):
-    """Bytes per second that a device reads, of `size` floats: the most that decoding could use."""
+def read_bytes_per_s(device, size=2**27):
+    """Bytes per second that a device reads, of `size` floats: the most that decoding could use. A median of five."""
     data = torch.ones(size, device=device)
     if device.type == "cpu" and kernels.available():
-        return data.nbytes / min(timed(lambda: kernels.read_all(data)) for _ in range(5))
-    return data.nbytes / min(timed(lambda: data.sum().item()) for _ in range(5))
+        return data.nbytes / statistics.median(timed(lambda: kernels.read_all(data)) for _ in range(5))
+    return data.nbytes / statistics.median(timed(lambda: data.sum().item()) for _ in range(5))
 
 
 def random_prompts(batch, length, vocab_size=50257):
