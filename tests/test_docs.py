@@ -469,7 +469,11 @@ def holds_infer(rows, result):
         figures = [f"{row['tok_per_s']:.1f}" for row in ours]
         if "gain" in other:
             figures.append(f"{other['gain']:.2f}")
+        if "linear_bandwidth" in other:
+            figures += [f"{other['linear_bandwidth']:.2f}", f"{other['linear_share']:.2f}"]
         beside = [key for key in sorted(other) if key.startswith(("llama", "plain, prompt", "transformers"))]
+        if "model" not in other:
+            beside = [key for key in beside if not key.endswith(", first ms")]
         figures += [f"{other[key]:.1f}" for key in beside]
         named = f"{other['model']}, " if "model" in other else ""
         line = f"| {named}{other['form']}, {other['kv_heads']} heads | " + " | ".join(figures) + " |"
@@ -591,14 +595,17 @@ def holds_sft(rows, result):
 
 
 def test_figures_of_a_log_stand_in_it():
-    """A log begins with its command, which stands above its rows; their figures are lines of it."""
-    logs = sorted((ROOT / "docs" / "results").glob("chat_*.log"))
+    """A log begins with its command, and may have more of them. They stand above its rows, whose figures are lines of
+    the log."""
+    logs = sorted(path for kind in ("chat", "quant") for path in (ROOT / "docs" / "results").glob(f"{kind}_*.log"))
     assert logs
     for path in logs:
         text = read(path)
-        command = text.splitlines()[0].removeprefix("$ ")
+        assert text.startswith("$ ")
         rows, block = above(read(MEASURED), path.name)
-        assert shlex.split(command) in block, command
+        for line in text.splitlines():
+            if line.startswith("$ "):
+                assert shlex.split(line.removeprefix("$ ")) in block, line
         for row in rows:
             figures = re.findall(r"\d+\.\d+|\b\d+ of (?:these )?\d+", row.split("[output]")[0])
             assert figures and not [figure for figure in figures if figure not in text], row
