@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from checkpoint import steps
+from dataset import open_datasets, open_tokens
 from float8 import E4M3, cast
 from infer import Engine, load
 from inference import calibration, gptq
@@ -258,6 +259,11 @@ def test_codes_are_the_same_every_time_and_name_what_they_were_made_of(copied, e
     assert facts["dataset_sha256"] == state["dataset_sha256"] == made["dataset_sha256"]
     assert facts["tokens"] == 4 * 32 and facts["split"] == "train"
     assert "lm_head" not in codes and len(codes) == 8
+    model, _, _, _ = load(copied)
+    tokens = open_tokens(open_datasets(state["config"]["dataset"])[0], "train", model.config.vocab_size)
+    moments, _ = calibration.second_moments(model, calibration.windows(tokens, 32, 4, 1), contextlib.nullcontext)
+    by_hand = gptq.round_layers(model, moments, 64, in_turn=made["codes"] == "gptq")
+    assert all(torch.equal(codes[name].read()[0], by_hand[name].read()[0]) for name in by_hand)
 
 
 def test_without_a_gain_nothing_is_written(copied, evaluated, monkeypatch, capsys):
