@@ -153,7 +153,9 @@ def convert(model, dtype=torch.float32, quantize="", calibration=None):
         float8.check_device(device)
     codes = {}
     for name, layer in model.named_modules() if quantize in INTEGERS else ():
-        bits, group = INTEGERS["int8" if layer is model.lm_head else quantize]
+        bits, group = INTEGERS[quantize]
+        if layer is model.lm_head and not has_codes(layer, bits, group):
+            bits, group = INTEGERS["int8"]
         if isinstance(layer, nn.Linear) and (bits == 4 or has_kernels(device, dtype)):
             # of the weights as they are, before dtype rounds them
             codes[name] = bits, grouped(layer, bits, group, name)
@@ -187,13 +189,18 @@ def integer_layer(linear, bits, codes):
     return TiledLinear.of_codes(*codes, linear.bias, bits, linear.in_features, products)
 
 
+def has_codes(linear, bits, group):
+    """Whether a layer has codes from a .gguf or a calibration (Packed in rounding.py), of so many bits and groups."""
+    packed = getattr(linear, "packed", None)
+    return packed is not None and (packed.bits, packed.group) == (bits, group)
+
+
 def grouped(linear, bits, group, name):
     """The (codes, scale, minimum) of a layer's weight: those of the .gguf that it was read from, if they have as many
     `bits` and the same `group`, or else rounded. Raises ValueError naming a weight that cannot be rounded."""
-    packed = getattr(linear, "packed", None)  # foreign/pretrained.py: with_codes
-    if not packed or (packed.bits, packed.group) != (bits, group):
+    if not has_codes(linear, bits, group):
         return round_groups(linear.weight, bits, group, name=f"{name}.weight")
-    codes, *scales = packed.read()
+    codes, *scales = linear.packed.read()
     rows = linear.out_features - len(codes)  # zeros that pad a table
     codes = F.pad(codes, (0, 0, 0, rows), value=2 ** (bits - 1)).to(linear.weight.device)
     scales = [p if p is None else F.pad(p, (0, 0, 0, rows)).to(linear.weight.device) for p in scales]
