@@ -173,7 +173,7 @@ class Engine:
         self.extend_rope(config.block_size)
         self.draws = None
         self.rows = list(range(max_requests))  # of the draws, that no request has
-        if draws or draws is None and self.device.type == "cuda":
+        if draws or draws is None and self.batched and self.device.type == "cuda":
             self.draws = Draws(max_requests, config.vocab_size, self.device)
         self.waiting = deque()
         self.running = []

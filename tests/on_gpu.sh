@@ -276,7 +276,7 @@ END
 generation() {
     local peers=false
     "$PY" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("transformers"))' && peers=true
-    words=(--forms=bfloat16,float32,int8 --batches=1,8,32 --prompts=16,512 --new_tokens=64 --rounds=2 --peers=$peers)
+    words=(--forms=bfloat16,float32,int8,int4 --batches=1,8,32 --prompts=16,512 --new_tokens=64 --rounds=2 --peers=$peers)
     if [ -n "$rehearse" ]; then  # a tiny model instead of GPT-2's size
         characters
         short_run tiny 2

@@ -25,7 +25,11 @@ from benchmarks.common import forget_peak, only_sdpa
 from cross_entropy import linear_cross_entropy
 from device import autocast, memory_gb
 from infer import Engine
+from inference.int4 import Int4Linear
+from inference.kvcache import attend_blocks
 from inference.quantize import Int8Linear
+from inference.rounding import round_groups
+from inference.sampling import Sampling
 from model import GPT, GPTConfig
 from optim import Optimizers
 from training.monitor import StepTimer
@@ -98,7 +102,7 @@ def test_greedy_tokens_in_bfloat16_are_those_of_spelled_out_attention(n_kv_head)
     spelled_out = GPT(GPTConfig(**{**vars(model.config), "attn": "math"})).to(CUDA, HALF).eval()
     spelled_out.load_state_dict(model.state_dict())
     for length in (1, 2, 63, 64, 65, 127, 129):
-        engine = Engine(model)
+        engine = Engine(model, draws=False)
         draws = record_draws(engine)
         request = engine.generate(random_tokens((length,), seed=length), max_new_tokens=6, temperature=0)
         assert len(draws[request]) == 6
@@ -117,7 +121,7 @@ def test_a_replayed_graph_gives_what_the_step_gives_without_one(n_kv_head, dtype
     new_tokens = (30, 3, 18, 16, 12, 14)  # of each request: the second leaves before the others join
     records = []
     for batched in (True, False):
-        engine = Engine(model, max_tokens=1024, batched=batched)
+        engine = Engine(model, max_tokens=1024, batched=batched, draws=False)
         draws = record_draws(engine)
         requests = []
         for prompt, count in zip(prompts, new_tokens, strict=True):
@@ -126,7 +130,7 @@ def test_a_replayed_graph_gives_what_the_step_gives_without_one(n_kv_head, dtype
                 engine.step()
         while engine.running or engine.waiting:
             engine.step()
-        assert {rows for rows, _ in engine.passes} == ({1, 2, 4, 8} if batched else set())
+        assert {rows for rows, _, _ in engine.passes} == ({1, 2, 4, 8} if batched else set())
         records.append([draws[request] for request in requests])
     compared = 0
     for with_graph, without in zip(*records, strict=True):
@@ -136,6 +140,48 @@ def test_a_replayed_graph_gives_what_the_step_gives_without_one(n_kv_head, dtype
             assert same_draw(logits, expected, NEAR[dtype] * expected.std())
             compared += 1
     assert compared > sum(new_tokens) / 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_graph_draws_what_the_host_draws(compiled):
+    """Requests of all kinds beside each other, in graphs with their draws, and with the model compiled in them."""
+    model = small_model(sharp=4.0).eval()
+    samplings = [Sampling(max_new_tokens=20, seed=1), Sampling(max_new_tokens=12, temperature=0),
+                 Sampling(max_new_tokens=16, top_k=5, seed=4), Sampling(max_new_tokens=15, top_p=0.8, seed=5),
+                 Sampling(max_new_tokens=14, min_p=0.1, frequency_penalty=0.5, repetition_penalty=1.2, seed=6)]
+    prompts = [random_tokens((length,), seed=length).tolist() for length in (3, 17, 40, 5, 100)]
+    hosts = Engine(model, max_tokens=1024, batched=False).generate(prompts, samplings)
+    engine = Engine(model, max_tokens=1024)
+    if compiled:
+        engine.compile()
+    devices = engine.generate(prompts, samplings)
+    assert engine.draws is not None and any(variant for _, _, variant in engine.passes)
+    same = sum(device.tokens == host.tokens for device, host in zip(devices, hosts, strict=True))
+    assert same >= 4, "one may differ where a random number falls between two sums"
+
+
+@pytest.mark.parametrize("heads, n_kv, dim, dtype", [(12, 12, 64, HALF), (9, 3, 64, HALF), (4, 1, 80, FULL)])
+def test_paged_attention_is_that_of_gathered_keys(heads, n_kv, dim, dtype):
+    from inference.paged import paged_attention
+
+    torch.manual_seed(0)
+    keys, values = (torch.randn(64, 16, n_kv, dim, device=CUDA, dtype=dtype) for _ in range(2))
+    table = torch.randperm(64, device=CUDA).view(4, 16).int()
+    lengths = torch.tensor([1, 17, 100, 256], device=CUDA, dtype=torch.int32)
+    q = torch.randn(4, heads, dim, device=CUDA, dtype=dtype)
+    expected = attend_blocks(q.double(), keys.double(), values.double(), table, lengths)
+    found = paged_attention(q, keys, values, table, lengths).double()
+    assert (found - expected).abs().max() < (2e-2 if dtype == HALF else 1e-5)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int4_weights_multiply_as_what_they_stand_for(group):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(1024, 512)
+    layer = Int4Linear(*(part if part is None else part.to(CUDA) for part in round_groups(linear.weight, 4, group)))
+    x = torch.randn(3, 1024, device=CUDA, dtype=HALF)
+    expected = x.double() @ layer.weight().double().T
+    assert (layer(x).double() - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 65])
