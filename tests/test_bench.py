@@ -310,7 +310,8 @@ def test_inference_is_timed_beside_the_plain_way(run_script):
         assert row["kv_mb"] == pytest.approx(
             2 * 12 * row["kv_heads"] * 64 * 4 * row["batch"] * (row["prompt"] + 2) / 1e6)
     sizes = {(row["form"], row["kv_heads"]): row["weights_mb"] for row in result["rows"]}
-    assert sizes["float32", 12] == pytest.approx(4 * sizes["int8", 12], rel=0.01)
+    # a scale of 16 bits for each 32 weights, or without a C++ compiler one for each row
+    assert 4 / 1.063 < sizes["float32", 12] / sizes["int8", 12] < 4.01
     first, *_ = result["others"]
     assert first["gain"] == pytest.approx(first["one_by_one_s"] / first["at_once_s"]) and first["crowd"] == 3
     assert {"linear_ms", "plain, ms", "plain, prompt of 8, ms", "transformers, batch 1, ms"} <= first.keys()
