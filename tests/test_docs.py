@@ -231,7 +231,8 @@ def test_the_pages_have_commands():
 # these have their own tests with less to do
 SLOW = ("-m", "bench.py", "ablate.py", "notebooks/execute.py", "tests/beside_llama_cpp.py", "tests/new_tokens.py")
 # models that take minutes, or a download
-TRAINED = ("chat_shakespeare", "puzzles", "smollm2", "out/10m", "owt_124m.py", "shakespeare_char_demo")
+TRAINED = ("chat_shakespeare", "puzzles", "smollm2", "out/10m", "owt_124m.py", "shakespeare_char_demo",
+           "out/fp8_")
 RUN = ("README", "data", "training", "inference", "evaluating", "measured")  # in this order, in one copy
 
 
