@@ -4,7 +4,7 @@ Matrix products in FP8: training with Float8Linear, and the same products for in
 Each product takes two matrices of 8-bit floats, each with one fp32 scale, and sums in fp32 (torch._scaled_mm). Weights
 and activations are e4m3 (4 bits of exponent, 3 of mantissa, up to 448), gradients e5m2, which reaches further (57344)
 and is coarser (Micikevicius et al. 2022, arXiv:2209.05433). A tensor's scale is its largest magnitude divided by that
-of the format, computed anew for each product (tensorwise dynamic scaling, as in torchao.float8 and nanochat). A cast
+of the format, computed again for each product (tensorwise dynamic scaling, as in torchao.float8 and nanochat). A cast
 saturates: torch's own gives infinity or NaN for what is too large, by format and version.
 
 A GPU needs compute capability 8.9 (Ada, Hopper, Blackwell). On a CPU the same values are multiplied in fp32: as exact,

@@ -45,7 +45,6 @@ from inference.quantize import computes_bfloat16
 from inference.requests import Request
 from inference.sampling import Chooser, Sampling, StopText
 from inference.speculation import speculation
-from inference.tiled import MOST_ROWS
 from model import GPT, rope_tables
 from tokenizer import load_tokenizer
 
@@ -193,7 +192,7 @@ class Engine:
         """Compile the steps of one new token for each request (inference/compiled.py), or read them from disk.
 
         steps: how many there will be, so that it is done only where it pays; None: in any case. several: also the steps
-        of more than one request. say: is called with a line before something is compiled. -> whether the steps are
+        of more than one request. say: is called with a line before something is compiled. -> whether all of them are
         compiled now. Raises RuntimeError with the reason why that cannot be; the engine works all the same.
         """
         if not self.batched:
@@ -207,17 +206,16 @@ class Engine:
         return True
 
     def try_to_compile(self, wish, steps, several, say):
-        """For a script: compile if `wish` is true, or if it is None and that pays for so many steps. What is done, and
-        why something is not, goes to `say` as a line."""
+        """For a script: compile if `wish` is true, or if it is None and that pays for so many steps. `say` gets a line
+        before something is compiled, and one with the reason if that fails."""
         if self.device.type == "cpu" and kernels.trouble():
             say(f"no fast kernels for this CPU, generation takes about twice as long: {kernels.trouble()}")
-        if wish is False:
+        if wish is False or wish is None and not self.batched:
             return
         try:
             self.compile(None if wish else steps, several, say)
         except RuntimeError as e:
-            if wish:
-                say(f"warning: the step of a token cannot be compiled here ({e}); running uncompiled")
+            say(f"warning: the step of a token cannot be compiled here ({e}); running uncompiled")
 
     @property
     def keys(self):
@@ -392,7 +390,7 @@ class Engine:
         """
         rows = sum(len(part.tokens) for part in reads)
         all_wanted = all(part.wanted == len(part.tokens) for part in reads)
-        if self.batched and all_wanted and rows <= max(len(reads), MOST_ROWS):
+        if self.batched and all_wanted and rows <= max(len(reads), kernels.MOST_ROWS):
             # a token and its proposals are rows like those of several requests: each sees what lies before it
             singles = [Part([token], part.first + i, part.table, 1)
                        for part in reads for i, token in enumerate(part.tokens)]
@@ -413,7 +411,7 @@ class Engine:
             rows = 1 << (rows - 1).bit_length()
             blocks = 1 << (longest - 1).bit_length()
         if (rows, blocks, variant) not in self.passes:
-            compiled = self.compiled.get(rows > 1) if rows <= MOST_ROWS else None
+            compiled = self.compiled.get(rows > 1) if rows <= kernels.MOST_ROWS else None
             self.passes[rows, blocks, variant] = BatchPass(self.model, self.pool, self.rope, rows, blocks, compiled,
                                                            self.draws, variant)
         return self.passes[rows, blocks, variant]

@@ -110,7 +110,7 @@ def engines_of(c, model):
             print(f"warning: not compiled: {error}", file=sys.stderr)
             continue
         engines[compiled] = engine
-    return engines
+    return engines or fail("--compiled=true: nothing could be compiled; --compiled=false measures the plain step")
 
 
 def measure_model(c, model, form, label, device, read_speed):
@@ -141,27 +141,11 @@ def measure_model(c, model, form, label, device, read_speed):
         for name, measure in peers.items():
             peer_s[name].append(measure())
 
-    rows = []
     engine = engines[cases[0][0]]
-    for (compiled, batch, length), rounds in decode_s.items():
-        first_s = statistics.median(first for first, _ in rounds)
-        token_s = statistics.median(token for _, token in rounds)
-        # a step reads all weights, and the keys and values of half of the new tokens on average
-        read = weights + model.kv_cache_bytes(batch * (length + c.new_tokens // 2), engine.kv_dtype)
-        kv_bytes = model.kv_cache_bytes(batch * (length + c.new_tokens), engine.kv_dtype)
-        rows.append({
-            **label,
-            "compiled": compiled,
-            "batch": batch,
-            "prompt": length,
-            "first_ms": 1000 * first_s,
-            "token_ms": 1000 * token_s,
-            "tok_per_s": batch / token_s,
-            "bandwidth": read / token_s / read_speed,
-            "weights_mb": weights / 1e6,
-            "peak_mb": peak_mb[compiled, batch, length],
-            "kv_mb": kv_bytes / 1e6,
-        })
+    rows = []
+    for case, rounds in decode_s.items():
+        row = decode_row(c, engine, case, rounds, weights, read_speed)
+        rows.append({**label, **row, "peak_mb": peak_mb[case]})
     other = dict(label)
     if c.crowd and not c.models:
         other |= crowd_times(model, c.crowd, any(engines))
@@ -179,6 +163,27 @@ def measure_model(c, model, form, label, device, read_speed):
         if all(firsts):
             other[f"{name}, first ms"] = 1000 * statistics.median(firsts)
     return rows, other
+
+
+def decode_row(c, engine, case, rounds, weights, read_speed):
+    """The figures of one case, (compiled, batch, length): its `rounds` are what decode returned. weights: bytes."""
+    compiled, batch, length = case
+    model = engine.model
+    token_s = statistics.median(token for _, token in rounds)
+    # a step reads all weights, and the keys and values of half of the new tokens on average
+    read = weights + model.kv_cache_bytes(batch * (length + c.new_tokens // 2), engine.kv_dtype)
+    kv_bytes = model.kv_cache_bytes(batch * (length + c.new_tokens), engine.kv_dtype)
+    return {
+        "compiled": compiled,
+        "batch": batch,
+        "prompt": length,
+        "first_ms": 1000 * statistics.median(first for first, _ in rounds),
+        "token_ms": 1000 * token_s,
+        "tok_per_s": batch / token_s,
+        "bandwidth": read / token_s / read_speed,
+        "weights_mb": weights / 1e6,
+        "kv_mb": kv_bytes / 1e6,
+    }
 
 
 # -----------------------------------------------------------------------------

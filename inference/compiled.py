@@ -7,7 +7,8 @@ torch.export traces the model once with a DecodeCache, Inductor compiles what it
 requests are arguments: one result serves every run of the same architecture in the same form. There are two, for one
 request and for several.
 
-The uncompiled step stays the reference. Where tracing or compiling fails, the engine takes it, and `trouble` says why.
+The uncompiled step stays the reference. Where tracing or compiling fails, RuntimeError says why and the engine takes
+the uncompiled one.
 """
 
 import hashlib
@@ -26,14 +27,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from device import can_compile, what_failed
 from inference import kernels
 from inference.kvcache import DecodeCache, new_cache
-from inference.tiled import MOST_ROWS
 
 # Sources that decide what is compiled
 SOURCES = ("model.py", "attention.py", "inference/kvcache.py", "inference/kernels.py", "inference/tiled.py",
-           "inference/quantize.py", "inference/compiled.py")
+           "inference/quantize.py", "inference/int4.py", "inference/paged.py", "inference/compiled.py", "float8.py")
 
-# From this many steps on it pays, measured on a CPU (docs/measured.md, "A compiled step"): a step of each layer is
-# about 0.16 ms shorter, while compiling takes about 1.2 s for each layer, and reading the result 0.12 s.
+# From about so many steps on it pays on a CPU. A rule of thumb: each layer makes a step some 0.2 ms shorter (compare
+# the rows of bench.py infer), compiling takes a second or two for each layer, and reading the result a tenth of that.
 STEPS_TO_COMPILE = 7500
 STEPS_TO_READ = 750
 
@@ -71,11 +71,8 @@ def compiled_step(model, pool, several, steps=None, say=None):
     """The compiled step of `model` for one request or for `several`, read from disk or compiled now.
 
     steps: how many steps it will serve. None: compile whatever it takes. say: is called with a line before that.
-    -> CompiledStep, or None if it does not pay.
-    Raises RuntimeError with the reason if it cannot be compiled.
+    -> CompiledStep, or None if it does not pay. Raises RuntimeError with the reason if it cannot be compiled.
     """
-    if missing := can_compile(pool.device):
-        raise RuntimeError(missing)
     step = Step(model, pool.size, pool.kernel)
     path = None
     try:
@@ -83,6 +80,8 @@ def compiled_step(model, pool, several, steps=None, say=None):
         if steps is not None and steps < (STEPS_TO_READ if path.exists() else STEPS_TO_COMPILE):
             return None
         if not path.exists():
+            if missing := can_compile(pool.device):
+                raise RuntimeError(missing)
             if say:
                 kind = "several requests" if several else "one request"
                 say(f"compiling the step of a token for {kind}, once: about a second for each layer")
@@ -145,8 +144,8 @@ def read(step, path):
 
 @torch.no_grad()
 def compare(step, compiled, pool, several):
-    """Raises RuntimeError if the compiled step computes something else than the step. Its arguments are not those that
-    it was traced with: three requests or one, and a small cache of their own."""
+    """Raises RuntimeError if the compiled step computes something else than the step. Its arguments differ from the
+    ones that it was traced with: three requests or one, and a small cache of their own."""
     config = step.model.config
     (tokens, _, _, *rest, rope), _ = examples(step, pool, several, 3 if several else 1)
     rest[2] = rest[2] + torch.arange(len(rest[2]), dtype=torch.int32, device=pool.device)[:, None]  # a block for each
@@ -176,7 +175,7 @@ def examples(step, pool, several, requests=4):
         rope = tuple(torch.zeros(requests, 1, config.head_dim, device=device) for _ in range(2))
     arguments = (positions[None], pool.keys, pool.values, positions, positions.clone(), table, lengths, rope)
 
-    rows = torch.export.Dim("rows", min=2, max=MOST_ROWS) if several else None
+    rows = torch.export.Dim("rows", min=2, max=kernels.MOST_ROWS) if several else None
     slots = torch.export.Dim("slots", min=2 * pool.size)
     blocks = torch.export.Dim("blocks", min=2)
     cache = [{0: slots} for _ in pool.keys]

@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from inference.kernels import MOST_ROWS
 from inference.rounding import ungroup
 
-MOST_ROWS = 64  # for more rows, as in a prompt, a product of floats is faster
 INNER_TILES = 8  # of 16 inputs: what a CUDA kernel reads at once, as in gpt-fast
 
 
@@ -20,7 +20,7 @@ class Int4Linear(nn.Module):
     (out, K / group). (..., in) -> (..., out), in x's dtype.
 
     The weight is kept twice: as the kernel's `packed`, and two codes a byte for products of many rows.
-    Raises ValueError for a GPU that has no such kernel.
+    Raises ValueError for a device that has no such kernel.
     """
 
     def __init__(self, codes, scale, minimum, bias=None, in_features=None):
@@ -28,6 +28,8 @@ class Int4Linear(nn.Module):
         self.in_features = in_features or codes.size(1)
         self.out_features = len(codes)
         self.group = codes.size(1) // scale.size(1)
+        if codes.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"int4 runs on CPUs and NVIDIA GPUs, not on {codes.device.type}: take int8 here")
         cuda = codes.device.type == "cuda"
         if cuda and torch.cuda.get_device_capability(codes.device) < (8, 0):
             raise ValueError("int4 needs a GPU of compute capability 8.0 or higher (Ampere): take int8 here")
@@ -49,7 +51,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        if len(rows) > MOST_ROWS:
+        if rows.size(0) > MOST_ROWS:
             return F.linear(x, self.weight().to(x.dtype), self.bias)
         rows = F.pad(rows.to(torch.bfloat16), (0, self.width - self.in_features))
         if x.device.type == "cuda":

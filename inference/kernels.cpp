@@ -3,7 +3,7 @@
 // results in PyTorch, which the tests compare, are in inference/rounding.py and inference/kvcache.py.
 //
 // Decoding reads every weight once for each step, so memory decides its speed. The weights therefore lie in exactly the
-// order in which they are read: tiles of 16 rows of the matrix (16 outputs), and within a tile one column after another.
+// order in which they are read: tiles of 16 rows of the matrix (16 outputs), one column after another in each.
 // A vector of 16 lanes then holds the sums of 16 outputs, and no lane is ever added to another.
 //
 // Weights of 8 and 4 bits are multiplied with activations of 8 bits, as llama.cpp does (ggml's q8_0): each row of
@@ -131,7 +131,7 @@ static inline Ints dot4(Ints sums, Bytes weights, int32_t x) {
 
 struct Rows {
     int count, width;             // width: K, or K padded to whole groups
-    std::vector<float> floats;    // (count, K), for weights of 32 and 16 bits
+    std::vector<float> floats;    // (count, K), for weights of 32 bits
     std::vector<uint32_t> pairs;  // (count, K / 2) two bfloat16 numbers each
     std::vector<int32_t> fours;   // (count, K / 4) four signed bytes each
     std::vector<float> scales;    // (count, K / GROUP)
@@ -169,7 +169,7 @@ static void round_row(const X *x, int K, int row, Rows &rows) {
 struct Matrix {
     const void *codes;        // (tiles, columns, 16) in the order in which they are read
     const uint16_t *scales;   // half precision (tiles, groups, 16); null for floats
-    const uint16_t *minimum;  // half precision (tiles, groups, 16), or null: codes are symmetric about half of their range
+    const uint16_t *minimum;  // half precision (tiles, groups, 16); null: codes are symmetric about their middle
     int64_t outputs, inputs;  // N, K
     int64_t bits, group;      // 4, 8, 16 (bfloat16) or 32; weights that share a scale
 };
@@ -195,7 +195,10 @@ static inline void tile_of_bytes(const Matrix &w, const Rows &rows, int64_t tile
             __builtin_prefetch(from + AHEAD);
             from += sizeof(Bytes);
             if (BITS == 8) {
-                for (int m = 0; m < M; m++) sums[m] = dot4(sums[m], both, rows.fours[(m * groups + g) * (GROUP / 4) + four]);
+                for (int m = 0; m < M; m++) {
+                    const int32_t *x = &rows.fours[(m * groups + g) * (GROUP / 4) + four];
+                    sums[m] = dot4(sums[m], both, x[0]);
+                }
             } else {  // a byte has the code of one column in its low half, and in its high half that of four further
                 Bytes low = both & 15;
                 Bytes high = (Bytes)((Words)both >> 4) & 15;
@@ -254,7 +257,8 @@ static inline void tile_of_floats(const Matrix &w, const Rows &rows, int64_t til
 
 template <class Y>
 static void put(Floats sums, const float *bias, Y *y, int64_t first, int64_t outputs) {
-    for (int i = 0; i < TILE && first + i < outputs; i++) narrow(sums[i] + (bias ? bias[first + i] : 0.0f), y + first + i);
+    for (int i = 0; i < TILE && first + i < outputs; i++)
+        narrow(sums[i] + (bias ? bias[first + i] : 0.0f), y + first + i);
 }
 
 #if defined(__AMX_BF16__) && defined(__linux__)
@@ -386,7 +390,7 @@ static void tiles_for(const Matrix &w, const Rows &rows, const float *bias, Y *y
     else if constexpr (M > 1) tiles_for<M - 1>(w, rows, bias, y);
 }
 
-// The activations of one call, as its product reads them
+// Round or widen the activations of one call, then multiply
 template <class X>
 static void linear_rows(const Matrix &w, const X *x, int M, const float *bias, X *y, bool amx, int threads) {
     int K = w.inputs;
@@ -478,7 +482,8 @@ static void unpack_tiles(const Matrix &w, Y *y, int threads) {
                     bytes += (tile * width + k / 8 * 8) * TILE / 2;
                     for (int i = 0; i < TILE; i++) codes[i] = bytes[4 * i + k % 4] >> (k % 8 / 4 * 4) & 15;
                 }
-                Floats weights = w.minimum ? codes * scale + load16_half(w.minimum + scale_at) : (codes - middle) * scale;
+                Floats weights = (codes - middle) * scale;
+                if (w.minimum) weights = codes * scale + load16_half(w.minimum + scale_at);
                 store(column, weights);
             }
             for (int i = 0; i < rows; i++) narrow(column[i], y + (tile * TILE + i) * K + k);
@@ -613,8 +618,8 @@ static void attend_batch(const Batch &b, const X *q, const X *k, const X *v, T *
 
 // Store the new keys and values, then attend: q (requests, heads, D), k and v (requests, n_kv, D), rows `stride` apart
 extern "C" void attend(const Batch *b, const void *q, const void *k, const void *v, void *keys, void *values, void *y,
-                       int64_t q_stride, int64_t k_stride, int64_t v_stride, double scale, int64_t type, int64_t cache_type,
-                       int64_t threads) {
+                       int64_t q_stride, int64_t k_stride, int64_t v_stride, double scale, int64_t type,
+                       int64_t cache_type, int64_t threads) {
 #define ATTEND(X, T)                                                                                                  \
     attend_batch(*b, (const X *)q, (const X *)k, (const X *)v, (T *)keys, (T *)values, (X *)y, q_stride, k_stride,    \
                  v_stride, scale, threads)

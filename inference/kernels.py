@@ -5,7 +5,7 @@ kernels.cpp, compiled for the CPU at hand and called from PyTorch: the products 
     minichat::attend(q, k, v, ...)    the attention of one new token for each request (inference/kvcache.py)
 
 The compiler runs once, about ten seconds, and its result is kept in ~/.cache/minichat (or under XDG_CACHE_HOME). Where
-there is no C++ compiler, `trouble` says so and PyTorch's own kernels take over. Both functions are operators of
+there is no C++ compiler, trouble() says so and PyTorch's own kernels take over. Both functions are operators of
 PyTorch, so torch.compile keeps them as they are amid what it fuses.
 """
 
@@ -25,6 +25,7 @@ import torch
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+MOST_ROWS = 64  # of a product as in decoding; for more, as in a prompt, a product of floats is faster
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int64
@@ -49,8 +50,8 @@ class Batch(ctypes.Structure):
 
 
 def cache_folder():
-    """Where compiled code is kept between runs: ~/.cache/minichat, or XDG_CACHE_HOME/minichat. Only its user may write
-    there, because what lies there is executed."""
+    """Where compiled code is kept between runs: ~/.cache/minichat, or XDG_CACHE_HOME/minichat. It is made for its user
+    alone, because what lies there is executed."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minichat"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder

@@ -16,7 +16,7 @@ from device import native_bfloat16
 from inference import kernels
 from inference.int4 import Int4Linear
 from inference.rounding import round_groups
-from inference.tiled import MOST_ROWS, TiledLinear
+from inference.tiled import TiledLinear
 
 
 class PackedLinear(nn.Module):
@@ -62,7 +62,7 @@ class Int8Linear(nn.Module):
         if x.is_cuda and x.dtype != torch.float16:  # float16 could not hold the sums before they are scaled
             return self.convert_and_scale(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        if x.is_cuda or len(rows) > MOST_ROWS:
+        if x.is_cuda or rows.size(0) > kernels.MOST_ROWS:
             weight = self.weight * self.scale.to(x.dtype)[:, None]
             return F.linear(x, weight.to(x.dtype), self.bias)
         rows = rows.to(torch.bfloat16)
@@ -101,7 +101,7 @@ class Float8InferenceLinear(nn.Module):
     def forward(self, x):
         dtype = float8.product_dtype(x)
         rows = x.reshape(-1, self.in_features)  # (N, in)
-        if not len(rows):
+        if rows.size(0) == 0:
             return x.new_empty(*x.shape[:-1], self.out_features, dtype=dtype)
         if self.scale is None:
             row_scales = float8.scale_for(rows.abs().amax(1, keepdim=True), float8.E4M3)  # (N, 1)

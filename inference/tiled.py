@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from inference import kernels
 
-TILE = 16       # outputs of a tile
-MOST_ROWS = 64  # for more rows a product of floats is faster
+TILE = 16  # outputs of a tile
 
 
 class TiledLinear(nn.Module):
@@ -72,7 +71,7 @@ class TiledLinear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, self.in_features)  # (N, inputs)
-        if rows.size(0) > MOST_ROWS and not (self.bits < 32 and kernels.has_amx()):
+        if rows.size(0) > kernels.MOST_ROWS and not (self.bits < 32 and kernels.has_amx()):
             y = F.linear(rows.to(self.products), self.weight(self.products)).to(x.dtype)
             if self.bias is not None:
                 y += self.bias.to(x.dtype)

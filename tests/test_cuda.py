@@ -186,7 +186,7 @@ def test_int4_weights_multiply_as_what_they_stand_for(group):
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 65])
 def test_int8_weights_multiply_as_what_they_stand_for(rows):
-    """65 rows are multiplied as floats (quantize.MOST_ROWS)."""
+    """65 rows are multiplied as floats (kernels.MOST_ROWS)."""
     torch.manual_seed(0)
     layer = Int8Linear(torch.nn.Linear(256, 512)).to(CUDA)
     x = torch.randn(rows, 256, device=CUDA, dtype=HALF)

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from inference import kernels
 from inference.kvcache import attend_blocks
 from inference.rounding import ungroup
-from inference.tiled import MOST_ROWS, TiledLinear
+from inference.tiled import TiledLinear
 
 FP32, BF16 = torch.float32, torch.bfloat16
 FLOATS = [(32, 1, False), (16, 1, False)]  # bits, group, with a minimum
 CODES = [(bits, group, lowest) for bits in (8, 4) for group in (32, 64, 128) for lowest in (False, True)]
 SIZES = [(1, 1), (17, 33), (50, 48), (96, 200), (33, 300), (48, 128)]  # outputs, inputs
-ROWS = [*range(1, 18), 33, MOST_ROWS, MOST_ROWS + 1, 80]
+ROWS = [*range(1, 18), 33, kernels.MOST_ROWS, kernels.MOST_ROWS + 1, 80]
 HALF_STEP = 2.0**-8  # of a number in bfloat16, relative
 
 NATIVE = kernels.FLAGS
@@ -71,7 +71,7 @@ def check_products(form, outputs, inputs, rows, dtype, bias=True):
     layer, weight, largest = layer_of(form, outputs, inputs, bias)
     x = torch.randn(rows, inputs).to(dtype)
     read = x.float()
-    many = rows > MOST_ROWS
+    many = rows > kernels.MOST_ROWS
     if not many and form in CODES:
         read = rounded_activations(read)
     elif form[0] == 16 or many and form in CODES and kernels.has_amx():

@@ -231,7 +231,7 @@ def packed_layers(model):
     {"tie_weights": False}, {**LLAMA, "n_kv_head": 1}, {**QWEN3, "n_kv_head": 1, "mlp_width": 64, "tie_weights": False},
 ], ids=["gpt2", "llama", "qwen3"])
 def test_codes_are_those_of_the_file(kind, bits, changes, tmp_path):
-    """Every matrix: those that are joined, those with their rows in another order, and a tied head."""
+    """Every matrix: joined ones, ones with their rows in another order, and a tied head."""
     import export
 
     export.write_gguf(make_run(tmp_path / "run", **changes), BPE, tmp_path / "m.gguf", kind)

@@ -155,7 +155,7 @@ def test_a_dtype_that_the_kernels_do_not_know_is_left_to_pytorch(model):
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_the_weights_are_rounded_as_they_are(model, quantize):
-    """Not those that dtype has rounded before; they need no more than the kernel's rounding to bfloat16."""
+    """The weights before dtype rounds them; they need no more than the kernel's rounding to bfloat16."""
     skip_without_kernels()
     layer = model.transformer.h[0].mlp.c_fc
     rounded = ungroup(*round_groups(layer.weight, *INTEGERS[quantize]), INTEGERS[quantize][0])

@@ -290,7 +290,7 @@ def test_a_text_ends_within_accepted_proposals_as_it_does_without(end, model):
 
 
 def test_a_proposal_never_leaves_a_block_known_that_it_filled(model):
-    """A wrong proposal fills the block; its tokens are not those that the next request finds there."""
+    """A wrong proposal fills the block; the next request does not find its tokens there."""
     wrong = Speculation(Proposer(lambda request: [19] * 8), cost=0.0)
     engine = Engine(model, block=2, speculate=wrong)
     forbidden = {"max_new_tokens": 30, "temperature": 0, "logit_bias": {19: -100}}
