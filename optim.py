@@ -64,6 +64,7 @@ class Optimizers:
                 [params[n] for n in groups["muon"]], lr=muon_learning_rate, momentum=muon_momentum,
                 weight_decay=weight_decay, dtype=muon_dtype, names=self.names,
                 gather_tensor=gather_tensor, shard_tensor=shard_tensor, peers=peers,
+                pieces=pieces_of_attention(model, groups["muon"]),
             )
         trained = [id(p) for group in self.param_groups for p in group["params"]]
         expected = [id(p) for p in params.values()]
@@ -135,28 +136,65 @@ def map_state(state, function):
 # Muon
 
 
+def pieces_of_attention(model, names):
+    """Which of the parameters `names` join several matrices: c_attn's weight has queries, keys and values, one below
+    the other. -> {name: (rows of the queries, of the keys, of the values)}"""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    D = config.head_dim
+    rows = (config.n_head * D, config.kv_heads * D, config.kv_heads * D)
+    return {name: rows for name in names if name.endswith("attn.c_attn.weight")}
+
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic a X + (b A + c A A) X with A = X X^T (Jordan 2024)
+
+
 def orthogonalize(G, steps=5, dtype=torch.float32):
     """An approximation of the orthogonal factor U V^T of each matrix of G (n, rows, cols), by Newton-Schulz in `dtype`.
 
     The quintic's coefficients (Jordan 2024) trade exactness for speed: singular values end in about [0.7, 1.2].
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now no singular value is above 1
-    for _ in range(steps):
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
+    if X.size(-1) >= 2 * X.size(-2):
+        while steps:
+            X = gram_newton_schulz(X, min(steps, 3))
+            steps -= min(steps, 3)
+    else:
+        a, b, c = COEFFICIENTS
+        for _ in range(steps):
+            A = X @ X.mT
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
     return (X.mT if tall else X).to(G.dtype)
+
+
+def gram_newton_schulz(X, steps):
+    """The same steps on the small A = X X^T alone (Gram Newton-Schulz, Zhang et al. 2026, Dao-AILab): each multiplies X
+    by a polynomial P of A, so A becomes P A P, and one product at the end applies all P. A matrix four times as wide as
+    high takes 1.2 to 1.8 times less. In bfloat16 at most three steps in a row are as exact as the plain iteration."""
+    a, b, c = COEFFICIENTS
+    A = X @ X.mT
+    product = None
+    for step in range(steps):
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = P if product is None else P @ product
+        if step < steps - 1:
+            A = P @ A @ P
+    return product @ X
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) UV^T.
 
-    Nesterov momentum as in the original. Matrices of one shape are orthogonalised in one batch. The Newton-Schulz
-    iteration runs in `dtype`: fp32 is reproducible to 1e-7 between layouts, bf16 is faster on GPUs.
+    Nesterov momentum as in the original. A matrix that joins several, as c_attn joins queries, keys and values, is
+    orthogonalised piece by piece: `pieces` maps its name to the rows of each. Pieces of one shape, upright or not, are
+    orthogonalised in one batch. The Newton-Schulz iteration runs in `dtype`: fp32 is reproducible to 1e-7 between
+    layouts, bf16 is faster.
 
     Ranks that hold the same matrices divide the work and exchange the updates. `peers` is (this rank's place among
     them, their number, their all-gather: a vector (n,) of each rank -> (ranks, n)). Momentum costs little, so each rank
@@ -168,8 +206,10 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5,
                  dtype=torch.float32, names=None, gather_tensor=None, shard_tensor=None,
-                 peers=(0, 1, None)):
+                 peers=(0, 1, None), pieces=None, piece_scale=False):
         self.names = names
+        self.pieces = pieces or {}
+        self.piece_scale = piece_scale
         self.gather_tensor = gather_tensor
         self.shard_tensor = shard_tensor
         self.rank, self.ranks, self.all_gather = peers
@@ -184,9 +224,9 @@ class Muon(torch.optim.Optimizer):
             by_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
+                    by_shape.setdefault(self.pieces_of(p)[0], []).append(p)
             order = [p for params in by_shape.values() for p in params]
-            owners = dict(zip(order, share_out([p.shape for p in order], self.ranks), strict=True))
+            owners = dict(zip(order, share_out([self.pieces_of(p) for p in order], self.ranks), strict=True))
             updates = {}  # parameter -> orthogonal update, for this rank's share
             shapes = {}   # parameter -> shape of its whole update
             for params in by_shape.values():
@@ -199,12 +239,16 @@ class Muon(torch.optim.Optimizer):
                         own[p] = update
                 if own:
                     updates |= self.orthogonal(own, group)
-                if self.ranks == 1:  # apply them now, so that memory holds the updates of one shape only
+                if self.ranks == 1:  # apply them now, so that memory holds the updates of few matrices only
                     self.apply_updates(params, updates, group)
             if self.ranks > 1:
                 updates = self.exchange(updates, owners, shapes)
                 for params in by_shape.values():
                     self.apply_updates(params, updates, group)
+
+    def pieces_of(self, p):
+        """The shapes of the matrices that the parameter p joins, the shorter side first: [(128, 128), ...]"""
+        return [tuple(sorted((rows, p.size(1)))) for rows in self.rows_of(p, p)]
 
     def momentum_updates(self, params, group):
         """Update the momentum of `params` by their gradients. -> this rank's part of each Nesterov update, before it is
@@ -222,10 +266,25 @@ class Muon(torch.optim.Optimizer):
         return torch._foreach_lerp(grads, buffers, group["momentum"])
 
     def orthogonal(self, updates, group):
-        """{parameter: update}, all of one shape -> the same with orthogonal updates, computed in one batch."""
-        batch = torch.stack(list(updates.values()))  # (n, rows, cols)
-        batch = orthogonalize(batch, group["ns_steps"], self.dtype)
-        return dict(zip(updates, batch.unbind(), strict=True))
+        """{parameter: update} -> the same with orthogonal updates. Pieces of one shape are computed in one batch."""
+        results = {p: torch.empty_like(update) for p, update in updates.items()}
+        batches = {}  # (shorter, longer side) -> the pieces, and where their results belong
+        for p, update in updates.items():
+            rows = self.rows_of(p, update)
+            for piece, result in zip(update.split(rows), results[p].split(rows), strict=True):
+                if piece.size(0) > piece.size(1):
+                    piece, result = piece.mT, result.mT
+                pieces, places = batches.setdefault(piece.shape, ([], []))
+                pieces.append(piece)
+                places.append(result)
+        for pieces, places in batches.values():
+            batch = orthogonalize(torch.stack(pieces), group["ns_steps"], self.dtype)
+            torch._foreach_copy_(places, list(batch.unbind()))
+        return results
+
+    def rows_of(self, p, matrix):
+        """How many rows each piece of `matrix`, which belongs to the parameter p, has."""
+        return self.pieces.get(self.names[p], (matrix.size(0),)) if self.names else (matrix.size(0),)
 
     def exchange(self, updates, owners, shapes):
         """{parameter: update} of this rank's share -> of all ranks. `owners` maps a parameter to the rank that has its
@@ -250,7 +309,7 @@ class Muon(torch.optim.Optimizer):
     def apply_updates(self, params, updates, group):
         """Take the updates of `params`, all of one shape, out of `updates`, and apply them to this rank's part."""
         steps = [updates.pop(p).to(p.dtype) for p in params]
-        rows, cols = steps[0].shape
+        torch._foreach_mul_(steps, [math.sqrt(max(1.0, rows / cols)) for rows, cols in (step.shape for step in steps)])
         if self.shard_tensor:
             steps = [local(self.shard_tensor(self.names[p], step, p))
                      for step, p in zip(steps, params, strict=True)]
@@ -262,8 +321,7 @@ class Muon(torch.optim.Optimizer):
             decay = torch.where(bad, 1.0, decay)
         if group["weight_decay"]:
             torch._foreach_mul_(weights, decay)
-        alpha = -group["lr"] * math.sqrt(max(1.0, rows / cols))
-        torch._foreach_add_(weights, steps, alpha=alpha)
+        torch._foreach_add_(weights, steps, alpha=-group["lr"])
 
 
 def is_dtensor(tensor):
@@ -289,11 +347,12 @@ def laid_out_like(own, p):
     return tensor
 
 
-def share_out(shapes, ranks):
-    """The rank that orthogonalises each matrix, with about as many FLOPs for each rank. -> numbers of ranks, rising:
-    neighbours, which have the same shape, mostly stay together"""
+def share_out(pieces, ranks):
+    """The rank that orthogonalises each parameter, with about as many FLOPs for each rank. pieces: the shapes
+    (shorter, longer side) of each parameter's matrices. -> numbers of ranks, rising: neighbours, which have the same
+    shapes, mostly stay together"""
     # FLOPs of a Newton-Schulz step, up to a factor
-    flops = [2 * min(shape) ** 2 * max(shape) + min(shape) ** 3 for shape in shapes]
+    flops = [sum(2 * short**2 * long + short**3 for short, long in shapes) for shapes in pieces]
     ends = list(accumulate(flops))
     return [int((end - own / 2) * ranks / ends[-1]) for own, end in zip(flops, ends, strict=True)]
 
