@@ -3,14 +3,16 @@ Causal attention (`attend`), and which kernel computes it (`pick_attention`): Py
 installed, or plain matrix products.
 
 With `keep_apart` the documents in one row do not see each other: by a mask, or by a kernel that skips other documents,
-flash-attn's for documents of any length or PyTorch's FlexAttention. This file imports torch, and flash-attn if it is
-there.
+flash-attn's for documents of any length or PyTorch's FlexAttention. This file imports torch and fused.py, and
+flash-attn if it is there.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+import fused
 
 try:  # optional kernels: pip install flash-attn (CUDA only)
     from flash_attn import flash_attn_func, flash_attn_varlen_func
@@ -142,6 +144,9 @@ def attend(q, k, v, attn="auto", dropout=0.0, apart=None):
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
     if kind == "flex":
         return attend_flex(q, k, v, mask).transpose(1, 2)
+    plain = mask is None and not dropout and q.shape == k.shape and q.size(2) <= fused.MOST_KEYS
+    if kind == "math" and plain and fused.serves(q):
+        return fused.causal_attention(q, k, v).transpose(1, 2)
     group = q.size(1) // k.size(1)  # query heads that share one key/value head
     masked_on_gpu = mask is not None and q.device.type == "cuda"
     if kind == "math" or (group > 1 and (masked_on_gpu or not shares_heads(q.device, q.dtype, q.size(-1)))):

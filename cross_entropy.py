@@ -9,7 +9,7 @@ two gradients are kept for the backward pass, which scales them (Liger Kernel, H
 Cross-Entropy, Wijmans et al. 2024, arXiv:2411.09009).
 
 Autograd, torch.compile and DDP see one operator, so every layout of parallel.py computes the same thing. This file
-imports torch alone.
+imports torch and fused.py alone.
 """
 
 import functools
@@ -17,9 +17,11 @@ import functools
 import torch
 from torch import Tensor
 
-# How many logits are held at once, by type of device. A CPU gains nothing from more. A GPU's matrix products want a few
-# thousand rows: 2,668 rows (with GPT-2's vocabulary) x 768 are 126 tiles of 128 x 128, for the 132 multiprocessors of
-# an H100. The GPU's number is computed, not measured.
+import fused
+
+# How many logits are held at once, by type of device; on a CPU twice as many where they take two bytes. A GPU's matrix
+# products want a few thousand rows: 2,668 rows (with GPT-2's vocabulary) x 768 are 126 tiles of 128 x 128, for the 132
+# multiprocessors of an H100. The GPU's number is computed, not measured.
 PIECE = {"cpu": 2**25, "cuda": 2**27}
 
 
@@ -41,10 +43,12 @@ def linear_cross_entropy(x, table, targets, vocab_size, softcap=0.0, fuse=None, 
     return loss_and_gradients(x, table, targets, vocab_size, softcap, dtype, gradients, fuse, piece)[0]
 
 
-def rows_at_once(padded_vocab_size, kind, softcap=0.0, piece=0):
+def rows_at_once(padded_vocab_size, kind, softcap=0.0, piece=0, dtype=torch.float32):
     """How many rows of logits are held at once on a device of this type."""
     piece = piece or PIECE.get(kind, PIECE["cpu"])
     rows = piece // padded_vocab_size
+    if kind == "cpu" and dtype.itemsize == 2:
+        rows = rows * 2
     if softcap:
         rows = rows // 2  # the slope of the soft-cap takes as much memory again
     return max(1, rows)
@@ -58,7 +62,7 @@ def loss_and_gradients(x: Tensor, table: Tensor, targets: Tensor, vocab_size: in
     turn_into_gradient = compiled() if fuse else logits_to_gradient_
     with torch.autocast(x.device.type, enabled=False):
         weight = table.to(dtype)
-        pieces = -(-len(x) // rows_at_once(len(table), x.device.type, softcap, piece))
+        pieces = -(-len(x) // rows_at_once(len(table), x.device.type, softcap, piece, dtype))
         rows = -(-len(x) // pieces)  # of each piece; the last one may have fewer
         buffer = torch.empty(rows, len(table), dtype=dtype, device=x.device)
         loss = torch.zeros((), dtype=at_least_fp32(dtype), device=x.device)
@@ -115,6 +119,9 @@ def logits_to_gradient_(logits, targets, counts, vocab_size, softcap):
     targets (N,) are token ids. Rows whose `counts` (N,) is false add nothing to the loss; the caller drops their
     gradient.
     """
+    if fused.has_softmax_gradient(logits):
+        losses = fused.softmax_gradient_(logits, targets, vocab_size, softcap)
+        return torch.where(counts, losses, 0.0).sum()
     work = logits.to(at_least_fp32(logits.dtype))  # fp32 logits: the same tensor
     at_target = torch.arange(len(work), device=work.device), targets
     if softcap:

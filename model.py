@@ -16,7 +16,8 @@ With the defaults it is GPT-2 (Radford et al. 2019). The options and their sourc
 A row can hold several documents that do not see each other (`docs` of GPT.forward).
 
 Start at GPT.forward. Which kernel computes attention says attention.py; the loss never holds all logits
-(cross_entropy.py). The model knows no device, rank, file or dataset: it imports torch and these two files alone.
+(cross_entropy.py); a CPU trains with some operations fused (fused.py). The model knows no device, rank, file or
+dataset: it imports torch and these three files alone.
 """
 
 import math
@@ -28,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import attention
+import fused
 from attention import attend, keep_apart, positions_within
 from cross_entropy import linear_cross_entropy, rows_at_once
 
@@ -136,6 +138,8 @@ class Norm(nn.Module):
     def forward(self, x):
         if self.kind == "layernorm":
             return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        if self.kind == "rmsnorm_nogain" and fused.serves(x):
+            return fused.rms_norm(x, self.eps)
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
@@ -224,16 +228,10 @@ class Attention(nn.Module):
         n_kv = max(1, heads // (self.group + 2))  # a shard may have fewer query heads than a group has
         n_q = heads - 2 * n_kv
 
-        # normalise and rotate queries and keys together: half as many kernels
-        qk, v = qkv.view(B, T, heads, self.head_dim).split((n_q + n_kv, n_kv), dim=2)
-        if self.qk_norm != "none":
-            qk = F.rms_norm(qk, (self.head_dim,), eps=self.norm_eps).to(v.dtype)  # autocast returns fp32
-        if self.qk_norm == "rms_gain":
-            gain = torch.cat((self.q_gain.expand(n_q, -1), self.k_gain.expand(n_kv, -1)))
-            qk = qk * gain.to(qk.dtype)
-        if rope is not None:
-            qk = apply_rope(qk, *rope)
-        q, k = qk.split((n_q, n_kv), dim=2)  # (B, T, n_q, head_dim), (B, T, n_kv, head_dim)
+        if fused.serves(qkv) and self.qk_norm != "rms_gain" and self.head_dim <= fused.MOST_CHANNELS:
+            q, k, v = fused.split_heads(qkv, n_q, n_kv, rope, self.norm_eps, self.qk_norm == "rms")
+        else:
+            q, k, v = self.split_heads(qkv, n_q, n_kv, rope)
 
         if other_attend is not None:
             y = other_attend(q, k, v)
@@ -241,6 +239,19 @@ class Attention(nn.Module):
             y = attend(q, k, v, self.attn, self.dropout if self.training else 0.0)
         y = self.c_proj(y.reshape(B, T, n_q * self.head_dim))  # (B, T, n_embd)
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+    def split_heads(self, qkv, n_q, n_kv, rope):
+        """qkv (B, T, (n_q + 2 n_kv) * head_dim) -> q (B, T, n_q, head_dim), k and v (B, T, n_kv, head_dim); queries and
+        keys are normalised and rotated, together: half as many kernels."""
+        qk, v = qkv.view(*qkv.shape[:2], -1, self.head_dim).split((n_q + n_kv, n_kv), dim=2)
+        if self.qk_norm != "none":
+            qk = F.rms_norm(qk, (self.head_dim,), eps=self.norm_eps).to(v.dtype)  # autocast returns fp32
+        if self.qk_norm == "rms_gain":
+            gain = torch.cat((self.q_gain.expand(n_q, -1), self.k_gain.expand(n_kv, -1)))
+            qk = qk * gain.to(qk.dtype)
+        if rope is not None:
+            qk = apply_rope(qk, *rope)
+        return *qk.split((n_q, n_kv), dim=2), v
 
 
 class MLP(nn.Module):
@@ -257,7 +268,9 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.c_fc(x)  # (B, T, mlp_dim)
-        if self.activation == "relu2":
+        if self.activation == "relu2" and fused.serves(h):
+            h = fused.relu_squared(h)
+        elif self.activation == "relu2":
             h = F.relu(h)
             if h.dtype == torch.float16:
                 h = h.clamp(max=255.0)  # float16 still holds the square of 255

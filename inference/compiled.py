@@ -24,12 +24,13 @@ import torch.nn as nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
+import native
 from device import can_compile, what_failed
 from inference import kernels
 from inference.kvcache import DecodeCache, new_cache
 
 # Sources that decide what is compiled
-SOURCES = ("model.py", "attention.py", "inference/kvcache.py", "inference/kernels.py", "inference/tiled.py",
+SOURCES = ("model.py", "attention.py", "fused.py", "inference/kvcache.py", "inference/kernels.py", "inference/tiled.py",
            "inference/quantize.py", "inference/int4.py", "inference/paged.py", "inference/compiled.py", "float8.py")
 
 # From about so many steps on it pays on a CPU. A rule of thumb: each layer makes a step some 0.2 ms shorter (compare
@@ -99,7 +100,7 @@ def kept_at(step, pool, several):
     """The file of a compiled step. Its name is a digest of everything that decides what is in it."""
     root = Path(__file__).parents[1]
     kernel = getattr(pool.kernel, "__name__", str(pool.kernel))  # a function's own text holds its address
-    facts = [torch.__version__, kernels.cpu_features(), torch.get_num_threads(), several, pool.size, kernel,
+    facts = [torch.__version__, native.cpu_features(), torch.get_num_threads(), several, pool.size, kernel,
              str(pool.dtype), str(pool.device), torch.cuda.get_device_name() if pool.device.type == "cuda" else ""]
     facts += [(root / name).read_text(encoding="utf-8") for name in SOURCES]
     facts.append(repr(astuple(step.model.config)))
@@ -108,7 +109,7 @@ def kept_at(step, pool, several):
     for name, module in step.named_modules():
         facts.append((name, type(module).__name__, str(getattr(module, "products", ""))))
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:20]
-    return kernels.cache_folder() / f"step_{digest}"
+    return native.cache_folder() / f"step_{digest}"
 
 
 def build(step, pool, several, path):

@@ -4,26 +4,20 @@ kernels.cpp, compiled for the CPU at hand and called from PyTorch: the products 
     minichat::linear(x, codes, ...)   a few rows times a matrix that lies in tiles (inference/tiled.py)
     minichat::attend(q, k, v, ...)    the attention of one new token for each request (inference/kvcache.py)
 
-The compiler runs once, about ten seconds, and its result is kept in ~/.cache/minichat (or under XDG_CACHE_HOME). Where
-there is no C++ compiler, trouble() says so and PyTorch's own kernels take over. Both functions are operators of
+The compiler runs once, about ten seconds (native.py). Where there is no C++ compiler, trouble() says so and PyTorch's
+own kernels take over. Both functions are operators of
 PyTorch, so torch.compile keeps them as they are amid what it fuses.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
+import native
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 MOST_ROWS = 64  # of a product as in decoding; for more, as in a prompt, a product of floats is faster
 
@@ -49,65 +43,12 @@ class Batch(ctypes.Structure):
 # The library
 
 
-def cache_folder():
-    """Where compiled code is kept between runs: ~/.cache/minichat, or XDG_CACHE_HOME/minichat. It is made for its user
-    alone, because what lies there is executed."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minichat"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
-def compiler():
-    """The C++ compiler's path, or None."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
-            return shutil.which(name)
-    return None
-
-
-def cpu_features():
-    """The instructions of this CPU, as far as the system tells: -march=native makes other code for another CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    for line in lines:
-        if line.startswith(("flags", "Features")):
-            return line
-    return platform.processor()
-
-
-def build(folder):
-    """Compile kernels.cpp into `folder` unless it is there already. -> the library's path. Raises RuntimeError."""
-    program = compiler()
-    if program is None:
-        raise RuntimeError("no C++ compiler: apt install g++")
-    parts = (SOURCE.read_text(encoding="utf-8"), program, *FLAGS, platform.machine(), cpu_features())
-    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
-    target = folder / f"kernels_{name}.so"
-    if target.exists():
-        return target
-    print("compiling inference/kernels.cpp for this CPU, once: some ten seconds", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        made = Path(beside) / "kernels.so"
-        command = [program, *FLAGS, str(SOURCE), "-o", str(made)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            first_line = (result.stderr.strip() or "no message").splitlines()[0]
-            raise RuntimeError(f"{program} does not compile {SOURCE.name}: {first_line}")
-        os.replace(made, target)  # whole or not at all, also when several processes compile at once
-    return target
-
-
 @functools.lru_cache(maxsize=1)
 def find_library():
     """-> (the library, "") or (None, why there is none)"""
-    if sys.byteorder != "little" or sys.platform == "win32":
-        return None, f"kernels.cpp is not written for {sys.platform}"
-    try:
-        library = ctypes.CDLL(str(build(cache_folder())))
-    except (OSError, RuntimeError) as error:
-        return None, str(error)
+    library, reason = native.load(SOURCE)
+    if library is None:
+        return None, reason
     library.linear.argtypes = [Pointer, Pointer, Int, Pointer, Pointer, Int, Int]
     library.unpack.argtypes = [Pointer, Pointer, Int, Int]
     library.attend.argtypes = [Pointer] * 7 + [Int] * 3 + [ctypes.c_double] + [Int] * 3

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_engine import make, some_prompts
 
+import native
 from infer import Engine
 from inference import compiled, kernels
 from inference.quantize import convert
@@ -275,7 +276,7 @@ def test_a_step_that_was_compiled_wrongly_does_not_serve(factor, reason, several
 
     monkeypatch.setattr(compiled, "build", build)
     monkeypatch.setattr(compiled, "read", lambda step, path: run)
-    monkeypatch.setattr(compiled, "kept_at", lambda *args: kernels.cache_folder() / "a_step")
+    monkeypatch.setattr(compiled, "kept_at", lambda *args: native.cache_folder() / "a_step")
     before = [t.clone() for t in (*engine.pool.keys, *engine.pool.values)]
     if reason:
         with pytest.raises(RuntimeError, match=reason):

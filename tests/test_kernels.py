@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import native
 from inference import kernels
 from inference.kvcache import attend_blocks
 from inference.rounding import ungroup
@@ -23,7 +24,7 @@ SIZES = [(1, 1), (17, 33), (50, 48), (96, 200), (33, 300), (48, 128)]  # outputs
 ROWS = [*range(1, 18), 33, kernels.MOST_ROWS, kernels.MOST_ROWS + 1, 80]
 HALF_STEP = 2.0**-8  # of a number in bfloat16, relative
 
-NATIVE = kernels.FLAGS
+NATIVE = native.FLAGS
 # Flags of other CPUs, and the word in /proc/cpuinfo that says that this one has their instructions
 OTHERS = {"-march=x86-64-v2": "sse4_2", "-march=x86-64-v3": "avx2", "-march=x86-64-v4": "avx512bw",
           "-march=native -mno-amx-bf16": "avx512_bf16"}
@@ -279,11 +280,12 @@ def test_nothing_past_a_requests_length_is_seen(library):
 @pytest.mark.parametrize("march", OTHERS)
 def test_the_ways_of_other_cpus_give_the_same(march, tmp_path, monkeypatch):
     """Without AMX, without instructions for bytes and bfloat16, without 512-bit vectors, and with nothing but loops."""
-    if kernels.compiler() is None or OTHERS[march] not in kernels.cpu_features().split():
+    if native.compiler() is None or OTHERS[march] not in native.cpu_features().split():
         pytest.skip(f"no compiler, or no CPU for {march}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     others = [flag for flag in NATIVE if not flag.startswith(("-O", "-march"))]
-    monkeypatch.setattr(kernels, "FLAGS", ["-O1", *march.split(), *others])  # -O3 takes a minute for all of them
+    monkeypatch.setattr(native, "FLAGS", ["-O1", *march.split(), *others])  # -O3 takes a minute for all of them
+    monkeypatch.setattr(native, "load", native.load.__wrapped__)
     found = kernels.find_library.__wrapped__()
     assert found[0] is not None, found[1]
     monkeypatch.setattr(kernels, "find_library", lambda: found)
@@ -313,8 +315,8 @@ def write_program(path, text):
 
 def test_without_a_compiler_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
-    assert kernels.find_library.__wrapped__() == (None, "no C++ compiler: apt install g++")
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert native.load.__wrapped__(kernels.SOURCE) == (None, "no C++ compiler: apt install g++")
 
 
 @pytest.mark.parametrize("text, reason", [
@@ -325,7 +327,7 @@ def test_without_a_compiler_it_says_what_to_install(tmp_path, monkeypatch):
 def test_a_compiler_that_fails_is_one_reason(text, reason, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(write_program(tmp_path / "cxx", text)))
-    library, why = kernels.find_library.__wrapped__()
+    library, why = native.load.__wrapped__(kernels.SOURCE)
     assert library is None and reason in why and "\n" not in why
     assert not [p for p in (tmp_path / "minichat").iterdir() if not p.name.startswith("kernels_")], "nothing is left"
 
@@ -333,14 +335,14 @@ def test_a_compiler_that_fails_is_one_reason(text, reason, tmp_path, monkeypatch
 def test_a_cache_that_cannot_be_written_is_one_reason(tmp_path, monkeypatch):
     (tmp_path / "a file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
-    library, why = kernels.find_library.__wrapped__()
+    library, why = native.load.__wrapped__(kernels.SOURCE)
     assert library is None and "a file" in why and "\n" not in why
 
 
 def test_only_its_user_may_write_to_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert stat.S_IMODE(kernels.cache_folder().stat().st_mode) == 0o700
-    assert kernels.cache_folder() == tmp_path / "minichat"
+    assert stat.S_IMODE(native.cache_folder().stat().st_mode) == 0o700
+    assert native.cache_folder() == tmp_path / "minichat"
 
 
 def test_processes_that_compile_at_once_leave_one_library(tmp_path, monkeypatch):
@@ -354,27 +356,28 @@ def test_processes_that_compile_at_once_leave_one_library(tmp_path, monkeypatch)
     folder = tmp_path / "cache"
     folder.mkdir()
     made = []
-    threads = [threading.Thread(target=lambda: made.append(kernels.build(folder))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: made.append(native.build(kernels.SOURCE, folder))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert made[0] == made[1] and os.listdir(folder) == [made[0].name]
-    assert kernels.build(folder) == made[0] and len(list(tmp_path.glob("running.*"))) == 2, "compiled again"
+    assert native.build(kernels.SOURCE, folder) == made[0]
+    assert len(list(tmp_path.glob("running.*"))) == 2, "compiled again"
 
 
 def test_another_cpu_compiler_or_source_gives_another_library(tmp_path, monkeypatch):
     program = write_program(tmp_path / "cxx", 'while [ "$1" != -o ]; do shift; done; touch "$2"')
     monkeypatch.setenv("CXX", str(program))
-    names = {kernels.build(tmp_path).name}
-    monkeypatch.setattr(kernels, "cpu_features", lambda: "flags: fpu vme avx512_vnni")
-    names.add(kernels.build(tmp_path).name)
-    monkeypatch.setattr(kernels, "FLAGS", (*NATIVE, "-g"))
-    names.add(kernels.build(tmp_path).name)
+    names = {native.build(kernels.SOURCE, tmp_path).name}
+    monkeypatch.setattr(native, "cpu_features", lambda: "flags: fpu vme avx512_vnni")
+    names.add(native.build(kernels.SOURCE, tmp_path).name)
+    monkeypatch.setattr(native, "FLAGS", (*NATIVE, "-g"))
+    names.add(native.build(kernels.SOURCE, tmp_path).name)
     monkeypatch.setattr(kernels, "SOURCE", write_program(tmp_path / "kernels.cpp", "int x;"))
-    names.add(kernels.build(tmp_path).name)
+    names.add(native.build(kernels.SOURCE, tmp_path).name)
     monkeypatch.setenv("CXX", str(write_program(tmp_path / "cxx2", program.read_text().partition("\n")[2])))
-    names.add(kernels.build(tmp_path).name)
+    names.add(native.build(kernels.SOURCE, tmp_path).name)
     assert len(names) == 5
 
 

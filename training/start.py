@@ -25,6 +25,7 @@ from device import (
     allocate_in_segments,
     autocast,
     free_memory,
+    keep_memory,
     memory_is_full,
     pick_device,
     pick_dtype,
@@ -135,6 +136,8 @@ def prepare_machine(c):
     device, device_why = pick_device(c.device)
     if device.type == "cuda":
         allocate_in_segments()
+    if device.type == "cpu":
+        keep_memory()
     device = own_device(c.device, device, c.backend)
     dtype, dtype_why = pick_dtype(c.dtype, device)
     machine = Machine(device, device_why, dtype, dtype_why, autocast(device, dtype))
