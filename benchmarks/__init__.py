@@ -7,6 +7,7 @@ Under bench.py. Each file can be read alone:
     llama_cpp_peer  llama.cpp beside inference, in a process of its own
     chat       the second turn of a talk; fine-tuning beside TRL
     memory     activation checkpointing, and ZeRO's stages
+    step       one training update: its parts, its operators, its memory, beside nanoGPT's
     gpu        GPT-2's sizes beside the ceilings of one GPU
     serving    a model behind HTTP: speed, latency, overload, beside the servers of others
     endurance  what a server must survive: 10,000 calls of all kinds, clients that leave, kill -9

@@ -1,8 +1,9 @@
 """
 What several benchmarks share.
 
-Running one of our scripts and reading its run folder, calling a function in processes of its own, the machine that a
-figure comes from, a stopwatch, peak memory, the kernels of scaled_dot_product_attention, and a table.
+Running one of our scripts, the settings it would have, reading its run folder, calling a function in processes of its
+own, the machine that a figure comes from, a stopwatch, peak memory, the kernels of scaled_dot_product_attention, and a
+table.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import fail
+from configurator import fail, read_file, read_keys
 from device import DTYPES, use_sdpa
 from files import read_lines
 from training.monitor import cpu_name, git
@@ -60,6 +61,19 @@ def run_script(script, *args, ranks=1, required=True):
         fail(failure)
     print(f"warning: {failure}", file=sys.stderr)
     return None
+
+
+def train_settings(c):
+    """The settings that train.py would have: its defaults, then the config, then c.overrides."""
+    keys = read_keys(ROOT / "train.py")
+    values = {name: key.default for name, key in keys.items()}
+    values |= read_file(c.config, keys)
+    for override in c.overrides:
+        name, _, text = override.partition("=")
+        if name not in keys:
+            fail(f"--overrides: train.py has no key {name}")
+        values[name] = keys[name].check(text, f"--overrides={override}", parse=True)
+    return values
 
 
 def read_run(folder):

@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import PARTS, ROOT, machine, new_folder, read_run, run_script, table
-from configurator import fail, read_file, read_keys
+from benchmarks.common import PARTS, ROOT, machine, new_folder, read_run, run_script, table, train_settings
+from configurator import fail
 from dataset import Tokens, find_dataset
 from loader import Loader
 
@@ -285,19 +285,6 @@ def bench_loader(c):
     steps = records[-1]["step"]
     print(f"a training step waits for data {waiting:.3%} of its time ({steps:,} steps)")
     return {"machine": machine(), "tokens_per_s": medians, "all": speeds, "waiting": waiting}
-
-
-def train_settings(c):
-    """The settings that train.py would have: its defaults, then the config, then c.overrides."""
-    keys = read_keys(ROOT / "train.py")
-    values = {name: key.default for name, key in keys.items()}
-    values |= read_file(c.config, keys)
-    for override in c.overrides:
-        name, _, text = override.partition("=")
-        if name not in keys:
-            fail(f"--overrides: train.py has no key {name}")
-        values[name] = keys[name].check(text, f"--overrides={override}", parse=True)
-    return values
 
 
 def nanogpt_batches(path, block_size, batch_size):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_tokenizer import RANKS, needs_ranks
 
-from benchmarks import common
+from benchmarks import common, step
 from benchmarks.common import timed
 from benchmarks.inference import llama_cpp_of
 from benchmarks.training import typical
@@ -117,6 +117,11 @@ def test_a_part_that_was_not_recorded_is_not_known():
         (["zero", "--shape=2,3,64"], "64"),
         (["activations", "--device=tpu"], "device='tpu'"),
         (["infer", "--forms=float32,fp4"], "--forms=fp4"),
+        (["step", "--forms=int8"], "step takes float32 and bfloat16"),
+        (["step", "--step_model=gpt3"], "--step_model=gpt3"),
+        (["step", "--overrides=batch_size=0"], "--overrides=batch_size=4"),
+        (["step", "--overrides=n_embd=15"], "n_embd=15"),
+        (["step", "--peer_nanogpt=none"], "--peer_nanogpt=none has no model.py: it is the folder that git clone"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(call_script, bench, tmp_path, words, named):
@@ -317,3 +322,112 @@ def test_inference_is_timed_beside_the_plain_way(run_script):
     assert {"linear_ms", "plain, ms", "plain, prompt of 8, ms", "transformers, batch 1, ms"} <= first.keys()
     for other in result["others"]:
         assert other["kv_pool_mb"] == other["kv_pool_formula_mb"]
+
+
+# -----------------------------------------------------------------------------
+# step
+
+NANOGPT = """
+# A model with the interface of nanoGPT's model.py.
+from dataclasses import dataclass
+import torch
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print(config)
+        self.table = torch.nn.Embedding(config.vocab_size, config.n_embd)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        print("optimizer", weight_decay, learning_rate, betas, device_type)
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+
+    def forward(self, idx, targets):
+        logits = F.linear(self.table(idx), self.table.weight)
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+"""
+
+
+@pytest.mark.slow
+def test_an_update_is_timed_beside_nanogpts(run_script, tmp_path):
+    """GPT-2's 124M, made small: its batch and its optimizer stay, and nanoGPT's model has the same sizes."""
+    folder = tmp_path / "nano"
+    folder.mkdir()
+    (folder / "model.py").write_text(NANOGPT, encoding="utf-8")
+    done = run_script(
+        "bench.py", "step", f"--peer_nanogpt={folder}", "--forms=float32,int8", "--rounds=2", "--updates=2",
+        "--warm_up=1", "--overrides=n_layer=1,n_head=2,n_embd=16,block_size=8,vocab_size=50", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["settings"]["peer_nanogpt"] == "nano" and str(tmp_path) not in done.stdout
+    assert "GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=2, n_embd=16, dropout=0.0, bias=False)" in (
+        done.stderr), "what nanoGPT prints is no part of the benchmark's output"
+    assert "optimizer 0.1 0.0006 (0.9, 0.95) cpu" in done.stderr
+    row, = result["rows"]  # int8 trains nothing
+    assert row["weights"] == "float32" and len(row["ratios"]) == 2
+    assert row["ratio"] == pytest.approx(statistics.median(row["ratios"]))
+    assert row["tok_per_s"] > 0 and row["nanogpt_tok_per_s"] > 0
+    assert row["mem_gb"] > 0 and row["nanogpt_mem_gb"] > 0
+    assert done.stdout.startswith("1 layers of 16, 2 heads, 4 x 8 tokens, cpu")
+    assert "nanogpt_tok_per_s" in done.stdout.splitlines()[1]
+
+
+def test_an_update_of_a_config_has_its_parts_and_operators(bench, call_script):
+    code, out, err = call_script("bench.py", "step", f"--config={bench.config}", "--forms=bfloat16", "--rounds=1",
+                                 "--updates=2", "--warm_up=0", "--device=cpu")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    row, = result["rows"]
+    assert row.keys() == {"weights", "tok_per_s", "forward_ms", "backward_ms", "optim_ms", "mem_gb"}
+    assert result["settings"]["step_model"] == "config" and out.startswith("1 layers of 16, 2 heads, 4 x 16 tokens")
+    kinds = [operation["kind"] for operation in result["operations"]]
+    assert {"matrix products", "softmax and loss", "norms", "optimizer"} <= set(kinds)
+    assert sum(operation["share"] for operation in result["operations"]) == pytest.approx(100)
+    times = [operation["ms"] for operation in result["operations"]]
+    assert times == sorted(times, reverse=True)
+    products = result["operations"][kinds.index("matrix products")]
+    assert "mm" in products["largest"] and len(products["largest"].split(", ")) == 3
+
+
+def test_a_process_that_dies_ends_the_benchmark(capsys):
+    trainer = step.Trainer(step.our_updates, step.Job({}, None, 0, "float32", "no device", ""))
+    with pytest.raises(SystemExit):
+        trainer.ask(step.make_updates, 1)
+    assert "the process of our_updates ended without a result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind, operators",
+    [
+        ("matrix products", "aten::mm aten::addmm aten::bmm aten::baddbmm aten::linear mkldnn::_mkldnn_reshape"),
+        ("attention", "aten::_scaled_dot_product_flash_attention_for_cpu_backward aten::scaled_dot_product_attention"),
+        ("softmax and loss", "aten::_log_softmax aten::_softmax_backward_data minichat::linear_cross_entropy exp_"),
+        ("norms", "aten::native_layer_norm_backward aten::_fused_rms_norm aten::linalg_vector_norm _foreach_norm"),
+        ("optimizer", "aten::_fused_adamw_ aten::_foreach_lerp_ Optimizer.step#AdamW.step"),
+        ("copies and casts", "aten::copy_ aten::_to_copy aten::to aten::cat aten::fill_ aten::clone"),
+        ("element-wise, sums", "aten::mul_ aten::gelu_backward aten::sum aten::native_dropout aten::relu"),
+        ("the rest", "aten::view aten::embedding_dense_backward MmBackward0 aten::empty_strided"),
+    ],
+)
+def test_an_operators_kind_follows_from_its_name(kind, operators):
+    assert {name: step.kind_of(name) for name in operators.split()} == dict.fromkeys(operators.split(), kind)
+
+
+def test_the_shares_of_operators_are_of_all():
+    times_ms = {"aten::mm": 6.0, "aten::addmm": 1.0, "aten::bmm": 0.5, "aten::linear": 0.25, "aten::view": 2.25}
+    assert step.operation_rows("float32", times_ms) == [
+        {"weights": "float32", "kind": "matrix products", "share": 77.5, "ms": 7.75,
+         "largest": "mm 6.0, addmm 1.0, bmm 0.5"},
+        {"weights": "float32", "kind": "the rest", "share": 22.5, "ms": 2.25, "largest": "view 2.2"},
+    ]
