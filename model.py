@@ -56,6 +56,7 @@ class GPTConfig:
     mlp_width: int = 0            # hidden width of the MLP; 0: 4 n_embd, for swiglu two thirds of that
     tie_weights: bool = True      # the head is the embedding table
     logit_softcap: float = 0.0    # logits = cap * tanh(logits / cap); 0: off
+    init_std: float = 0.02        # standard deviation of the blocks' weights at first; 0: 1 / sqrt(inputs)
     zero_init: bool = False       # residual projections (and an untied head) start at zero
     attn: str = "auto"            # auto | sdpa | flash | math
 
@@ -82,6 +83,8 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
         if self.logit_softcap < 0.0:
             raise ValueError(f"logit_softcap={self.logit_softcap} must not be negative; 0 turns it off")
+        if self.init_std < 0.0:
+            raise ValueError(f"init_std={self.init_std} must not be negative; 0: 1 / sqrt(inputs)")
         if self.mlp_width < 0:
             raise ValueError(f"mlp_width={self.mlp_width} must not be negative; 0: 4 n_embd")
         if self.n_embd % self.n_head != 0:
@@ -336,8 +339,8 @@ class GPT(nn.Module):
 
     def init_weights(self):
         """GPT-2's initialisation (Radford et al. 2019, section 2.3): N(0, 0.02), residual projections, two a layer,
-        scaled by 1/sqrt(2 n_layer); biases 0, gains 1. With zero_init residual projections and an untied head are 0."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        scaled by 1/sqrt(2 n_layer); biases 0, gains 1. init_std=0 keeps the size of what passes a block's matrix
+        instead: 1/sqrt(inputs). With zero_init residual projections and an untied head are 0."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -346,7 +349,8 @@ class GPT(nn.Module):
                 if self.config.zero_init and (residual or name == "lm_head"):
                     nn.init.zeros_(module.weight)
                 else:
-                    nn.init.normal_(module.weight, std=residual_std if residual else 0.02)
+                    std = 0.02 if name == "lm_head" else self.config.init_std or module.in_features**-0.5
+                    nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -47,6 +47,7 @@ class Optimizers:
 
     def __init__(self, model, *, optimizer="adamw", learning_rate, muon_learning_rate=0.02,
                  weight_decay=0.0, betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32,
+                 muon_even_rows=False,
                  gather_tensor=None, shard_tensor=None, peers=(0, 1, None)):
         params = dict(model.named_parameters())
         self.names = {p: name for name, p in params.items()}
@@ -64,7 +65,7 @@ class Optimizers:
                 [params[n] for n in groups["muon"]], lr=muon_learning_rate, momentum=muon_momentum,
                 weight_decay=weight_decay, dtype=muon_dtype, names=self.names,
                 gather_tensor=gather_tensor, shard_tensor=shard_tensor, peers=peers,
-                pieces=pieces_of_attention(model, groups["muon"]),
+                pieces=pieces_of_attention(model, groups["muon"]), even_rows=muon_even_rows,
             )
         trained = [id(p) for group in self.param_groups for p in group["params"]]
         expected = [id(p) for p in params.values()]
@@ -188,10 +189,22 @@ def gram_newton_schulz(X, steps):
     return product @ X
 
 
+def even_rows(X):
+    """Matrices (n, rows, cols) with rows <= cols -> the same, each of its former size, but with columns of one length,
+    or rows if it is square: the weights of every hidden neuron and of every channel of a head change equally fast.
+
+    After NorMuon (Li et al. 2025, arXiv:2510.05491), which divides by a running mean of the lengths. Without the mean
+    there is no state, and the loss is the same (docs/log.md).
+    """
+    along, across = (-1, -2) if X.size(-2) == X.size(-1) else (-2, -1)
+    length = X.norm(dim=(-2, -1), keepdim=True) / X.size(across) ** 0.5
+    return X * (length / (X.norm(dim=along, keepdim=True) + 1e-7))
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) UV^T.
 
-    Nesterov momentum as in the original. A matrix that joins several, as c_attn joins queries, keys and values, is
+    Nesterov momentum as in the original; with `even_rows` as that function says. A matrix that joins several, as c_attn joins queries, keys and values, is
     orthogonalised piece by piece: `pieces` maps its name to the rows of each. Pieces of one shape, upright or not, are
     orthogonalised in one batch. The Newton-Schulz iteration runs in `dtype`: fp32 is reproducible to 1e-7 between
     layouts, bf16 is faster.
@@ -206,10 +219,10 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5,
                  dtype=torch.float32, names=None, gather_tensor=None, shard_tensor=None,
-                 peers=(0, 1, None), pieces=None, piece_scale=False):
+                 peers=(0, 1, None), pieces=None, even_rows=False):
         self.names = names
         self.pieces = pieces or {}
-        self.piece_scale = piece_scale
+        self.even_rows = even_rows
         self.gather_tensor = gather_tensor
         self.shard_tensor = shard_tensor
         self.rank, self.ranks, self.all_gather = peers
@@ -279,6 +292,8 @@ class Muon(torch.optim.Optimizer):
                 places.append(result)
         for pieces, places in batches.values():
             batch = orthogonalize(torch.stack(pieces), group["ns_steps"], self.dtype)
+            if self.even_rows:
+                batch = even_rows(batch)
             torch._foreach_copy_(places, list(batch.unbind()))
         return results
 

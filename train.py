@@ -81,6 +81,7 @@ activation = "gelu_tanh"      # gelu | gelu_tanh | relu2 | swiglu
 mlp_width = 0                 # hidden width of the MLP; 0: 4 n_embd, for swiglu two thirds of that
 tie_weights = True            # the head is the embedding table
 logit_softcap = 0.0           # 0: off
+init_std = 0.02               # standard deviation of the blocks' weights at first; 0: 1 / sqrt(inputs)
 zero_init = False             # residual projections (and an untied head) start at zero
 attn = "auto"                 # auto | sdpa | flash | math
 
@@ -89,6 +90,7 @@ optimizer = "adamw"           # adamw | muon (for the blocks' matrices; AdamW fo
 learning_rate = 6e-4          # AdamW's peak
 muon_learning_rate = 0.02     # Muon's peak; follows the same schedule
 muon_momentum = 0.95          # Nesterov momentum
+muon_even_rows = False        # every row of Muon's updates has the same length (optim.even_rows)
 muon_dtype = "auto"           # of the Newton-Schulz iteration: float32 | bfloat16 | auto (bfloat16 if dtype is)
 weight_decay = 1e-1           # on matrices and embeddings
 beta1 = 0.9                   # AdamW's
@@ -348,7 +350,8 @@ def make_optimizer(c, model, layout, machine):
     return Optimizers(
         model, optimizer=c.optimizer, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2),
         learning_rate=c.learning_rate, muon_learning_rate=c.muon_learning_rate,
-        muon_momentum=c.muon_momentum, muon_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        muon_momentum=c.muon_momentum, muon_even_rows=c.muon_even_rows,
+        muon_dtype=torch.bfloat16 if bfloat16 else torch.float32,
         **layout.optimizer_options(),
     )
 

@@ -27,10 +27,9 @@ from typing import NamedTuple
 
 import torch
 
-import device
 from benchmarks.common import ROOT, machine, table, train_settings
 from configurator import Settings, fail
-from device import DTYPES, allocate_in_segments, autocast, memory_gb, pick_device
+from device import DTYPES, allocate_in_segments, autocast, keep_memory, memory_gb, pick_device
 from loader import Batch
 from model import GPT, GPTConfig
 from optim import Optimizers
@@ -296,7 +295,7 @@ def set_up_memory(device_name):
     """Set up the allocator as train.py does, before the first tensor."""
     if device_name.startswith("cuda"):
         allocate_in_segments()
-    getattr(device, "keep_memory", lambda *args: None)()
+    keep_memory()
 
 
 def make_optimizer(c, model, dtype):
