@@ -322,9 +322,9 @@ class Muon(torch.optim.Optimizer):
         return all_updates
 
     def apply_updates(self, params, updates, group):
-        """Take the updates of `params`, all of one shape, out of `updates`, and apply them to this rank's part."""
+        """Take the updates of `params` out of `updates`, and apply them to this rank's part."""
         steps = [updates.pop(p).to(p.dtype) for p in params]
-        torch._foreach_mul_(steps, [math.sqrt(max(1.0, rows / cols)) for rows, cols in (step.shape for step in steps)])
+        torch._foreach_mul_(steps, [math.sqrt(max(1.0, step.size(0) / step.size(1))) for step in steps])
         if self.shard_tensor:
             steps = [local(self.shard_tensor(self.names[p], step, p))
                      for step, p in zip(steps, params, strict=True)]
