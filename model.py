@@ -56,6 +56,13 @@ class GPTConfig:
     logit_softcap: float = 0.0    # logits = cap * tanh(logits / cap); 0: off
     zero_init: bool = False       # residual projections (and an untied head) start at zero
     attn: str = "auto"            # auto | sdpa | flash | math
+    parts: str = ""               # candidates of an ablation, separated by "+"
+
+    def part(self, name):
+        """The value of a candidate such as qk1.4, or None."""
+        for part in self.parts.split("+"):
+            if part.rstrip("0123456789.-") == name:
+                return float(part[len(name):] or 1)
 
     def __post_init__(self):
         """Raises ValueError, naming the fields, for values without a meaning."""
@@ -211,12 +218,13 @@ class Attention(nn.Module):
         self.attn = config.attn
         self.dropout = config.dropout
         self.qk_norm = config.qk_norm
+        self.qk_scale = config.part("qk")
         self.norm_eps = config.norm_eps
         if config.qk_norm == "rms_gain":
             self.q_gain = nn.Parameter(torch.ones(config.head_dim))
             self.k_gain = nn.Parameter(torch.ones(config.head_dim))
 
-    def forward(self, x, rope=None, other_attend=None):
+    def forward(self, x, rope=None, other_attend=None, ve=None):
         """`other_attend(q, k, v)` takes the place of `attend`: that of a cache, or one with documents."""
         B, T, _ = x.shape
         qkv = self.c_attn(x)  # (B, T, (n_q + 2 n_kv) * head_dim)
@@ -226,11 +234,15 @@ class Attention(nn.Module):
 
         # normalise and rotate queries and keys together: half as many kernels
         qk, v = qkv.view(B, T, heads, self.head_dim).split((n_q + n_kv, n_kv), dim=2)
+        if ve is not None:
+            v = v + ve.view_as(v).to(v.dtype)
         if self.qk_norm != "none":
             qk = F.rms_norm(qk, (self.head_dim,), eps=self.norm_eps).to(v.dtype)  # autocast returns fp32
         if self.qk_norm == "rms_gain":
             gain = torch.cat((self.q_gain.expand(n_q, -1), self.k_gain.expand(n_kv, -1)))
             qk = qk * gain.to(qk.dtype)
+        if self.qk_scale:
+            qk = qk * self.qk_scale
         if rope is not None:
             qk = apply_rope(qk, *rope)
         q, k = qk.split((n_q, n_kv), dim=2)  # (B, T, n_q, head_dim), (B, T, n_kv, head_dim)
@@ -282,8 +294,8 @@ class Block(nn.Module):
         self.ln_2 = Norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, other_attend=None):
-        x = x + self.attn(self.ln_1(x), rope, other_attend)
+    def forward(self, x, rope=None, other_attend=None, ve=None):
+        x = x + self.attn(self.ln_1(x), rope, other_attend, ve)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -314,6 +326,17 @@ class GPT(nn.Module):
             cos, sin = rope_tables(config)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
+        if config.part("skip"):
+            self.x_scale = nn.Parameter(torch.ones(config.n_layer))
+            self.x0_scale = nn.Parameter(torch.zeros(config.n_layer))
+        if config.part("ve"):
+            kind = int(config.part("ve"))  # 1: odd layers from the last; 2: all; 3: the last only
+            layers = {1: range(config.n_layer - 1, -1, -2), 2: range(config.n_layer), 3: [config.n_layer - 1],
+                      4: [0, config.n_layer - 1]}[kind]
+            self.ve = nn.ModuleDict({str(i): nn.Embedding(config.padded_vocab_size, config.kv_heads * config.head_dim)
+                                     for i in layers})
+        if config.part("bigram"):
+            self.bigram = nn.Embedding(8192, config.n_embd)
         if config.norm_embed:
             self.transformer["ln_e"] = Norm(config, config.n_embd)
         self.lm_head = Head(config.n_embd, config.padded_vocab_size, bias=False)
@@ -336,6 +359,17 @@ class GPT(nn.Module):
                     nn.init.normal_(module.weight, std=residual_std if residual else 0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.config.part("ve"):
+            for table in self.ve.values():
+                nn.init.zeros_(table.weight)
+        if self.config.part("bigram"):
+            nn.init.zeros_(self.bigram.weight)
+        if self.config.part("embed"):
+            nn.init.normal_(self.transformer.wte.weight, std=self.config.part("embed"))
+        if self.config.part("init"):
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Linear) and "transformer.h" in name and not name.endswith("c_proj"):
+                    nn.init.normal_(module.weight, std=self.config.part("init") * self.config.n_embd ** -0.5)
 
     def embed(self, idx, positions=None, docs=None):
         """Token ids (B, T), int32 or int64, at `positions` (T,) or 0, 1, ... -> residual stream (B, T, n_embd).
@@ -406,8 +440,16 @@ class GPT(nn.Module):
         x = self.embed(idx, docs=docs)
         rope = self.rope(idx.size(1))
         other_attend = self.attend_apart(docs, x.dtype)
-        for block in self.transformer.h:
-            x = block(x, rope, other_attend)
+        if self.config.part("bigram"):
+            previous = F.pad(idx, (1, 0))[:, :-1]
+            x = x + self.bigram((previous * 36313 ^ idx * 27191) % 8192)
+        x0 = x
+        first_v = None
+        for i, block in enumerate(self.transformer.h):
+            if self.config.part("skip"):
+                x = self.x_scale[i] * x + self.x0_scale[i] * x0
+            ve = self.ve[str(i)](idx) if self.config.part("ve") and str(i) in self.ve else None
+            x = block(x, rope, other_attend, ve)
         if loss_only:
             return None, self.loss(x, targets, divisor)
         logits = self.head(x[:, -1:] if last_only else x)

@@ -29,6 +29,13 @@ def split_params(model, muon=False):
     return groups
 
 
+def part(parts, name):
+    for one in parts.split("+"):
+        if one.rstrip("0123456789.-") == name:
+            return float(one[len(name):] or 1)
+    return None
+
+
 class Optimizers:
     """AdamW, or AdamW and Muon, with the interface of one optimizer, so that a GradScaler steps both or neither.
 
@@ -47,17 +54,28 @@ class Optimizers:
 
     def __init__(self, model, *, optimizer="adamw", learning_rate, muon_learning_rate=0.02,
                  weight_decay=0.0, betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32,
-                 gather_tensor=None, shard_tensor=None, peers=(0, 1, None)):
+                 gather_tensor=None, shard_tensor=None, peers=(0, 1, None), parts=""):
         params = dict(model.named_parameters())
+        self.mean = None
         self.names = {p: name for name, p in params.items()}
         groups = split_params(model, muon=optimizer == "muon")
         adamw = []
+        groups = {k: list(v) for k, v in groups.items()}
+        extra = {"head": [n for n in groups["decay"] if n == "lm_head.weight"],
+                 "wte": [n for n in groups["decay"] if n == "transformer.wte.weight"],
+                 "ve": [n for n in groups["decay"] if n.startswith(("ve.", "bigram"))],
+                 "x": [n for n in groups["no_decay"] if n in ("x_scale", "x0_scale")]}
+        for key, names in extra.items():
+            factor = part(parts, key)
+            if factor and names:
+                adamw.append({"params": [params[n] for n in names], "weight_decay": 0.0, "lr": learning_rate * factor})
+                groups = {k: [n for n in v if n not in names] for k, v in groups.items()}
         for group, decay in (("decay", weight_decay), ("no_decay", 0.0)):
             if groups[group]:
                 adamw.append({"params": [params[n] for n in groups[group]], "weight_decay": decay})
         fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
         self.by_kind = {
-            "adamw": torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+            "adamw": torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=10 ** (part(parts, "eps") or -8), fused=fused)
         }
         if optimizer == "muon":
             self.by_kind["muon"] = Muon(
@@ -80,6 +98,36 @@ class Optimizers:
         """Scale every group's own learning rate by `factor`, so that all follow one schedule."""
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * factor
+
+    def set_parts(self, parts, step, steps, factor):
+        muon = self.by_kind.get("muon")
+        if muon is None:
+            return
+        for group in muon.param_groups:
+            group.setdefault("top", group["momentum"])
+            ramp = part(parts, "ramp")  # share of the run in which momentum rises from 0.1 below
+            low = group["top"] - (part(parts, "low") or 0.1)
+            if ramp:
+                group["momentum"] = low + (group["top"] - low) * min(1, step / (ramp * steps))
+            down = part(parts, "down")
+            if down and step > (1 - down) * steps:
+                group["momentum"] = low + (group["top"] - low) * (steps - step) / (down * steps)
+        muon.parts = parts
+        muon.factor = factor
+
+    @torch.no_grad()
+    def average(self, parts, model, step, steps):
+        """The mean of the weights of the last share of the run replaces them at its end."""
+        share = part(parts, "mean")
+        if not share or step <= (1 - share) * steps:
+            return
+        params = list(model.parameters())
+        if self.mean is None:
+            self.mean, self.count = [torch.zeros_like(p) for p in params], 0
+        self.count += 1
+        torch._foreach_lerp_(self.mean, params, 1 / self.count)
+        if step == steps:
+            torch._foreach_copy_(params, self.mean)
 
     def step(self):
         """One step of all optimizers, unless found_inf is 1.0."""
@@ -147,6 +195,9 @@ def pieces_of_attention(model, names):
     return {name: rows for name in names if name.endswith("attn.c_attn.weight")}
 
 
+import os
+POLAR = os.environ.get("POLAR")
+POLAR_EXPRESS = [(8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316), (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106), (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic a X + (b A + c A A) X with A = X X^T (Jordan 2024)
 
 
@@ -160,13 +211,13 @@ def orthogonalize(G, steps=5, dtype=torch.float32):
     if tall:
         X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now no singular value is above 1
-    if X.size(-1) >= 2 * X.size(-2):
+    if X.size(-1) >= 2 * X.size(-2) and not POLAR:
         while steps:
             X = gram_newton_schulz(X, min(steps, 3))
             steps -= min(steps, 3)
     else:
-        a, b, c = COEFFICIENTS
-        for _ in range(steps):
+        for k in range(steps):
+            a, b, c = COEFFICIENTS if not POLAR else POLAR_EXPRESS[k]
             A = X @ X.mT
             X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
     return (X.mT if tall else X).to(G.dtype)
@@ -308,8 +359,30 @@ class Muon(torch.optim.Optimizer):
 
     def apply_updates(self, params, updates, group):
         """Take the updates of `params`, all of one shape, out of `updates`, and apply them to this rank's part."""
-        steps = [updates.pop(p).to(p.dtype) for p in params]
-        torch._foreach_mul_(steps, [math.sqrt(max(1.0, rows / cols)) for rows, cols in (step.shape for step in steps)])
+        parts = getattr(self, "parts", "")
+        steps = [updates.pop(p).to(p.dtype, copy=True) for p in params]
+        if part(parts, "own"):
+            scale = [1.0 if self.names[p].endswith("c_attn.weight") else math.sqrt(max(1.0, step.shape[0] / step.shape[1]))
+                     for p, step in zip(params, steps)]
+        else:
+            scale = [math.sqrt(max(1.0, rows / cols)) for rows, cols in (step.shape for step in steps)]
+        if part(parts, "proj"):  # residual projections
+            scale = [s * (part(parts, "proj") if self.names[p].endswith("c_proj.weight") else 1) for p, s in zip(params, scale)]
+        if part(parts, "nor"):
+            for p, step in zip(params, steps):
+                state = self.state[p]
+                dim = -1 if step.size(0) >= step.size(1) else -2
+                v = step.square().mean(dim, keepdim=True)
+                if "second" not in state:
+                    state["second"] = torch.zeros_like(v)
+                    state["n"] = torch.zeros(())
+                beta = part(parts, "nor")
+                state["second"].lerp_(v, 1 - beta)
+                state["n"] += 1
+                before = step.norm()
+                step.mul_((state["second"] / (1 - beta ** state["n"]) + 1e-10).rsqrt())
+                step.mul_(before / (step.norm() + 1e-12))
+        torch._foreach_mul_(steps, scale)
         if self.shard_tensor:
             steps = [local(self.shard_tensor(self.names[p], step, p))
                      for step, p in zip(steps, params, strict=True)]
@@ -319,7 +392,10 @@ class Muon(torch.optim.Optimizer):
             bad = self.found_inf.to(steps[0].device).bool()
             steps = [step * ~bad for step in steps]
             decay = torch.where(bad, 1.0, decay)
-        if group["weight_decay"]:
+        if part(parts, "cwd"):
+            for w, step in zip(weights, steps):
+                w.addcmul_(w, (w * step > 0).to(w.dtype), value=-group["lr"] * self.factor * part(parts, "cwd"))
+        elif group["weight_decay"]:
             torch._foreach_mul_(weights, decay)
         torch._foreach_add_(weights, steps, alpha=-group["lr"])
 

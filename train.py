@@ -83,6 +83,8 @@ tie_weights = True            # the head is the embedding table
 logit_softcap = 0.0           # 0: off
 zero_init = False             # residual projections (and an untied head) start at zero
 attn = "auto"                 # auto | sdpa | flash | math
+parts = ""                    # candidates of the model
+opt_parts = ""                # candidates of the optimizer
 
 # the optimizer
 optimizer = "adamw"           # adamw | muon (for the blocks' matrices; AdamW for the rest)
@@ -246,6 +248,7 @@ def main(c, given, stop, lock, rewound=None):
             timer.start()
             lr = learning_rate_at(c, step)
             opt.set_lr(lr / c.learning_rate)
+            opt.set_parts(c.opt_parts, step, c.max_iters, lr / c.learning_rate)
 
             # the gradient of the update, accumulated over micro-batches and ranks
             micro_losses = []
@@ -271,6 +274,7 @@ def main(c, given, stop, lock, rewound=None):
             if probing:
                 timer.aside("optim_ms", update.end)
             opt.zero_grad()
+            opt.average(c.opt_parts, model, step, c.max_iters)
             timer.mark("optim_ms")
             unread.append((torch.stack(micro_losses).mean(), norm))
             state["step"] = step = step + 1
@@ -349,7 +353,7 @@ def make_optimizer(c, model, layout, machine):
         model, optimizer=c.optimizer, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2),
         learning_rate=c.learning_rate, muon_learning_rate=c.muon_learning_rate,
         muon_momentum=c.muon_momentum, muon_dtype=torch.bfloat16 if bfloat16 else torch.float32,
-        **layout.optimizer_options(),
+        parts=c.opt_parts, **layout.optimizer_options(),
     )
 
 
