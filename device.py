@@ -193,6 +193,31 @@ def build_for(capability):
     return "install a newer torch, built for this GPU"
 
 
+def pick_threads(asked=0):
+    """`threads` of the settings, 0: torch's choice -> (how many threads torch shall use on the CPU, reason to print).
+
+    torch counts the cores that a process may run on. A container can have a share of their time that is smaller; more
+    threads than that wait for each other in every operation."""
+    if asked:
+        return asked, "asked for"
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ:
+        return threads, "OMP_NUM_THREADS"
+    share = cpu_share()
+    if share and share < threads:
+        return max(1, int(share)), f"this container's share of {threads} cores"
+    return threads, "one for each core"
+
+
+def cpu_share(file="/sys/fs/cgroup/cpu.max"):
+    """How many cores the control group of this process may keep busy (Linux, cgroup v2); None: as many as there are."""
+    try:
+        quota, period = Path(file).read_text(encoding="ascii").split()
+        return int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
+        return None
+
+
 # -----------------------------------------------------------------------------
 # Precision
 

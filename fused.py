@@ -56,6 +56,11 @@ def library():
     return found
 
 
+def trouble():
+    """Why the kernels do not run here, in words; empty if they do."""
+    return native.load(SOURCE)[1]
+
+
 def serves(x):
     """Whether the kernels take this tensor here and now."""
     if x.device.type != "cpu" or x.dtype not in TYPES or not torch.is_grad_enabled() or not x.requires_grad:

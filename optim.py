@@ -204,10 +204,10 @@ def even_rows(X):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: p <- p (1 - lr wd) - lr sqrt(max(1, rows/cols)) UV^T.
 
-    Nesterov momentum as in the original; with `even_rows` as that function says. A matrix that joins several, as c_attn joins queries, keys and values, is
+    Nesterov momentum as in the original. A matrix that joins several, as c_attn joins queries, keys and values, is
     orthogonalised piece by piece: `pieces` maps its name to the rows of each. Pieces of one shape, upright or not, are
-    orthogonalised in one batch. The Newton-Schulz iteration runs in `dtype`: fp32 is reproducible to 1e-7 between
-    layouts, bf16 is faster.
+    orthogonalised in one batch, and then made even with `even_rows` (see there). The Newton-Schulz iteration runs in
+    `dtype`: fp32 is reproducible to 1e-7 between layouts, bf16 is faster.
 
     Ranks that hold the same matrices divide the work and exchange the updates. `peers` is (this rank's place among
     them, their number, their all-gather: a vector (n,) of each rank -> (ranks, n)). Momentum costs little, so each rank

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import fused
 from attention import pick_attention
 from device import memory_gb, rss_gb, sdpa_kernel_of
 from files import clock_face, finite, sha256, write_whole
@@ -382,7 +383,9 @@ def announce(c, run, budget, measure, model_config):
     layout, machine, data, costs = measure.layout, measure.machine, measure.data, measure.costs
     attention, attention_why = describe_attention(c, machine, model_config, data.train.doc_mask)
     run.say(f"device      {machine.device} ({machine.device_why}), {machine.dtype_name} ({machine.dtype_why}), "
-            f"{attention} attention ({attention_why}), {torch.get_num_threads()} CPU threads")
+            f"{attention} attention ({attention_why}), {torch.get_num_threads()} CPU threads ({machine.threads_why})")
+    if machine.device.type == "cpu" and fused.trouble():
+        run.say(f"fused       not at all, so steps take longer: {fused.trouble()}")
     if layout.world > 1:
         run.say(f"layout      {layout}")
     rows = ""

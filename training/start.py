@@ -29,6 +29,7 @@ from device import (
     memory_is_full,
     pick_device,
     pick_dtype,
+    pick_threads,
     use_sdpa,
     use_tf32,
 )
@@ -122,6 +123,7 @@ class Machine:
     device_why: str
     dtype: torch.dtype
     dtype_why: str
+    threads_why: str  # of torch.get_num_threads()
     context: Any  # the context manager that forward passes run in: autocast
 
     @property
@@ -131,8 +133,9 @@ class Machine:
 
 def prepare_machine(c):
     """Pick device and precision, and set PyTorch up for them. -> Machine. Raises ValueError."""
-    if c.threads:
-        torch.set_num_threads(c.threads)
+    threads, threads_why = pick_threads(c.threads)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     device, device_why = pick_device(c.device)
     if device.type == "cuda":
         allocate_in_segments()
@@ -140,7 +143,7 @@ def prepare_machine(c):
         keep_memory()
     device = own_device(c.device, device, c.backend)
     dtype, dtype_why = pick_dtype(c.dtype, device)
-    machine = Machine(device, device_why, dtype, dtype_why, autocast(device, dtype))
+    machine = Machine(device, device_why, dtype, dtype_why, threads_why, autocast(device, dtype))
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # the events that time a step are recorded there
     use_tf32(c.tf32, device)
