@@ -10,9 +10,9 @@ out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
 block_size = 256
 batch_size = 12
-max_iters = 1250
+max_iters = 720
 context_start = 64      # begin with a short context: it is quicker, and the model learns as much
-context_iters = 750
+context_iters = 432
 
 n_layer = 4
 n_head = 3
@@ -28,7 +28,7 @@ warmup_iters = 20
 lr_schedule = "wsd"
 wsd_decay_frac = 0.6
 
-eval_interval = 500
+eval_interval = 360
 eval_iters = 0          # the whole validation split
 log_interval = 10
 sample_tokens = 200

@@ -9,17 +9,17 @@ out_dir = "out/shakespeare_char_cpu"
 dataset = "shakespeare_char"
 block_size = 64
 batch_size = 16
-max_iters = 260
+max_iters = 190
 context_start = 32
-context_iters = 104
+context_iters = 76
 
 n_layer = 2
 n_head = 2
 n_embd = 128
 
-muon_learning_rate = 0.04
+muon_learning_rate = 0.06
 muon_momentum = 0.8
-learning_rate = 8e-3
+learning_rate = 1.2e-2
 min_lr = 0.0
 weight_decay = 0.0
 grad_clip = 0.0
@@ -27,7 +27,7 @@ warmup_iters = 10
 lr_schedule = "wsd"
 wsd_decay_frac = 0.6
 
-eval_interval = 260
+eval_interval = 190
 eval_iters = 0
 log_interval = 10
 device = "cpu"

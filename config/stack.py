@@ -8,6 +8,8 @@ activation = "relu2"
 tie_weights = False
 bias = False
 zero_init = True
+init_std = 0.0          # 1 / sqrt(inputs)
 
 optimizer = "muon"      # has a learning rate of its own: muon_learning_rate
 muon_dtype = "auto"
+muon_even_rows = True
