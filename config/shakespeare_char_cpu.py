@@ -9,9 +9,9 @@ out_dir = "out/shakespeare_char_cpu"
 dataset = "shakespeare_char"
 block_size = 64
 batch_size = 16
-max_iters = 160
+max_iters = 180
 context_start = 32
-context_iters = 64
+context_iters = 72
 
 n_layer = 2
 n_head = 2
@@ -27,7 +27,7 @@ warmup_iters = 10
 lr_schedule = "wsd"
 wsd_decay_frac = 0.6
 
-eval_interval = 160
+eval_interval = 180
 eval_iters = 0
 log_interval = 10
 device = "cpu"
