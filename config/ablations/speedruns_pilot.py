@@ -1,0 +1,17 @@
+"""
+The stack of config/ablations/pilot.py (ten million parameters, three million tokens) with even rows of Muon's updates
+and larger first weights.
+
+    python data/shakespeare_char/prepare.py
+    python ablate.py config/ablations/speedruns_pilot.py
+
+One seed says nothing about the noise; docs/results/pilot.jsonl has the stack before.
+"""
+
+from config.ablations.pilot import _stack, common
+from config.ablations.speedruns import _even_rows, _init
+
+base = "config/shakespeare_char_gpt2.py"
+seeds = (1,)
+
+variants = {"stack_speedruns": {**_stack, **_even_rows, **_init}}
