@@ -403,7 +403,7 @@ def test_the_figures_are_those_of_the_results():
         holds = {"train": holds_train, "data": holds_data, "loader": holds_loader, "infer": holds_infer,
                  "activations": holds_activations, "layouts": holds_layouts, "scaling": holds_scaling,
                  "zero": holds_zero, "monitor": holds_monitor, "turns": holds_turns, "sft": holds_sft,
-                 "serve": holds_serve}
+                 "serve": holds_serve, "step": holds_step}
         holds[result["benchmark"]](rows, result)
         runs = result.get("runs") or [result["machine"]]
         assert not any(run["dirty"] for run in runs) and len({run["commit"] for run in runs}) == 1
@@ -441,6 +441,17 @@ def holds_train(rows, result):
     if rows[0].count("|") == 7:  # the table of many processes has two columns more
         speed = sum(run["tok_per_s"] for run in result["runs"]) / n
         assert f"| {speed:,.0f} | {result['settings']['processes']} |" in rows[0]
+
+
+def holds_step(rows, result):
+    """A row for each form: speed and memory beside nanoGPT's; and one for each kind of operation."""
+    for row in result["rows"]:
+        speeds = f"{row['tok_per_s']:.1f} | {row['nanogpt_tok_per_s']:.1f} | {row['ratio']:.2f}"
+        figures = f"| {row['weights']} | {speeds} | {row['mem_gb']:.2f} | {row['nanogpt_mem_gb']:.2f} |"
+        assert any(line.startswith(figures) for line in rows), figures
+    for row in result["operations"]:
+        figures = f"| {row['weights']} | {row['kind']} | {row['share']:.1f} | {row['ms']:.0f} |"
+        assert any(line.startswith(figures) for line in rows), figures
 
 
 def holds_data(rows, result):
