@@ -104,9 +104,10 @@ class RMSNorm(torch.autograd.Function):
         return gx, None, None
 
 
-def rms_norm(x, eps):
-    """x / sqrt(mean(x^2) + eps) over the last dimension, in the dtype of the next product. (..., n) -> (..., n)"""
-    return RMSNorm.apply(x, eps, product_dtype(x))
+def rms_norm(x, eps, dtype=None):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in `dtype` or that of the next product. (..., n) -> (..., n)
+    """
+    return RMSNorm.apply(x, eps, dtype or product_dtype(x))
 
 
 # -----------------------------------------------------------------------------
@@ -203,8 +204,9 @@ class CausalAttention(torch.autograd.Function):
 
 
 def causal_attention(q, k, v):
-    """Causal softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D), contiguous -> (B, H, T, D)"""
-    return CausalAttention.apply(q, k, v)
+    """Causal softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D) -> (B, H, T, D), in the dtype of the products"""
+    dtype = product_dtype(q)
+    return CausalAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype))
 
 
 # -----------------------------------------------------------------------------

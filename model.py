@@ -138,11 +138,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if self.kind != "rmsnorm_nogain" else None
         self.bias = nn.Parameter(torch.zeros(dim)) if self.kind == "layernorm" and config.bias else None
 
-    def forward(self, x):
+    def forward(self, x, keep_dtype=False):
+        """x / its size -> in the dtype of the next product, or with `keep_dtype` in that of x, at least."""
         if self.kind == "layernorm":
             return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
         if self.kind == "rmsnorm_nogain" and fused.serves(x):
-            return fused.rms_norm(x, self.eps)
+            return fused.rms_norm(x, self.eps, x.dtype if keep_dtype else None)
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
@@ -368,7 +369,7 @@ class GPT(nn.Module):
             table = self.transformer.wpe.weight
             x = x + (table[:T] if positions is None else F.embedding(positions, table))
         if self.config.norm_embed:
-            x = self.transformer.ln_e(x)
+            x = self.transformer.ln_e(x, keep_dtype=True)  # the residual stream stays fp32 under autocast
         return F.dropout(x, self.config.dropout, self.training)
 
     def rope(self, T):
