@@ -44,8 +44,9 @@ dtype = "float32"       # of the matrices in a .gguf: float32 | float16 | bfloat
 # Which class can express a model
 
 # Fields of GPTConfig that are written or checked below. A fork may have more.
-KNOWN = set("""activation attn bias block_size dropout logit_softcap mlp_width n_embd n_head n_kv_head n_layer norm
-    norm_embed norm_eps pos qk_norm rope_factor rope_scaling rope_theta tie_weights vocab_size zero_init""".split())
+KNOWN = set("""activation attn bias block_size dropout init_std logit_softcap mlp_width n_embd n_head n_kv_head n_layer
+    norm norm_embed norm_eps pos qk_norm rope_factor rope_scaling rope_theta tie_weights vocab_size
+    zero_init""".split())
 
 # For each class of transformers, the values of our fields that it can express
 PLAIN = {"norm_embed": (False,), "logit_softcap": (0.0,)}

@@ -5,10 +5,9 @@ Train a GPT: the settings, the setup and the training loop, top to bottom.
     python train.py config/shakespeare_char.py --out_dir=out/mine --learning_rate=3e-3
     torchrun --standalone --nproc_per_node=4 train.py config/owt_124m.py --zero_stage=1
 
-The data, the dropout and the update of step s follow from (config, seed, s). So a run that was killed and resumed with
---init_from=resume ends with the bits of an unbroken one, and a run that rewound from a bad step (training/guard.py)
-with the bits of a run that was told to skip its batch. Many processes share the same steps (parallel.py): each trains
-on some of the micro-batches, and rank 0 writes.
+The data, the dropout and the update of step s follow from (config, seed, s). So a run that was killed and resumed ends
+with the bits of an unbroken one, and a run that rewound (training/guard.py) with those of a run that skips its step.
+Many processes share the same steps (parallel.py): each trains on some of the micro-batches, and rank 0 writes.
 """
 
 import shlex
@@ -348,10 +347,9 @@ def make_optimizer(c, model, layout, machine):
     if c.muon_dtype == "auto":
         bfloat16 = machine.dtype == torch.bfloat16
     return Optimizers(
-        model, optimizer=c.optimizer, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2),
-        learning_rate=c.learning_rate, muon_learning_rate=c.muon_learning_rate,
-        muon_momentum=c.muon_momentum, muon_even_rows=c.muon_even_rows,
-        muon_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        model, optimizer=c.optimizer, learning_rate=c.learning_rate, betas=(c.beta1, c.beta2),
+        weight_decay=c.weight_decay, muon_learning_rate=c.muon_learning_rate, muon_momentum=c.muon_momentum,
+        muon_even_rows=c.muon_even_rows, muon_dtype=torch.bfloat16 if bfloat16 else torch.float32,
         **layout.optimizer_options(),
     )
 
@@ -360,8 +358,7 @@ def learning_rate_at(c, step):
     """AdamW's learning rate of the update that follows `step` updates."""
     return lr_at(
         step, learning_rate=c.learning_rate, min_lr=c.min_lr,
-        schedule=c.lr_schedule if c.decay_lr else "constant",
-        warmup_iters=c.warmup_iters if c.decay_lr else 0,
+        schedule=c.lr_schedule if c.decay_lr else "constant", warmup_iters=c.warmup_iters if c.decay_lr else 0,
         lr_decay_iters=c.lr_decay_iters or c.max_iters, decay_frac=c.wsd_decay_frac,
     )
 

@@ -14,6 +14,7 @@ import setuptools  # noqa: F401  before anything imports distutils, which torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several processes run tests at once
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process that compiles starts others
 
+import fused  # noqa: E402
 from data.common import write_dataset  # noqa: E402
 from inference import kernels  # noqa: E402
 from tokenizer import CharTokenizer  # noqa: E402
@@ -29,6 +30,7 @@ hypothesis.settings.load_profile("any machine")
 
 def pytest_sessionstart():
     """Compile the kernels of a CPU before the tests, which look at what a script prints."""
+    fused.library()
     kernels.available()
 
 
@@ -116,7 +118,6 @@ def call_script(monkeypatch, capsys):
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    """A CPU without a C++ compiler, as far as inference is concerned."""
-    from inference import kernels
-
+    """A CPU without a C++ compiler."""
+    monkeypatch.setattr(fused, "library", lambda: None)
     monkeypatch.setattr(kernels, "find_library", lambda: (None, "no C++ compiler: apt install g++"))

@@ -17,8 +17,9 @@ from configurator import read_file, read_keys  # noqa: E402
 
 ROOMS = ("training", "inference", "foreign", "serving", "reporting", "benchmarks")  # flat folders beside the scripts
 FLOORS = [
-    "files keys device attention cross_entropy float8 inference.puzzles inference.rounding inference.kernels "
-    "benchmarks.traffic",
+    "files keys device float8 native inference.puzzles inference.rounding benchmarks.traffic",
+    "fused inference.kernels",
+    "attention cross_entropy",
     "configurator model tokenizer training.ranks training.sharded_checkpoint reporting.isoflop reporting.significance",
     "dataset conversation foreign.names foreign.byte_level inference.prompts inference.int4 "
     "inference.gptq inference.draws inference.paged inference.tiled",
@@ -40,8 +41,9 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
 # what the ground floor and model.py may import besides the standard library; see test_setup.py for the other files
-BARE = {"configurator": {"files", "keys"}, "keys": set(), "cross_entropy": {"torch"},
-        "attention": {"torch", "flash_attn"}, "model": {"torch", "attention", "cross_entropy"},
+BARE = {"configurator": {"files", "keys"}, "keys": set(), "native": set(), "fused": {"torch", "native"},
+        "cross_entropy": {"torch", "fused"}, "attention": {"torch", "fused", "flash_attn"},
+        "model": {"torch", "attention", "cross_entropy", "fused"}, "inference/kernels": {"torch", "native"},
         "float8": {"torch"}, "device": {"torch"}, "files": set(), "reporting/isoflop": {"numpy"}}
 
 # floors of data/; every prepare.py may import all of these

@@ -45,6 +45,7 @@ TOGGLES = [
     {"mlp_width": 56, "activation": "swiglu"},
     {"tie_weights": False},
     {"logit_softcap": 3.0},
+    {"init_std": 0.0},
     {"zero_init": True},
     {"bias": False},
     {"dropout": 0.2},
@@ -811,6 +812,22 @@ def test_initial_weights_are_gpt2s(bias):
     assert any(name.endswith("bias") for name, _ in model.named_parameters()) == bias
 
 
+def test_init_std_is_that_of_the_blocks_matrices_alone():
+    """0: 1 / sqrt(inputs), with which a matrix keeps the size of what passes it. The embedding and the head stay."""
+    sizes = dict(std=0, n_layer=8, n_embd=128, vocab_size=1024, tie_weights=False)
+    usual = dict(build(**sizes).named_parameters())
+    for init_std in (0.05, 0.0):
+        for name, p in build(init_std=init_std, **sizes).named_parameters():
+            if p.ndim == 2 and name.startswith("transformer.h."):
+                std = init_std or p.size(1) ** -0.5
+                if name.endswith("c_proj.weight"):
+                    std = std / 4  # 1 / sqrt(2 * 8 layers)
+                assert abs(p.std() - std) < 5 * std / math.sqrt(2 * p.numel()), name
+            elif p.ndim == 2:
+                n = p.numel()
+                assert abs(p.std() - usual[name].std()) < 5 * 0.02 / math.sqrt(n), name
+
+
 def test_an_untrained_model_knows_nothing():
     model = build(std=0, vocab_size=1024, n_embd=64)
     idx = tokens(model, B=8)
@@ -932,9 +949,9 @@ def test_flash_without_its_package_is_named():
 
 
 @pytest.mark.parametrize(("file", "others"), [
-    ("model.py", {"attention", "cross_entropy"}), ("attention.py", {"flash_attn"}),
+    ("model.py", {"attention", "cross_entropy", "fused"}), ("attention.py", {"flash_attn", "fused"}),
 ])
-def test_the_model_imports_torch_its_attention_and_its_loss_alone(file, others):
+def test_the_model_imports_torch_its_attention_its_loss_and_fused_operations_alone(file, others):
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
     names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]

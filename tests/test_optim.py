@@ -161,7 +161,7 @@ def test_orthogonalize_keeps_the_singular_vectors_and_evens_the_values(rows, col
     assert 0.6 < diagonal.min() and diagonal.max() < 1.3
     assert (values - torch.diag_embed(diagonal)).abs().max() < off_diagonal
     scaled = orthogonalize(1000 * G.float(), dtype=dtype)
-    assert (scaled - out).abs().max() < off_diagonal / 5  # the length of the gradient does not matter
+    assert (scaled - out).abs().max() < off_diagonal  # the length of the gradient does not matter, except to rounding
 
 
 def test_orthogonalize_treats_each_matrix_alone():
@@ -189,7 +189,8 @@ def run_muon(cls, shapes, steps, **settings):
 @pytest.mark.parametrize("momentum, weight_decay", [(0.95, 0.0), (0.8, 0.1)])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_muon_is_torchs_muon(momentum, weight_decay, steps):
-    """torch.optim.Muon computes in bf16, so ours does here: eight bits of mantissa, a few per cent of the update.
+    """torch.optim.Muon computes in bf16, so ours does here: eight bits of mantissa, a few per cent of the update. With
+    oblong matrices ours iterates on X X^T, where rounding is another, and larger (optim.gram_newton_schulz).
 
     The test also compares conventions: momentum buffers are running means (lerp), the rate sqrt(max(1, rows / cols)).
     """
@@ -203,7 +204,8 @@ def test_muon_is_torchs_muon(momentum, weight_decay, steps):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
     for begin, a, b in zip(start, ours, theirs, strict=True):
         moved = b - begin
-        assert (a - b).norm() < 0.02 * moved.norm()
+        square = a.size(0) == a.size(1)
+        assert (a - b).norm() < (0.02 if square else 0.06) * moved.norm()
     _, exact, _ = run_muon(Muon, shapes, steps, **named)
     for begin, a, b in zip(start, exact, theirs, strict=True):
         assert (a - b).norm() < 0.05 * (b - begin).norm()  # fp32 is the same method
@@ -281,9 +283,10 @@ def test_ranks_share_the_work_of_muon(ranks, dtype, monkeypatch):
 @pytest.mark.parametrize("ranks", [1, 2, 4, 12])
 def test_muons_work_is_shared_out_evenly(ranks):
     """In runs, so that few shapes are divided; and no rank has much more than its share."""
-    shapes = [shape for shape in ((192, 64), (64, 64), (256, 64), (64, 256)) for _ in range(12)]
-    owners = optim.share_out(shapes, ranks)
-    flops = [rows * cols + 32 * 64 for rows, cols in shapes]  # as 64 is the smaller side
+    kinds = ([(64, 64), (32, 64), (32, 64)], [(64, 64)], [(64, 256)], [(64, 256)])  # c_attn is three matrices
+    pieces = [shapes for shapes in kinds for _ in range(12)]
+    owners = optim.share_out(pieces, ranks)
+    flops = [sum(2 * n**2 * m + n**3 for n, m in shapes) for shapes in pieces]  # X X^T, A A, and a product with X
     assert owners == sorted(owners) and set(owners) == set(range(ranks))
     load = [sum(f for f, owner in zip(flops, owners, strict=True) if owner == rank) for rank in range(ranks)]
     assert max(load) <= sum(load) / ranks + max(flops)
