@@ -8,7 +8,7 @@ and larger first weights.
 One seed says nothing about the noise; docs/results/pilot.jsonl has the stack before.
 """
 
-from config.ablations.pilot import _stack, common
+from config.ablations.pilot import _stack, common  # noqa: F401  ablate.py reads common
 from config.ablations.speedruns import _even_rows, _init
 
 base = "config/shakespeare_char_gpt2.py"
