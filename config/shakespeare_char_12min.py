@@ -9,9 +9,9 @@ out_dir = "out/shakespeare_char_12min"
 dataset = "shakespeare_char"
 block_size = 256
 batch_size = 12
-max_iters = 3000
+max_iters = 2600
 context_start = 64      # begin with a short context: it is quicker, and the model learns as much
-context_iters = 1800
+context_iters = 1560
 
 n_layer = 4
 n_head = 4
@@ -27,7 +27,7 @@ warmup_iters = 20
 lr_schedule = "wsd"
 wsd_decay_frac = 0.6
 
-eval_interval = 750
+eval_interval = 650
 eval_iters = 0          # the whole validation split
 log_interval = 10
 sample_tokens = 200
