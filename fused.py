@@ -146,7 +146,7 @@ class SplitHeads(torch.autograd.Function):
         qkv = qkv.contiguous()
         B, T, width = qkv.shape
         D = width // (n_q + 2 * n_kv)
-        ctx.rope = rope and [table.contiguous() for table in rope]
+        ctx.rope = rope and [table.float().contiguous() for table in rope]
         cosines, sines = [table.data_ptr() for table in ctx.rope] if rope else (None, None)
         ctx.heads = Heads(B, T, n_q, n_kv, D, cosines, sines, eps, normalised)
         q = qkv.new_empty(B, n_q, T, D)
