@@ -54,14 +54,15 @@ def distance(a, b):
 
 
 def check(operation, reference, inputs):
-    """In fp32 1e-6 of the exact result, at most. In bfloat16 no further from it than PyTorch's own operations."""
+    """In fp32 1e-6 from the exact result, or where large scores lose digits, within twice PyTorch's own distance. In
+    bfloat16 no further from it than PyTorch."""
     ours = results(operation, inputs)
     exact = results(reference, [t.double() for t in inputs])
     theirs = results(reference, inputs)
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert a.dtype == b.dtype == inputs[0].dtype and a.shape == c.shape
         if a.dtype == FP32:
-            assert distance(a, c) < 1e-6
+            assert distance(a, c) < max(1e-6, 2 * distance(b, c))
         else:  # one rounding each: whose halves are the luckier ones is chance
             assert distance(a, c) <= 1.02 * distance(b, c) + 1e-12
 
@@ -157,7 +158,7 @@ def test_split_heads(dtype, n_q, n_kv, D, B, T, rotated, normalised):
 
 
 @either_dtype
-@pytest.mark.parametrize("B, H, T, D", [(1, 1, 1, 6), (2, 1, 5, 6), (2, 3, 33, 16), (1, 2, 100, 40)])
+@pytest.mark.parametrize("B, H, T, D", [(1, 1, 1, 6), (8, 2, 5, 6), (2, 3, 33, 16), (1, 2, 100, 40)])
 @pytest.mark.parametrize("scale", [1.0, 8.0])  # with the second, weights below the smallest fp32
 def test_causal_attention(dtype, B, H, T, D, scale):
     if T == 1:  # softmax of one score: the queries' and keys' gradients are 0
