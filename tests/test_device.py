@@ -19,6 +19,7 @@ from device import (  # noqa: E402
     can_compile,
     inference_kernels,
     inner_error,
+    keep_memory,
     memory_gb,
     missing_for_compile,
     peak_flops,
@@ -504,6 +505,51 @@ def test_what_the_user_set_for_the_allocator_stays(allocator, monkeypatch, name,
     allocate_in_segments()
     both = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
     assert {key: os.environ[key] for key in both & set(os.environ)} == {name: value} and allocator == []
+
+
+@pytest.fixture
+def mallopt(monkeypatch):
+    """Linux with glibc and none of its variables set. -> the options that mallopt is called with"""
+    options = []
+
+    class Glibc:
+        def __init__(self, name):
+            assert name is None  # this process
+            self.mallopt = lambda option, value: options.append((option, value)) or 1
+
+    for name in os.environ:
+        if name.startswith("MALLOC_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(device.ctypes, "CDLL", Glibc)
+    return options
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def test_a_process_keeps_the_memory_that_it_frees(mallopt):
+    keep_memory()
+    assert mallopt == [(M_TRIM_THRESHOLD, -1), (M_MMAP_MAX, 0)]
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX"])
+def test_what_the_user_set_for_malloc_stays(mallopt, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    keep_memory()
+    assert mallopt == []
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_malloc_is_left_alone_on_another_system(mallopt, monkeypatch, system):
+    monkeypatch.setattr(sys, "platform", system)
+    keep_memory()
+    assert mallopt == []
+
+
+def test_another_c_library_has_no_mallopt(monkeypatch, mallopt):
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: object())  # musl
+    keep_memory()
 
 
 @pytest.mark.parametrize("where", ["darwin", "wsl", "rocm"])

@@ -1,9 +1,6 @@
 """kernels.cpp and the layers over it hold to PyTorch's results, in each form's own arithmetic and on other CPUs too."""
 
 import ctypes
-import os
-import stat
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -304,81 +301,7 @@ def test_the_ways_of_other_cpus_give_the_same(march, tmp_path, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# The library
-
-
-def write_program(path, text):
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
-def test_without_a_compiler_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    assert native.load.__wrapped__(kernels.SOURCE) == (None, "no C++ compiler: apt install g++")
-
-
-@pytest.mark.parametrize("text, reason", [
-    ("echo cannot find crtbegin >&2; echo more >&2; exit 1", "does not compile kernels.cpp: cannot find crtbegin"),
-    ("exit 3", "does not compile kernels.cpp: no message"),
-    ('while [ "$1" != -o ]; do shift; done; echo rubbish > "$2"', "kernels_"),  # of the loader, which names the file
-])
-def test_a_compiler_that_fails_is_one_reason(text, reason, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(write_program(tmp_path / "cxx", text)))
-    library, why = native.load.__wrapped__(kernels.SOURCE)
-    assert library is None and reason in why and "\n" not in why
-    assert not [p for p in (tmp_path / "minichat").iterdir() if not p.name.startswith("kernels_")], "nothing is left"
-
-
-def test_a_cache_that_cannot_be_written_is_one_reason(tmp_path, monkeypatch):
-    (tmp_path / "a file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
-    library, why = native.load.__wrapped__(kernels.SOURCE)
-    assert library is None and "a file" in why and "\n" not in why
-
-
-def test_only_its_user_may_write_to_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert stat.S_IMODE(native.cache_folder().stat().st_mode) == 0o700
-    assert native.cache_folder() == tmp_path / "minichat"
-
-
-def test_processes_that_compile_at_once_leave_one_library(tmp_path, monkeypatch):
-    """A compiler that waits until two of it run."""
-    program = write_program(tmp_path / "cxx", f"""
-        touch {tmp_path}/running.$$
-        for i in $(seq 1000); do [ $(ls {tmp_path}/running.* | wc -l) -lt 2 ] || break; sleep 0.01; done
-        while [ "$1" != -o ]; do shift; done
-        echo $$ > "$2" """)
-    monkeypatch.setenv("CXX", str(program))
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    made = []
-    threads = [threading.Thread(target=lambda: made.append(native.build(kernels.SOURCE, folder))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert made[0] == made[1] and os.listdir(folder) == [made[0].name]
-    assert native.build(kernels.SOURCE, folder) == made[0]
-    assert len(list(tmp_path.glob("running.*"))) == 2, "compiled again"
-
-
-def test_another_cpu_compiler_or_source_gives_another_library(tmp_path, monkeypatch):
-    program = write_program(tmp_path / "cxx", 'while [ "$1" != -o ]; do shift; done; touch "$2"')
-    monkeypatch.setenv("CXX", str(program))
-    names = {native.build(kernels.SOURCE, tmp_path).name}
-    monkeypatch.setattr(native, "cpu_features", lambda: "flags: fpu vme avx512_vnni")
-    names.add(native.build(kernels.SOURCE, tmp_path).name)
-    monkeypatch.setattr(native, "FLAGS", (*NATIVE, "-g"))
-    names.add(native.build(kernels.SOURCE, tmp_path).name)
-    monkeypatch.setattr(kernels, "SOURCE", write_program(tmp_path / "kernels.cpp", "int x;"))
-    names.add(native.build(kernels.SOURCE, tmp_path).name)
-    monkeypatch.setenv("CXX", str(write_program(tmp_path / "cxx2", program.read_text().partition("\n")[2])))
-    names.add(native.build(kernels.SOURCE, tmp_path).name)
-    assert len(names) == 5
+# The structures
 
 
 def test_the_structures_are_those_of_the_source():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,11 +174,86 @@ def test_orthogonalize_treats_each_matrix_alone():
     assert not orthogonalize(torch.zeros(1, 4, 4)).any()  # and no 0 / 0
 
 
-def run_muon(cls, shapes, steps, **settings):
-    """-> weights and momentum buffers after `steps` steps on the same random gradients."""
+def plain_newton_schulz(G, dtype):
+    """orthogonalize as Jordan wrote it, on X itself: X <- aX + (bA + cAA)X with A = X X^T. G (n, rows, cols), lying"""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.to(dtype)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X
+
+
+def relative_error(X, exact):
+    return ((X.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("rows, cols", [(16, 32), (24, 96), (64, 256), (1, 8)])
+@pytest.mark.parametrize("condition", [1e1, 1e4])
+def test_the_iteration_on_the_small_matrix_is_the_plain_one(rows, cols, condition):
+    """Exact in fp64, in fp32 to 1e-5. In bfloat16 small singular values are lost to rounding in either; of few large
+    ones it loses more (optim.gram_newton_schulz)."""
+    _, U, Vh = matrix(3, rows, cols)
+    s = torch.logspace(0, -math.log10(condition), rows, dtype=torch.float64)
+    G = (U * s) @ Vh
+    exact = plain_newton_schulz(G, torch.float64)
+    assert relative_error(orthogonalize(G, dtype=torch.float64), exact) < 1e-12
+    assert relative_error(orthogonalize(G.float()), exact) < 1e-5
+    assert relative_error(orthogonalize(G.mT.float()).mT, exact) < 1e-5
+    error = relative_error(orthogonalize(G.float(), dtype=torch.bfloat16), exact)
+    if condition == 1e4:
+        assert error <= 2 * relative_error(plain_newton_schulz(G.float(), torch.bfloat16), exact) + 1e-2
+    else:
+        assert error < 0.08
+
+
+@pytest.mark.parametrize("rows, cols, along", [(16, 16, -1), (16, 40, -2), (1, 8, -2)])
+def test_even_rows_gives_columns_or_rows_of_one_length(rows, cols, along):
+    """Rows if the matrix is square. Each matrix keeps its size (Frobenius norm) and the directions of its vectors."""
+    X = torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(0))
+    X *= torch.tensor([1.0, 0.1, 50.0])[:, None, None]
+    even = optim.even_rows(X)
+    length = even.norm(dim=along)
+    assert torch.allclose(length, length.mean(-1, keepdim=True).expand_as(length), rtol=1e-4)
+    assert torch.allclose(even.norm(dim=(-2, -1)), X.norm(dim=(-2, -1)), rtol=1e-4, atol=0)
+    assert torch.allclose(F.cosine_similarity(even, X, dim=along), torch.ones(()), atol=1e-5)
+    assert torch.equal(optim.even_rows(torch.zeros(2, rows, cols)), torch.zeros(2, rows, cols))
+
+
+@pytest.mark.parametrize("even_rows", [False, True])
+@pytest.mark.parametrize("n_kv_head", [0, 2, 1])
+def test_queries_keys_and_values_are_orthogonalised_each_alone(n_kv_head, even_rows):
+    """c_attn's weight has them one below another. Its state stays one buffer of its shape: checkpoints do not change.
+    """
+    model = build(n_head=4, n_embd=32, n_kv_head=n_kv_head)
+    name = "transformer.h.1.attn.c_attn.weight"
+    weight, before = model.get_parameter(name), weights(model)[name]
+    opt = optimizers(model, weight_decay=0.0, muon_learning_rate=0.5, muon_even_rows=even_rows)
+    loss_at(model, 0).backward()
+    opt.step()
+    width = 8 * (n_kv_head or 4)
+    step = []
+    nesterov = (1 - 0.95**2) * weight.grad  # of the first step
+    for part in nesterov.split((32, width, width)):
+        update = orthogonalize(part[None])
+        step.append(optim.even_rows(update)[0] if even_rows else update[0])
+    step = torch.cat(step) * math.sqrt(weight.size(0) / weight.size(1))
+    assert torch.allclose(before - weight, 0.5 * step, rtol=0, atol=1e-5)
+    state = opt.state_dict()["muon"]
+    assert state.keys() == set(split_params(model, muon=True)["muon"])
+    assert all(set(values) == {"momentum_buffer"} for values in state.values())
+    assert all(values["momentum_buffer"].shape == model.get_parameter(n).shape for n, values in state.items())
+
+
+def run_muon(cls, shapes, steps, rows=None, **settings):
+    """-> weights and momentum buffers after `steps` steps on the same random gradients. rows: how many each piece of
+    the first matrix has, if it joins several."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     start = [p.detach().clone() for p in params]
+    if rows:
+        settings |= dict(names={p: str(i) for i, p in enumerate(params)}, pieces={"0": rows})
     opt = cls(params, lr=0.05, **settings)
     for _ in range(steps):
         for p in params:
@@ -259,21 +335,23 @@ class Peers:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [2, 3, 8])
-def test_ranks_share_the_work_of_muon(ranks, dtype, monkeypatch):
+@pytest.mark.parametrize("even_rows", [False, True])
+def test_ranks_share_the_work_of_muon(ranks, dtype, even_rows, monkeypatch):
     """Each orthogonalises some of the matrices and keeps the whole state. All end with the same bits, which are those
     of one process up to rounding. Eight ranks are more than there are matrices."""
     shapes = [(24, 16), (16, 24), (24, 16), (16, 16), (24, 16), (16, 24)]
-    _, alone, alone_buffers = run_muon(Muon, shapes, 3, weight_decay=0.1, dtype=dtype)
+    options = dict(rows=(16, 4, 4), weight_decay=0.1, dtype=dtype, even_rows=even_rows)
+    _, alone, alone_buffers = run_muon(Muon, shapes, 3, **options)
     done = []  # matrices in each batch
     monkeypatch.setattr(optim, "orthogonalize", lambda G, *rest: done.append(len(G)) or orthogonalize(G, *rest))
     peers = Peers(ranks)
 
     def of(rank):
-        return run_muon(Muon, shapes, 3, weight_decay=0.1, dtype=dtype, peers=peers.of(rank))
+        return run_muon(Muon, shapes, 3, peers=peers.of(rank), **options)
 
     with ThreadPoolExecutor(ranks) as pool:
         _, there, buffers = zip(*pool.map(of, range(ranks)), strict=True)
-    assert sum(done) == 3 * len(shapes), "none is done twice"
+    assert sum(done) == 3 * (len(shapes) + 2), "none is done twice"  # the first is three matrices
     for params, kept in zip(there, buffers, strict=True):
         assert all(map(torch.equal, params, there[0])) and all(map(torch.equal, kept, alone_buffers))
         assert all(torch.allclose(a, b, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
