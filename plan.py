@@ -151,7 +151,8 @@ def loss_memory(costs, tokens, small, cuda, copied):
     """Bytes at the peak of cross_entropy.py: its input, the table's gradient, a piece of the logits with its softmax or
     its gradient of the table, and a copy of the table in half precision if it is `copied`."""
     vocab = costs.config.padded_vocab_size
-    pieces = -(-tokens // rows_at_once(vocab, "cuda" if cuda else "cpu"))
+    dtype = torch.bfloat16 if small == 2 else torch.float32
+    pieces = -(-tokens // rows_at_once(vocab, "cuda" if cuda else "cpu", dtype=dtype))
     piece = -(-tokens // pieces) * vocab  # elements; a soft-cap halves the rows and doubles the bytes
     half = costs.table / 2 if small == 2 else 0  # bytes of the table in half precision
     softmax = 4 if small == 2 and not cuda else 0  # bytes per logit, in fp32; compiled it takes none

@@ -214,7 +214,7 @@ def refuse_odd_values(body):
     """Raise APIError naming the field that has NaN, an infinite number, or half a character of UTF-16 (a lone
     surrogate), which no text may hold."""
     for name, item in body.items():
-        param = name if is_text(name) and len(name) <= LONGEST_NAME else None
+        param = name if is_text(name) and name.isprintable() and len(name) <= LONGEST_NAME else None
         stack = [name, item]
         while stack:
             value = stack.pop()

@@ -372,7 +372,9 @@ def test_the_experiments_that_are_there_make_sense(path, words, monkeypatch):
     # their datasets may not be there: this one takes their place
     found = [plain_ablate.resolve(experiment._replace(variants={name: {**variant, "dataset": str(words)}}), name, {},
                                   keys, "") for name, variant in experiment.variants.items()]
-    least = {"pilot": (3, 1), "learning_rate_bpe": (6, 3)}.get(path.stem, (10, 3))
+    few = {"pilot": (3, 1), "learning_rate_bpe": (6, 3), "speedruns": (5, 3), "speedruns_bpe": (4, 3),
+           "speedruns_pilot": (1, 1)}
+    least = few.get(path.stem, (10, 3))
     assert len({variant.identity["config_sha256"] for variant in found}) == len(found) >= least[0]
     assert len(experiment.seeds) >= least[1]
     assert re.search(r"[?]", question(path))
@@ -385,6 +387,8 @@ def test_the_experiments_that_are_there_make_sense(path, words, monkeypatch):
 def test_the_presets_are_what_was_compared():
     keys, experiment = read_keys(ROOT / "train.py"), ROOT / "config" / "ablations" / "architecture.py"
     variants = read_experiment(str(experiment), keys).variants
+    later = read_experiment(str(experiment.with_name("speedruns.py")), keys).variants["both"]
+    variants["stack"] = {**variants["stack"], **later}
     base = read_file(str(ROOT / "config" / "shakespeare_char_gpt2.py"), keys)
     defaults = {name: key.default for name, key in keys.items()}
     for preset, variant in (("gpt2", "base"), ("stack", "stack")):

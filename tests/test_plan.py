@@ -74,7 +74,8 @@ def saved_bytes(model, batch_size, T):
 
 
 @pytest.mark.parametrize("toggle", TOGGLES, ids=lambda t: ",".join(f"{k}={v}" for k, v in t.items()) or "-")
-def test_activations_are_what_autograd_saves(toggle):
+def test_activations_are_what_autograd_saves(toggle, no_kernels):
+    """As on a GPU: what a CPU fuses saves less."""
     model = GPT(GPTConfig(**{**SIZES, **toggle}))
     for batch_size, T in ((4, 64), (2, 24)):
         body, logits = saved_bytes(model, batch_size, T)
@@ -119,7 +120,8 @@ def test_weights_gradients_and_optimizer_state_are_exact(toggle):
 
 
 def test_a_piece_of_the_logits_stops_growing():
-    """By hand, GPT-2's shape: 50,304 x 768 elements in the table, 2,668 rows in a piece on CUDA, 667 on a CPU."""
+    """By hand, GPT-2's shape: 50,304 x 768 elements in the table, 2,668 rows in a piece on CUDA, 667 on a CPU, twice as many in half
+    precision."""
     with torch.device("meta"):
         model = GPT(GPTConfig(n_layer=1))
     costs, V, C = costs_of(model), 50304, 768
@@ -130,7 +132,7 @@ def test_a_piece_of_the_logits_stops_growing():
 
     assert besides_input(256, small=4, cuda=False) == table + 4 * 256 * V
     assert besides_input(20 * 667, small=4, cuda=False) == table + 4 * 667 * V
-    assert besides_input(20 * 667, small=2, cuda=False) == table + table / 2 + 6 * 667 * V
+    assert besides_input(20 * 1334, small=2, cuda=False) == table + table / 2 + 6 * 1334 * V
     assert besides_input(20 * 2668, small=2, cuda=True) == table + table / 2 + 2 * 2668 * V + table / 2
     assert besides_input(20 * 2668, small=4, cuda=True) == table + 4 * 2668 * V
     assert besides_input(16, small=2, cuda=True) == table + table / 2 + 2 * 16 * V + table / 2  # the product outlasts
@@ -190,8 +192,9 @@ def peak_of(profile, held=0):
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_takes_what_the_plan_says(dtype, softcap):
-    """Two pieces, or four with a soft-cap; the plan counts the gradient of the hidden states as an activation."""
+def test_the_loss_takes_what_the_plan_says(dtype, softcap, no_kernels):
+    """Two pieces, or four with a soft-cap; the plan counts the gradient of the hidden states as an activation. As on a
+    GPU: what a CPU fuses takes less."""
     N, C, V = 1024, 64, 50257
     costs = costs_of(meta_model({**SIZES, "n_embd": C, "vocab_size": V}))
     x, table = torch.randn(N, C, requires_grad=True), torch.randn(50304, C, requires_grad=True)
@@ -218,7 +221,7 @@ MEASURED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", MEASURED)
-def test_the_total_is_what_a_step_takes_within_a_tenth(name, how):
+def test_the_total_is_what_a_step_takes_within_a_tenth(name, how, no_kernels):
     sizes, batch_size, dtype = MEASURED[name]
     torch.manual_seed(1)
     model = GPT(GPTConfig(**sizes))

@@ -1,5 +1,6 @@
 """
-config/ablations/speedruns.py on Tiny Shakespeare in a byte-level BPE of 1,024 tokens.
+Does what config/ablations/speedruns.py asks of characters hold for BPE tokens? Tiny Shakespeare in a byte-level BPE of
+1,024 tokens.
 
     python data/shakespeare_bpe/prepare.py
     python ablate.py config/ablations/speedruns_bpe.py

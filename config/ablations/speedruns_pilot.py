@@ -1,6 +1,6 @@
 """
-The stack of config/ablations/pilot.py (ten million parameters, three million tokens) with even rows of Muon's updates
-and larger first weights.
+Do even rows of Muon's updates and larger first weights help ten million parameters on three million tokens as well? The
+stack of config/ablations/pilot.py with both.
 
     python data/shakespeare_char/prepare.py
     python ablate.py config/ablations/speedruns_pilot.py
