@@ -1,5 +1,6 @@
 # The architecture and optimizer that docs/report.md finds best, with the two parts that docs/log.md adds on 2026-11-28
-# (init_std, muon_even_rows), to put over any configuration. The stack before is _stack of config/ablations/architecture.py.
+# (init_std, muon_even_rows), to put over any configuration. The stack before is _stack of
+# config/ablations/architecture.py.
 #     python train.py config/owt_124m.py config/stack.py --out_dir=out/owt_124m_stack
 pos = "rope"
 norm = "rmsnorm_nogain"
