@@ -19,9 +19,9 @@ from torch import Tensor
 
 import fused
 
-# How many logits are held at once, by type of device; on a CPU twice as many where they take two bytes. A GPU's matrix
-# products want a few thousand rows: 2,668 rows (with GPT-2's vocabulary) x 768 are 126 tiles of 128 x 128, for the 132
-# multiprocessors of an H100. The GPU's number is computed, not measured.
+# How many logits are held at once, by type of device; twice as many of bfloat16 where a CPU's kernel (fused.py) needs
+# no copy of them in fp32. A GPU's matrix products want a few thousand rows: 2,668 rows (with GPT-2's vocabulary) x 768
+# are 126 tiles of 128 x 128, for the 132 multiprocessors of an H100. The GPU's number is computed, not measured.
 PIECE = {"cpu": 2**25, "cuda": 2**27}
 
 
@@ -47,7 +47,7 @@ def rows_at_once(padded_vocab_size, kind, softcap=0.0, piece=0, dtype=torch.floa
     """How many rows of logits are held at once on a device of this type."""
     piece = piece or PIECE.get(kind, PIECE["cpu"])
     rows = piece // padded_vocab_size
-    if kind == "cpu" and dtype.itemsize == 2:
+    if kind == "cpu" and dtype == torch.bfloat16 and fused.library() is not None:
         rows = rows * 2
     if softcap:
         rows = rows // 2  # the slope of the soft-cap takes as much memory again

@@ -155,16 +155,18 @@ class SplitHeads(torch.autograd.Function):
         scale = torch.empty(B * T * (n_q + n_kv) if normalised else 0)
         library().split_heads(ctypes.byref(ctx.heads), qkv.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(),
                               scale.data_ptr(), TYPES[qkv.dtype], torch.get_num_threads())
-        ctx.save_for_backward(qkv, scale)
+        ctx.save_for_backward(qkv if normalised else None, scale)  # the gradient of a rotation needs no values
         return q, k, v
 
     @staticmethod
     def backward(ctx, gq, gk, gv):
         qkv, scale = ctx.saved_tensors
         gq, gk, gv = gq.contiguous(), gk.contiguous(), gv.contiguous()
-        g = torch.empty_like(qkv)
-        library().split_heads_backward(ctypes.byref(ctx.heads), gq.data_ptr(), gk.data_ptr(), gv.data_ptr(),
-                                       qkv.data_ptr(), scale.data_ptr(), g.data_ptr(), TYPES[qkv.dtype],
+        heads = ctx.heads
+        g = gq.new_empty(heads.B, heads.T, (heads.n_q + 2 * heads.n_kv) * heads.D)
+        values = g if qkv is None else qkv
+        library().split_heads_backward(ctypes.byref(heads), gq.data_ptr(), gk.data_ptr(), gv.data_ptr(),
+                                       values.data_ptr(), scale.data_ptr(), g.data_ptr(), TYPES[g.dtype],
                                        torch.get_num_threads())
         return g, None, None, None, None, None
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+import fused
 from configurator import Settings, configure, fail
 from cross_entropy import rows_at_once
 from model import GPT, GPTConfig
@@ -155,7 +156,8 @@ def loss_memory(costs, tokens, small, cuda, copied):
     pieces = -(-tokens // rows_at_once(vocab, "cuda" if cuda else "cpu", dtype=dtype))
     piece = -(-tokens // pieces) * vocab  # elements; a soft-cap halves the rows and doubles the bytes
     half = costs.table / 2 if small == 2 else 0  # bytes of the table in half precision
-    softmax = 4 if small == 2 and not cuda else 0  # bytes per logit, in fp32; compiled it takes none
+    in_place = cuda or fused.library() is not None
+    softmax = 4 if small == 2 and not in_place else 0  # bytes per logit, in fp32; compiled it takes none
     peak = piece * small + max(piece * softmax, half) + (half if copied else 0)
     return 4 * tokens * costs.config.n_embd + costs.table + peak
 
@@ -166,7 +168,8 @@ def step_memory(costs, batch_size, dtype=torch.float32, T=0, layout=ONE_GPU, mic
     - optimizer: the two moments of AdamW; Muon keeps one, so this is an upper bound for it
     - casts: the matrices of the blocks in `dtype`, which autocast keeps for the backward pass; with ZeRO the gathered
       weights, which in stage 3 belong to two blocks and the ends (embedding and head)
-    - activations: what autograd keeps on the first pipeline stage, for as many micro-batches as there are stages
+    - activations: what autograd keeps on the first pipeline stage, for as many micro-batches as there are stages; a
+      CPU's fused operations (fused.py) keep up to an eighth more
     - logits: the peak of the loss; backward: that of the last block. The total contains the larger of the two
     -> {"weights", "gradients", "optimizer", "casts", "activations", "logits", "backward", "total"}
     """

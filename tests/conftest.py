@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: sever
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process that compiles starts others
 
 import fused  # noqa: E402
+import training.start  # noqa: E402
 from data.common import write_dataset  # noqa: E402
 from inference import kernels  # noqa: E402
 from tokenizer import CharTokenizer  # noqa: E402
@@ -114,6 +115,12 @@ def call_script(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call_script
+
+
+@pytest.fixture(autouse=True)
+def memory_goes_back(monkeypatch):
+    """device.keep_memory lasts as long as its process, and some tests measure how much memory this one holds."""
+    monkeypatch.setattr(training.start, "keep_memory", lambda: None)
 
 
 @pytest.fixture

@@ -178,8 +178,11 @@ def test_pytorch_finds_no_fault_in_the_operator():
 @needs_clear_refs
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_holds_less_than_two_pieces(dtype, softcap):
+@pytest.mark.parametrize("kernels", [True, False])
+def test_it_holds_less_than_two_pieces(dtype, softcap, kernels, request):
     """GPT-2's vocabulary, as many rows as fill four pieces; the table is narrow, so the logits are all there is."""
+    if not kernels:
+        request.getfixturevalue("no_kernels")
     rows = 4 * rows_at_once(50304, "cpu")
     table = torch.randn(50304, 8, requires_grad=True)
     x, targets = torch.randn(rows, 8, requires_grad=True), torch.randint(50257, (rows,))
