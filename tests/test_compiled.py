@@ -186,7 +186,7 @@ def test_everything_that_decides_what_is_compiled_is_in_the_name(monkeypatch):
         patch.setattr(torch, "get_num_threads", lambda: 77)
         names.append(name_of(engine))
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "cpu_features", lambda: "flags: fpu")
+        patch.setattr(native, "cpu_features", lambda: "flags: fpu")
         names.append(name_of(engine))
     kernel_names = []
     for _ in range(2):  # in another process a function lies at another address
