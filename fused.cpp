@@ -46,7 +46,7 @@ static inline float sum_of(int64_t n, F f) {
     return lanes[0];
 }
 
-// The largest x[i] for i < n, and not a number if one of them is none
+// The largest x[i] for i < n. If one of them is not a number, any of them: the sums after it are not a number either
 static inline float largest_of(const float *x, int64_t n) {
     float lanes[LANES];
     for (int k = 0; k < LANES; k++) lanes[k] = x[0];

@@ -5,8 +5,8 @@ kernels.cpp, compiled for the CPU at hand and called from PyTorch: the products 
     minichat::attend(q, k, v, ...)    the attention of one new token for each request (inference/kvcache.py)
 
 The compiler runs once, about ten seconds (native.py). Where there is no C++ compiler, trouble() says so and PyTorch's
-own kernels take over. Both functions are operators of
-PyTorch, so torch.compile keeps them as they are amid what it fuses.
+own kernels take over. Both functions are operators of PyTorch, so torch.compile keeps them as they are amid what it
+fuses.
 """
 
 import ctypes

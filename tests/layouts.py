@@ -73,6 +73,8 @@ def cases(ranks):
             yield name, model, "adamw", settings
         if ranks == 4 and ("ZeRO-3" in name or name in ("TP 2 x DDP", "PP 2 x DDP")):
             yield name, "multi-query", "muon", settings
+        if ranks == 2 and name in ("ZeRO-3", "TP 2"):
+            yield name, "multi-query", "even muon", settings
         if "TP 4" not in name:
             yield name, "talks", "adamw", settings
     if ranks < 8:
@@ -149,7 +151,8 @@ def alone():
 
 
 def train(layout, name, optimizer, layers, scale=1.0, batches=None):
-    """Ten steps as train.py does them, with a model of that name. -> what is compared: names -> tensors, or numbers"""
+    """Ten steps as train.py does them, with a model of that name, and an optimizer, "even muon" being Muon with
+    even_rows. -> what is compared: names -> tensors, or numbers"""
     torch.manual_seed(1)
     changes = (MODELS | TALKS)[name]
     model = GPT(GPTConfig(**SIZES, **changes, n_layer=layers))
@@ -160,7 +163,8 @@ def train(layout, name, optimizer, layers, scale=1.0, batches=None):
     accumulation = layout.share_micro_batches(MICRO_BATCHES)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     model = layout.place(model)
-    opt = Optimizers(model, optimizer=optimizer, learning_rate=1e-3, weight_decay=0.1, **layout.optimizer_options())
+    opt = Optimizers(model, optimizer=optimizer.removeprefix("even "), muon_even_rows=optimizer.startswith("even "),
+                     learning_rate=1e-3, weight_decay=0.1, **layout.optimizer_options())
     placed = layout.gather_weights()
     same = layout.rank > 0 or all_equal(placed, start)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)  # and nobody unscales
