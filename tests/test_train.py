@@ -590,6 +590,7 @@ def test_golden_curve(optimizer, tiny, tmp_path):
     done = tiny(tmp_path, optimizer=optimizer, **settings, **(stack if optimizer == "muon" else {}))
     assert done.code == 0, done.err
     curve = losses(tmp_path) + [records(tmp_path)[-1]["val_loss"]]
+    print("CURVE", [round(v, 6) for v in curve])
     assert curve == pytest.approx(GOLDEN[optimizer], rel=1e-4)
 
 
