@@ -191,7 +191,8 @@ def gram_newton_schulz(X, steps):
 
 def even_rows(X):
     """Matrices (n, rows, cols) with rows <= cols -> the same, each of its former size, but with columns of one length,
-    or rows if it is square: the weights of every hidden neuron and of every channel of a head change equally fast.
+    or rows if it is square: the weights of every hidden neuron and of every channel of a head change equally fast (of
+    keys and values that many queries share, the weights of every input).
 
     After NorMuon (Li et al. 2025, arXiv:2510.05491), which divides by a running mean of the lengths. Without the mean
     there is no state, and the loss is the same (docs/log.md).
