@@ -646,7 +646,7 @@ def test_the_labels_stand_at_the_lines(monkeypatch, tmp_path):
     ax = drawn[0].axes[0]
     texts = [text.get_text() for text in ax.texts]
     assert [text.splitlines()[0] for text in texts] == ["a", "b", "c"]
-    assert texts[0].splitlines()[1].startswith("1.90 after 4") and texts[1].splitlines()[1].startswith("1.88 after ")
+    assert texts[0].splitlines()[1].startswith("1.90 after 4") and texts[1].splitlines()[1].startswith("1.87 after ")
     assert [text.get_ha() for text in ax.texts] == ["left", "right", "left"]
     assert len(ax.lines) == 6 and len(ax.collections) == 3  # line and dots of each, and its band
 
