@@ -459,8 +459,8 @@ def keep_memory():
     before training on a CPU. Does nothing without glibc.
 
     By default a block of more than 32 MB goes back to the kernel as soon as it is freed. Each step then gets its logits
-    and gradients as new pages, which the kernel fills with zeros first: with GPT-2's 124M a fifth of a step's CPU time
-    (numbers in mallopt(3): M_TRIM_THRESHOLD -1, M_MMAP_MAX -4)."""
+    and gradients as new pages, which the kernel fills with zeros first: with GPT-2's 124M in bfloat16 that is a sixth
+    of the CPU time of a step (docs/log.md). The numbers are mallopt(3)'s: M_TRIM_THRESHOLD is -1, M_MMAP_MAX is -4."""
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none

@@ -24,7 +24,7 @@ import native
 SOURCE = Path(__file__).with_name("fused.cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 MOST_CHANNELS = 256  # of a head: fused.cpp's MOST
-MOST_KEYS = 512  # of causal_attention: for more tokens the T x T weights take too much memory
+MOST_KEYS = 512  # of causal_attention: fused.cpp's. For more tokens the T x T weights take too much memory
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int64

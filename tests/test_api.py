@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_chat import WITH_BYTES, WITH_CHARS, chain, ids_of, model_of
 from test_house import imports
@@ -228,6 +228,7 @@ halves = st.sampled_from(["\ud800", "a\udfff", "\udc00\ud800"])
 field_names = sorted({name for body_type in BODIES for name in body_type.model_fields})
 
 
+@example(raw=b'{"\\n": Infinity}', body_type=CompletionBody)
 @settings(deadline=None)
 @given(raw=st.one_of(st.binary(), words.map(str.encode), st.builds(lambda v: json.dumps(v).encode(), values)),
        body_type=st.sampled_from(BODIES))

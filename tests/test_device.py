@@ -212,6 +212,27 @@ def test_a_gpu_that_this_build_runs_on_is_taken(machine, build, archs, capabilit
     assert pick_device("auto")[0] == CUDA and pick_device("cuda:0")[1] == "asked for"
 
 
+@pytest.mark.parametrize("limit, cores", [("150000 100000", 1.5), ("max 100000", None), ("", None), ("100 0", None)])
+def test_the_share_of_a_container(limit, cores, tmp_path):
+    (tmp_path / "cpu.max").write_text(limit)
+    assert device.cpu_share(tmp_path / "cpu.max") == cores
+    assert device.cpu_share(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("asked, variable, share, threads, why", [
+    (3, None, 1.0, 3, "asked for"), (0, "8", 1.0, 8, "OMP_NUM_THREADS"), (0, None, None, 8, "one for each core"),
+    (0, None, 2.5, 2, "this container's share of 8 cores"), (0, None, 0.5, 1, "this container's share of 8 cores"),
+    (0, None, 8.0, 8, "one for each core"),
+])
+def test_threads_are_those_that_the_process_can_keep_busy(asked, variable, share, threads, why, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(device, "cpu_share", lambda: share)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert device.pick_threads(asked) == (threads, why)
+
+
 @pytest.mark.parametrize("native", [False, True])
 def test_a_cpu_takes_bfloat16_where_it_multiplies_it(native, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)

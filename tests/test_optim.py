@@ -162,7 +162,7 @@ def test_orthogonalize_keeps_the_singular_vectors_and_evens_the_values(rows, col
     assert 0.6 < diagonal.min() and diagonal.max() < 1.3
     assert (values - torch.diag_embed(diagonal)).abs().max() < off_diagonal
     scaled = orthogonalize(1000 * G.float(), dtype=dtype)
-    assert (scaled - out).abs().max() < off_diagonal  # the length of the gradient does not matter, except to rounding
+    assert (scaled - out).abs().max() < off_diagonal / 5  # the length of the gradient does not matter
 
 
 def test_orthogonalize_treats_each_matrix_alone():
@@ -192,8 +192,7 @@ def relative_error(X, exact):
 @pytest.mark.parametrize("rows, cols", [(16, 32), (24, 96), (64, 256), (1, 8)])
 @pytest.mark.parametrize("condition", [1e1, 1e4])
 def test_the_iteration_on_the_small_matrix_is_the_plain_one(rows, cols, condition):
-    """Exact in fp64, in fp32 to 1e-5. In bfloat16 small singular values are lost to rounding in either; of few large
-    ones it loses more (optim.gram_newton_schulz)."""
+    """Exact in fp64, in fp32 to 1e-5. In bfloat16 it would be less exact, so there the plain one is taken."""
     _, U, Vh = matrix(3, rows, cols)
     s = torch.logspace(0, -math.log10(condition), rows, dtype=torch.float64)
     G = (U * s) @ Vh
@@ -201,11 +200,8 @@ def test_the_iteration_on_the_small_matrix_is_the_plain_one(rows, cols, conditio
     assert relative_error(orthogonalize(G, dtype=torch.float64), exact) < 1e-12
     assert relative_error(orthogonalize(G.float()), exact) < 1e-5
     assert relative_error(orthogonalize(G.mT.float()).mT, exact) < 1e-5
-    error = relative_error(orthogonalize(G.float(), dtype=torch.bfloat16), exact)
-    if condition == 1e4:
-        assert error <= 2 * relative_error(plain_newton_schulz(G.float(), torch.bfloat16), exact) + 1e-2
-    else:
-        assert error < 0.08
+    half = orthogonalize(G.float(), dtype=torch.bfloat16)
+    assert torch.equal(half, plain_newton_schulz(G.float(), torch.bfloat16).float())
 
 
 @pytest.mark.parametrize("rows, cols, along", [(16, 16, -1), (16, 40, -2), (1, 8, -2)])
@@ -265,8 +261,7 @@ def run_muon(cls, shapes, steps, rows=None, **settings):
 @pytest.mark.parametrize("momentum, weight_decay", [(0.95, 0.0), (0.8, 0.1)])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_muon_is_torchs_muon(momentum, weight_decay, steps):
-    """torch.optim.Muon computes in bf16, so ours does here: eight bits of mantissa, a few per cent of the update. With
-    oblong matrices ours iterates on X X^T, where rounding is another, and larger (optim.gram_newton_schulz).
+    """torch.optim.Muon computes in bf16, so ours does here: eight bits of mantissa, a few per cent of the update.
 
     The test also compares conventions: momentum buffers are running means (lerp), the rate sqrt(max(1, rows / cols)).
     """
@@ -280,8 +275,7 @@ def test_muon_is_torchs_muon(momentum, weight_decay, steps):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
     for begin, a, b in zip(start, ours, theirs, strict=True):
         moved = b - begin
-        square = a.size(0) == a.size(1)
-        assert (a - b).norm() < (0.02 if square else 0.06) * moved.norm()
+        assert (a - b).norm() < 0.02 * moved.norm()
     _, exact, _ = run_muon(Muon, shapes, steps, **named)
     for begin, a, b in zip(start, exact, theirs, strict=True):
         assert (a - b).norm() < 0.05 * (b - begin).norm()  # fp32 is the same method

@@ -627,6 +627,17 @@ def test_compile_falls_back_with_one_warning(how, tiny, finished, tmp_path):
     assert differences(outcome(tmp_path), outcome(finished)) == []
 
 
+def test_a_run_without_fused_operations_says_why(tiny, tmp_path):
+    done = tiny(tmp_path / "with", max_iters=1)
+    assert "CPU threads (asked for)" in done.out and "\nfused " not in done.out
+    done = tiny(tmp_path / "without", max_iters=1, before="""
+        import native
+        native.load = lambda source: (None, "no C++ compiler: apt install g++")
+    """)
+    assert done.code == 0
+    assert "\nfused       not at all, so steps take longer: no C++ compiler: apt install g++\n" in done.out
+
+
 def test_the_cause_of_a_failure_to_compile_is_named(tiny, finished, tmp_path):
     """torch.compile raises an error of its own; the cause is inside it."""
     done = tiny(tmp_path, compile=True, before="""
