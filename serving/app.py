@@ -275,7 +275,7 @@ def make_routes(service):
 
     # pages of documentation would load scripts from elsewhere; a redirect would repeat the client's Host header
     app = FastAPI(title="minichat", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
-    app.openapi = partial(openapi, app)
+    app.openapi = partial(openapi, app, service)
     add_error_handlers(app)
     add_information(app, service)
 

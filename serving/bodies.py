@@ -65,7 +65,9 @@ def anything(description, **schema):
 TEXT = Annotated[str | None, Field(description="a string")]
 FLAG = Annotated[bool | None, Field(description="true or false")]
 REFUSED_FIELD = anything("absent or empty: it asks for what no model here can do")
-IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+TOKEN_ID = {"type": "integer", "minimum": 0}
+IDS = {"type": "array", "items": TOKEN_ID}
+PROMPTS = {"type": "array", "items": {"anyOf": [{"type": "string"}, {**IDS, "minItems": 1}]}, "minItems": 1}
 TEXTS = {"type": "array", "items": {"type": "string"}}
 STOP = {"anyOf": [{"type": "null"}, {"type": "string"}, {**TEXTS, "maxItems": MOST_STOPS}]}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -111,7 +113,7 @@ class CompletionBody(SamplingBody):
     """POST /v1/completions"""
 
     prompt: anything("a string, a list of token ids, or a list of these",
-                     anyOf=[{"type": "string"}, IDS, {"type": "array", "items": {"anyOf": [{"type": "string"}, IDS]}}])
+                     anyOf=[{"type": "string"}, {**IDS, "minItems": 1}, PROMPTS])
     logprobs: whole_number(0, MOST_TOP, f"a whole number from 0 to {MOST_TOP}") = None
     echo: FLAG = None
     best_of: whole_number(1, 128, "a whole number from 1 to 128") = None
@@ -148,14 +150,28 @@ class DetokenizeBody(Body):
     tokens: anything("a list of token ids", **IDS)
 
 
-def openapi_schemas():
-    """The JSON schemas of all bodies, as "#/components/schemas/..." of openapi.json. -> dict by name"""
+def openapi_schemas(vocab_size):
+    """The JSON schemas of all bodies, as "#/components/schemas/..." of openapi.json. -> dict by name
+
+    vocab_size: of the model that is served, or None where it is not known yet.
+    """
     schemas = {}
     for body_type in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody):
         schema = body_type.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[body_type.__name__] = schema
-    return schemas
+    return schemas if vocab_size is None else with_largest_id(schemas, vocab_size - 1)
+
+
+def with_largest_id(schema, largest):
+    """A JSON schema whose token ids end at `largest`."""
+    if schema == TOKEN_ID:
+        return {**schema, "maximum": largest}
+    if isinstance(schema, dict):
+        return {name: with_largest_id(item, largest) for name, item in schema.items()}
+    if isinstance(schema, list):
+        return [with_largest_id(item, largest) for item in schema]
+    return schema
 
 
 # -----------------------------------------------------------------------------

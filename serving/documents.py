@@ -19,30 +19,33 @@ def takes(schema):
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
 
 
-def openapi(app):
-    """The dict of /openapi.json."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version="1", routes=app.routes)
-        text = {"type": ["string", "null"]}
-        fields = {"message": {"type": "string"}, "type": {"type": "string"}, "param": text, "code": text}
-        error = {"type": "object", "required": list(fields), "properties": fields}
-        schemas = {"Error": {"type": "object", "required": ["error"], "properties": {"error": error}}}
-        schema.setdefault("components", {})["schemas"] = schemas | openapi_schemas()
-        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-        for operations in schema["paths"].values():
-            for operation in operations.values():
-                answers = operation["responses"]
-                answers.pop("422", None)  # FastAPI's form of an error
-                for status in ERRORS:
-                    answers[str(status)] = {"description": "an error", "content": content}
-        answers = schema["paths"]["/metrics"]["get"]["responses"]
-        answers["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
-        for path in ("/v1/completions", "/v1/chat/completions"):
-            answers = schema["paths"][path]["post"]["responses"]
-            # without a schema: programs disagree whether it is that of the text or of each event
-            answers["200"]["content"]["text/event-stream"] = {}
+def openapi(app, service):
+    """The dict of /openapi.json. It names the largest token id once the model is loaded, and is kept from then on."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    schema = get_openapi(title=app.title, version="1", routes=app.routes)
+    text = {"type": ["string", "null"]}
+    fields = {"message": {"type": "string"}, "type": {"type": "string"}, "param": text, "code": text}
+    error = {"type": "object", "required": list(fields), "properties": fields}
+    schemas = {"Error": {"type": "object", "required": ["error"], "properties": {"error": error}}}
+    vocab_size = service.served.vocab_size if service.served else None
+    schema.setdefault("components", {})["schemas"] = schemas | openapi_schemas(vocab_size)
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            answers = operation["responses"]
+            answers.pop("422", None)  # FastAPI's form of an error
+            for status in ERRORS:
+                answers[str(status)] = {"description": "an error", "content": content}
+    answers = schema["paths"]["/metrics"]["get"]["responses"]
+    answers["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answers = schema["paths"][path]["post"]["responses"]
+        # without a schema: programs disagree whether it is that of the text or of each event
+        answers["200"]["content"]["text/event-stream"] = {}
+    if vocab_size is not None:
         app.openapi_schema = schema
-    return app.openapi_schema
+    return schema
 
 
 def page_headers(page):

@@ -905,7 +905,7 @@ def test_tokens_for_lm_eval(noisy):
 
 
 def test_schemas_say_what_may_be_sent():
-    schemas = api.openapi_schemas()
+    schemas = api.openapi_schemas(259)
     assert schemas.keys() == {body_type.__name__ for body_type in BODIES}
     assert json.loads(json.dumps(schemas, allow_nan=False)) == schemas
     for schema in schemas.values():
@@ -918,6 +918,13 @@ def test_schemas_say_what_may_be_sent():
     jsonschema.validate(valid, schemas["ChatBody"])
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"messages": "hello"}, schemas["ChatBody"])
+    for name, field in (("DetokenizeBody", "tokens"), ("CompletionBody", "prompt")):
+        jsonschema.validate({field: [258]}, schemas[name])
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({field: [259]}, schemas[name])
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"prompt": []}, schemas["CompletionBody"])
+    jsonschema.validate({"tokens": [259]}, api.openapi_schemas(None)["DetokenizeBody"])
 
 
 def test_an_error_has_openais_form():

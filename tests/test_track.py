@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -30,6 +31,8 @@ def no_account(monkeypatch, tmp_path):
     """As on a machine where nobody has logged in to anything."""
     for key in [key for key in os.environ if key.startswith(("WANDB_", "TRACKIO_", "NETRC"))]:
         monkeypatch.delenv(key)
+    compiled = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"  # fused.cpp is compiled there already
+    monkeypatch.setenv("XDG_CACHE_HOME", str(compiled))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
 
