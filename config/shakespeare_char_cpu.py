@@ -1,5 +1,5 @@
-# Tiny Shakespeare, characters, on two CPU cores in seconds: validation loss 1.8566 after 4.0 seconds of training in
-# bfloat16 (docs/results/shakespeare_char_cpu.txt), 6.6 seconds in float32 (shakespeare_char_cpu_float32.txt there).
+# Tiny Shakespeare, characters, on two CPU cores in seconds: validation loss 1.8555 after 4.0 seconds of training in
+# bfloat16 (docs/results/shakespeare_char_cpu.txt), 6.4 seconds in float32 (shakespeare_char_cpu_float32.txt there).
 # nanoGPT's recipe for a CPU ends at 1.8857 after 2,000 steps, more than a minute (docs/results/nanogpt.log).
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/shakespeare_char_cpu.py
