@@ -1,6 +1,7 @@
 """
-Do even rows of Muon's updates and larger first weights help ten million parameters on three million tokens as well? The
-stack of config/ablations/pilot.py with both.
+Do even rows of Muon's updates and larger first weights help ten million parameters on three million tokens as well, and
+what does the recipe of the short records add? The stack of config/ablations/pilot.py with both; with a context that
+grows from 64 to 256; and with the headline's learning rates too.
 
     python data/shakespeare_char/prepare.py
     python ablate.py config/ablations/speedruns_pilot.py
@@ -14,4 +15,10 @@ from config.ablations.speedruns import _even_rows, _init
 base = "config/shakespeare_char_gpt2.py"
 seeds = (1,)
 
-variants = {"stack_speedruns": {**_stack, **_even_rows, **_init}}
+_both = {**_stack, **_even_rows, **_init}
+_growing = {**_both, "context_start": 64, "context_iters": 480}
+variants = {
+    "stack_speedruns": _both,
+    "stack_speedruns_growing": _growing,
+    "stack_speedruns_recipe": {**_growing, "muon_learning_rate": 0.03, "learning_rate": 4e-3},
+}
