@@ -1,8 +1,7 @@
 """
 Do even rows of Muon's updates and larger first weights help ten million parameters on three million tokens as well, and
-what does the recipe of the short records add? The stack of config/ablations/pilot.py with both; with the headline's
-recipe too (a context that grows from 64 to 256, higher learning rates); and with twice as many updates of half as many
-tokens.
+what does the recipe of the short records add? The stack of config/ablations/pilot.py with both; and with the headline's
+recipe too (a context that grows from 64 to 256, higher learning rates).
 
     python data/shakespeare_char/prepare.py
     python ablate.py config/ablations/speedruns_pilot.py
@@ -18,8 +17,4 @@ seeds = (1,)
 
 _both = {**_stack, **_even_rows, **_init}
 _recipe = {**_both, "context_start": 64, "context_iters": 480, "muon_learning_rate": 0.03, "learning_rate": 4e-3}
-variants = {
-    "stack_speedruns": _both,
-    "stack_speedruns_recipe": _recipe,
-    "stack_speedruns_half_batch": {**_recipe, "batch_size": 8, "max_iters": 1600, "context_iters": 960},
-}
+variants = {"stack_speedruns": _both, "stack_speedruns_recipe": _recipe}
