@@ -727,6 +727,8 @@ def test_openapi_names_every_route_and_no_other_site(server):
     for operations in paths.values():
         for operation in operations.values():
             assert "422" not in operation["responses"] and "200" in operation["responses"]
+    ids = json.loads(text)["components"]["schemas"]["DetokenizeBody"]["properties"]["tokens"]["items"]
+    assert ids["maximum"] == server.service.served.vocab_size - 1
     assert "http" not in text.replace("/schemas/HTTP", "")
 
 
