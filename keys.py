@@ -22,7 +22,7 @@ KIND = re.compile(r"S|tuple\[(S, \.\.\.|S(, S)*)\]".replace("S", "(bool|int|floa
 # An end that is "inf" means finite, and for a whole number at most 64 bits.
 INTERVALS = {
     "[0, inf)": """batch_size bin_size block_size chunk context_iters context_start crowd drain eval_iters grad_clip
-        init_std kv_memory limit max_queue
+        init_std kv_memory limit max_queue mean grow
         logit_softcap loss_tolerance lr_decay_iters max_chars memory_tolerance min_chars min_lr mlp_width n_kv_head
         peak_flops permutations probe_interval rope_factor rows sample_tokens save_interval save_minutes seed seeds
         speed_tolerance spike_z temperature tokens_per_step top_k vocab_size warm_up warmup_iters watch

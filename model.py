@@ -59,6 +59,13 @@ class GPTConfig:
     init_std: float = 0.02        # standard deviation of the blocks' weights at first; 0: 1 / sqrt(inputs)
     zero_init: bool = False       # residual projections (and an untied head) start at zero
     attn: str = "auto"            # auto | sdpa | flash | math
+    parts: str = ""               # candidates of an ablation, separated by "+"
+
+    def part(self, name):
+        """The value of a candidate such as qk1.4, or None."""
+        for part in self.parts.split("+"):
+            if part.rstrip("0123456789.-") == name:
+                return float(part[len(name):] or 1)
 
     def __post_init__(self):
         """Raises ValueError, naming the fields, for values without a meaning."""
@@ -220,11 +227,12 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.qk_norm = config.qk_norm
         self.norm_eps = config.norm_eps
+        self.qk_scale = config.part("qk")
         if config.qk_norm == "rms_gain":
             self.q_gain = nn.Parameter(torch.ones(config.head_dim))
             self.k_gain = nn.Parameter(torch.ones(config.head_dim))
 
-    def forward(self, x, rope=None, other_attend=None):
+    def forward(self, x, rope=None, other_attend=None, ve=None):
         """`other_attend(q, k, v)` takes the place of `attend`: that of a cache, or one with documents."""
         B, T, _ = x.shape
         qkv = self.c_attn(x)  # (B, T, (n_q + 2 n_kv) * head_dim)
@@ -237,6 +245,10 @@ class Attention(nn.Module):
         else:
             q, k, v = self.split_heads(qkv, n_q, n_kv, rope)
 
+        if ve is not None:
+            v = v + ve.view_as(v).to(v.dtype)
+        if self.qk_scale:
+            q, k = q * self.qk_scale, k * self.qk_scale
         if other_attend is not None:
             y = other_attend(q, k, v)
         else:
@@ -299,8 +311,8 @@ class Block(nn.Module):
         self.ln_2 = Norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, other_attend=None):
-        x = x + self.attn(self.ln_1(x), rope, other_attend)
+    def forward(self, x, rope=None, other_attend=None, ve=None):
+        x = x + self.attn(self.ln_1(x), rope, other_attend, ve)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -331,6 +343,14 @@ class GPT(nn.Module):
             cos, sin = rope_tables(config)
             self.register_buffer("rope_cos", cos, persistent=False)
             self.register_buffer("rope_sin", sin, persistent=False)
+        if config.part("skip"):
+            self.x_scale = nn.Parameter(torch.ones(config.n_layer))
+            self.x0_scale = nn.Parameter(torch.zeros(config.n_layer))
+        if config.part("ve"):
+            kind = int(config.part("ve"))  # 1: every other layer from the last; 2: all
+            layers = {1: range(config.n_layer - 1, -1, -2), 2: range(config.n_layer)}[kind]
+            self.ve = nn.ModuleDict({str(i): nn.Embedding(config.padded_vocab_size, config.kv_heads * config.head_dim)
+                                     for i in layers})
         if config.norm_embed:
             self.transformer["ln_e"] = Norm(config, config.n_embd)
         self.lm_head = Head(config.n_embd, config.padded_vocab_size, bias=False)
@@ -354,6 +374,9 @@ class GPT(nn.Module):
                     nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.config.part("ve"):
+            for table in self.ve.values():
+                nn.init.zeros_(table.weight)
 
     def embed(self, idx, positions=None, docs=None):
         """Token ids (B, T), int32 or int64, at `positions` (T,) or 0, 1, ... -> residual stream (B, T, n_embd).
@@ -424,8 +447,12 @@ class GPT(nn.Module):
         x = self.embed(idx, docs=docs)
         rope = self.rope(idx.size(1))
         other_attend = self.attend_apart(docs, x.dtype)
-        for block in self.transformer.h:
-            x = block(x, rope, other_attend)
+        x0 = x
+        for i, block in enumerate(self.transformer.h):
+            if self.config.part("skip"):
+                x = self.x_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
+            ve = self.ve[str(i)](idx) if self.config.part("ve") and str(i) in self.ve else None
+            x = block(x, rope, other_attend, ve)
         if loss_only:
             return None, self.loss(x, targets, divisor)
         logits = self.head(x[:, -1:] if last_only else x)

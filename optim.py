@@ -7,6 +7,7 @@ trains the embeddings, the head, gains and biases.
 """
 
 import math
+import os
 from itertools import accumulate
 
 import torch
@@ -218,6 +219,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     found_inf = None  # as in Optimizers
+    cautious = bool(os.environ.get("CAUTIOUS"))
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5,
                  dtype=torch.float32, names=None, gather_tensor=None, shard_tensor=None,
@@ -336,7 +338,10 @@ class Muon(torch.optim.Optimizer):
             bad = self.found_inf.to(steps[0].device).bool()
             steps = [step * ~bad for step in steps]
             decay = torch.where(bad, 1.0, decay)
-        if group["weight_decay"]:
+        if group["weight_decay"] and self.cautious:  # decay only where the update also moves towards zero
+            torch._foreach_mul_(weights, [1 - (1 - decay) * (step * weight > 0)
+                                          for step, weight in zip(steps, weights, strict=True)])
+        elif group["weight_decay"]:
             torch._foreach_mul_(weights, decay)
         torch._foreach_add_(weights, steps, alpha=-group["lr"])
 

@@ -83,6 +83,9 @@ logit_softcap = 0.0           # 0: off
 init_std = 0.02               # standard deviation of the blocks' weights at first; 0: 1 / sqrt(inputs)
 zero_init = False             # residual projections (and an untied head) start at zero
 attn = "auto"                 # auto | sdpa | flash | math
+parts = ""                    # candidates of the model
+grow = 0                      # steps with half a batch at first
+mean = 0.0                    # the mean of the weights of this last share of the run replaces them at its end
 
 # the optimizer
 optimizer = "adamw"           # adamw | muon (for the blocks' matrices; AdamW for the rest)
@@ -253,6 +256,8 @@ def main(c, given, stop, lock, rewound=None):
             for micro in range(layout.passes):
                 batch = layout.next_batch(loader)  # (batch_size, block_size) token ids
                 batch = measure.to_device(batch, step, loader.pin)
+                if step < c.grow:
+                    batch = half(batch)
                 timer.mark("data_ms")
                 seed_dropout(c, layout, step, micro)
                 micro_losses.append(layout.forward_backward(batch, micro, scaler, timer))
@@ -272,6 +277,7 @@ def main(c, given, stop, lock, rewound=None):
             if probing:
                 timer.aside("optim_ms", update.end)
             opt.zero_grad()
+            average(c, model, step)
             timer.mark("optim_ms")
             unread.append((torch.stack(micro_losses).mean(), norm))
             state["step"] = step = step + 1
@@ -339,6 +345,28 @@ def main(c, given, stop, lock, rewound=None):
 
 # -----------------------------------------------------------------------------
 # Steps of main
+
+
+def half(batch):
+    assert batch.docs is None and batch.divisor is None
+    return type(batch)(batch.x[:len(batch.x) // 2], batch.y[:len(batch.y) // 2])
+
+
+MEAN = {}
+
+
+def average(c, model, step):
+    step = step + 1
+    if not c.mean or step <= (1 - c.mean) * c.max_iters:
+        return
+    params = list(model.parameters())
+    with torch.no_grad():
+        if not MEAN:
+            MEAN.update(mean=[torch.zeros_like(p) for p in params], count=0)
+        MEAN["count"] += 1
+        torch._foreach_lerp_(MEAN["mean"], params, 1 / MEAN["count"])
+        if step == c.max_iters:
+            torch._foreach_copy_(params, MEAN["mean"])
 
 
 def make_optimizer(c, model, layout, machine):
