@@ -47,7 +47,7 @@ class Optimizers:
 
     def __init__(self, model, *, optimizer="adamw", learning_rate, muon_learning_rate=0.02,
                  weight_decay=0.0, betas=(0.9, 0.95), muon_momentum=0.95, muon_dtype=torch.float32,
-                 muon_even_rows=False, muon_cautious_decay=False,
+                 muon_even_rows=False,
                  gather_tensor=None, shard_tensor=None, peers=(0, 1, None)):
         params = dict(model.named_parameters())
         self.names = {p: name for name, p in params.items()}
@@ -66,7 +66,6 @@ class Optimizers:
                 weight_decay=weight_decay, dtype=muon_dtype, names=self.names,
                 gather_tensor=gather_tensor, shard_tensor=shard_tensor, peers=peers,
                 pieces=pieces_of_attention(model, groups["muon"]), even_rows=muon_even_rows,
-                cautious_decay=muon_cautious_decay,
             )
         trained = [id(p) for group in self.param_groups for p in group["params"]]
         expected = [id(p) for p in params.values()]
@@ -210,8 +209,7 @@ class Muon(torch.optim.Optimizer):
     Nesterov momentum as in the original. A matrix that joins several, as c_attn joins queries, keys and values, is
     orthogonalised piece by piece: `pieces` maps its name to the rows of each. Pieces of one shape, upright or not, are
     orthogonalised in one batch, and then made even with `even_rows` (see there). The Newton-Schulz iteration runs in
-    `dtype`: fp32 is reproducible to 1e-7 between layouts, bf16 is faster. With `cautious_decay` a weight decays only
-    where the update moves it towards 0 as well (Chen et al. 2025, arXiv:2510.12402).
+    `dtype`: fp32 is reproducible to 1e-7 between layouts, bf16 is faster.
 
     Ranks that hold the same matrices divide the work and exchange the updates. `peers` is (this rank's place among
     them, their number, their all-gather: a vector (n,) of each rank -> (ranks, n)). Momentum costs little, so each rank
@@ -223,11 +221,10 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5,
                  dtype=torch.float32, names=None, gather_tensor=None, shard_tensor=None,
-                 peers=(0, 1, None), pieces=None, even_rows=False, cautious_decay=False):
+                 peers=(0, 1, None), pieces=None, even_rows=False):
         self.names = names
         self.pieces = pieces or {}
         self.even_rows = even_rows
-        self.cautious_decay = cautious_decay
         self.gather_tensor = gather_tensor
         self.shard_tensor = shard_tensor
         self.rank, self.ranks, self.all_gather = peers
@@ -339,10 +336,7 @@ class Muon(torch.optim.Optimizer):
             bad = self.found_inf.to(steps[0].device).bool()
             steps = [step * ~bad for step in steps]
             decay = torch.where(bad, 1.0, decay)
-        if group["weight_decay"] and self.cautious_decay:
-            for step, weight in zip(steps, weights, strict=True):
-                weight.mul_(torch.where(step * weight > 0, decay, 1.0))
-        elif group["weight_decay"]:
+        if group["weight_decay"]:
             torch._foreach_mul_(weights, decay)
         torch._foreach_add_(weights, steps, alpha=-group["lr"])
 

@@ -90,7 +90,6 @@ learning_rate = 6e-4          # AdamW's peak
 muon_learning_rate = 0.02     # Muon's peak; follows the same schedule
 muon_momentum = 0.95          # Nesterov momentum
 muon_even_rows = False        # every row of Muon's updates has the same length (optim.even_rows)
-muon_cautious_decay = False   # Muon's weight decay only where the update moves a weight towards 0 as well
 muon_dtype = "auto"           # of the Newton-Schulz iteration: float32 | bfloat16 | auto (bfloat16 if dtype is)
 weight_decay = 1e-1           # on matrices and embeddings
 beta1 = 0.9                   # AdamW's
@@ -344,12 +343,14 @@ def main(c, given, stop, lock, rewound=None):
 
 def make_optimizer(c, model, layout, machine):
     """AdamW, or AdamW and Muon, for what this rank trains."""
-    bfloat16 = c.muon_dtype == "bfloat16" or c.muon_dtype == "auto" and machine.dtype == torch.bfloat16
+    bfloat16 = c.muon_dtype == "bfloat16"
+    if c.muon_dtype == "auto":
+        bfloat16 = machine.dtype == torch.bfloat16
     return Optimizers(
         model, optimizer=c.optimizer, learning_rate=c.learning_rate, betas=(c.beta1, c.beta2),
         weight_decay=c.weight_decay, muon_learning_rate=c.muon_learning_rate, muon_momentum=c.muon_momentum,
-        muon_even_rows=c.muon_even_rows, muon_cautious_decay=c.muon_cautious_decay,
-        muon_dtype=torch.bfloat16 if bfloat16 else torch.float32, **layout.optimizer_options(),
+        muon_even_rows=c.muon_even_rows, muon_dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        **layout.optimizer_options(),
     )
 
 

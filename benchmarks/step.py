@@ -304,8 +304,7 @@ def make_optimizer(c, model, dtype):
     return Optimizers(
         model, optimizer=c.optimizer, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2),
         learning_rate=c.learning_rate, muon_learning_rate=c.muon_learning_rate,
-        muon_momentum=c.muon_momentum, muon_even_rows=c.muon_even_rows,
-        muon_cautious_decay=c.muon_cautious_decay, muon_dtype=muon_dtype,
+        muon_momentum=c.muon_momentum, muon_even_rows=c.muon_even_rows, muon_dtype=muon_dtype,
     )
 
 

@@ -36,9 +36,9 @@ ROUNDING = 1e-3      # share of the loss by which any two machines may differ, w
 # What decides what is learned, besides the model's shape and the dataset. All other keys say where and how it runs.
 MATTERS = (
     "init_from", "batch_size", "gradient_accumulation_steps", "context_start", "context_iters", "optimizer",
-    "learning_rate", "muon_learning_rate", "muon_momentum", "muon_even_rows", "muon_cautious_decay",
-    "weight_decay", "beta1", "beta2", "grad_clip", "decay_lr", "lr_schedule", "warmup_iters", "lr_decay_iters",
-    "min_lr", "wsd_decay_frac", "skip_batches", "doc_mask",
+    "learning_rate", "muon_learning_rate", "muon_momentum", "muon_even_rows", "weight_decay", "beta1", "beta2",
+    "grad_clip", "decay_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "min_lr", "wsd_decay_frac",
+    "skip_batches", "doc_mask",
 )
 # Speed compares where these of env.json and of the start agree
 MACHINE = ("system", "cpu", "device", "threads", "cuda")

@@ -305,33 +305,13 @@ def test_equal_shapes_in_one_batch_are_trained_as_each_alone():
         assert torch.allclose(a, b, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("overflow", [False, True])
-def test_cautious_decay_is_for_weights_that_the_update_moves_towards_zero(overflow):
-    """The update of an orthogonal matrix is itself, so its signs are known; the weights have either sign."""
-    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    p = torch.nn.Parameter(torch.tensor([[2.0, -3.0], [0.0, -5.0]]))
-    before = p.detach().clone()
-    p.grad = signs.clone()
-    opt = Muon([p], lr=0.1, weight_decay=0.5, cautious_decay=True)
-    opt.found_inf = torch.tensor(float(overflow))
-    opt.step()
-    if overflow:
-        assert torch.equal(p, before)
-        return
-    plain = torch.nn.Parameter(before.clone())
-    plain.grad = signs.clone()
-    Muon([plain], lr=0.1).step()
-    decay = 0.1 * 0.5 * before * torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert torch.allclose(p, plain - decay, rtol=0, atol=1e-6) and not torch.equal(p, plain)
-
-
 @pytest.mark.parametrize("on", [False, True])
 def test_train_py_hands_its_settings_to_muon(on):
     defaults = {name: key.default for name, key in read_keys(ROOT / "train.py").items()}
-    given = {"optimizer": "muon", "muon_momentum": 0.7, "muon_even_rows": on, "muon_cautious_decay": on}
+    given = {"optimizer": "muon", "muon_momentum": 0.7, "muon_even_rows": on}
     layout, machine = SimpleNamespace(optimizer_options=dict), SimpleNamespace(dtype=torch.bfloat16)
     muon = train_script.make_optimizer(Settings(defaults | given), build(), layout, machine).by_kind["muon"]
-    assert muon.even_rows is on and muon.cautious_decay is on and muon.dtype == torch.bfloat16
+    assert muon.even_rows is on and muon.dtype == torch.bfloat16
     assert muon.param_groups[0]["momentum"] == 0.7 and muon.param_groups[0]["lr"] == defaults["muon_learning_rate"]
 
 

@@ -1,8 +1,7 @@
 """
 Do the parts that lowered the loss of the CPU record (docs/log.md, 2026-11-28) help a larger model on more tokens? The
 stack of config/ablations/architecture.py, with even rows of Muon's updates, with larger first weights, and with both;
-both with a soft-cap, and both with cautious weight decay, twice as strong because only some of the weights decay. Muon
-orthogonalises queries, keys and values apart in all of them.
+and both with a soft-cap. Muon orthogonalises queries, keys and values apart in all of them.
 
     python data/shakespeare_char/prepare.py
     python ablate.py config/ablations/speedruns.py
@@ -18,7 +17,6 @@ seeds = (1, 2, 3)
 
 _even_rows = {"muon_even_rows": True}
 _init = {"init_std": 0.0}
-_cautious = {"muon_cautious_decay": True, "weight_decay": 0.2}
 
 variants = {
     "stack": {},
@@ -26,5 +24,4 @@ variants = {
     "init": _init,
     "both": {**_even_rows, **_init},
     "both_softcap": {**_even_rows, **_init, "logit_softcap": 15.0},
-    "both_cautious": {**_even_rows, **_init, **_cautious},
 }
